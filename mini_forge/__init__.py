@@ -1,0 +1,55 @@
+"""mini_forge: LoRA and QLoRA fine-tuning in plain PyTorch.
+
+    config = mini_forge.TrainingConfig.from_file("config.json", output_dir="runs/x")
+    result = mini_forge.train(config)
+    model  = mini_forge.load_model("runs/x")
+
+Names are imported on first use, so `import mini_forge` costs no torch.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "TrainingConfig": "config",
+    "UserError": "errors",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "CheckpointError": "errors",
+    "TrainingError": "errors",
+    "train": "run",
+    "RunResult": "run",
+    "load_model": "io.models",
+    "merge_adapter": "io.merge",
+    "load_tokenizer": "data.tokenizer",
+    "pack": "data.packing",
+    "collate": "data.batches",
+    "Decoder": "model.decoder",
+    "DecoderSpec": "model.decoder",
+    "KVCache": "model.decoder",
+    "LoRALinear": "model.lora",
+    "LoraSpec": "model.lora",
+    "inject": "model.lora",
+    "disabled": "model.lora",
+    "Linear4bit": "model.quant",
+    "Linear8bit": "model.quant",
+    "quantize_4bit": "model.quant",
+    "dequantize_4bit": "model.quant",
+    "generate": "inference.generate",
+    "token_nll": "training.losses",
+    "lr_at": "training.schedule",
+    "warmup_steps": "training.schedule",
+}
+
+__all__ = ["__version__", *_WHERE]  # noqa: PLE0604
+
+
+def __getattr__(name: str):
+    if name not in _WHERE:
+        raise AttributeError(f"module 'mini_forge' has no attribute {name!r}")
+    return getattr(import_module(f"mini_forge.{_WHERE[name]}"), name)
+
+
+def __dir__():
+    return sorted(__all__)

@@ -1,0 +1,82 @@
+"""`check`: everything `train` would do, said beforehand; no weight is read.
+
+The report is a plain dict (printed as JSON with --json): resolved values and where each came from, the plan for this
+machine, dataset statistics, and one example with its trained-on tokens marked.
+"""
+
+from mini_forge.config import TrainingConfig
+from mini_forge.data.batches import show_example
+from mini_forge.io.runs import RunFolder
+from mini_forge.prepare import adapter_spec, prepare
+from mini_forge.providers import PROVIDERS
+from mini_forge.run import EpochPlan, loop_settings
+from mini_forge.training.optim import optimizer_notes
+
+
+def check(config: TrainingConfig) -> dict:
+    """The report; raises UserError with every problem found."""
+    prepared = prepare(config)
+    epochs = EpochPlan(prepared, prepared.plan.device, {})
+    settings = loop_settings(config, epochs.steps_per_epoch, has_eval=bool(prepared.eval))
+    lora = adapter_spec(config)
+    notes = [*prepared.notes, *optimizer_notes(config.optim, prepared.plan.device), *_folder_notes(config)]
+    return {
+        "config": {k: {"value": v, "from": config.provenance.get(k, "default")} for k, v in config.to_dict().items()},
+        "machine": {
+            "device": prepared.plan.device,
+            "precision": prepared.plan.dtype,
+            "base weights": prepared.plan.quantization or prepared.plan.dtype,
+            "ops": PROVIDERS[config.provider]().describe(),
+        },
+        "adapter": {"rank": lora.rank, "alpha": lora.alpha, "scaling": lora.scaling, "dropout": lora.dropout},
+        "dataset": {
+            **_statistics(prepared.train_stats),
+            "longest": max(len(document.ids) for document in prepared.train),
+            "evaluation_rows": len(prepared.eval),
+            "max_length": prepared.max_length,
+            "template": prepared.template.name,
+        },
+        "steps": {
+            "total": settings.total_steps,
+            "per_epoch": settings.steps_per_epoch,
+            "warmup": settings.warmup_steps,
+        },
+        "example": show_example(prepared.train[0], prepared.tokenizer),
+        "notes": notes,
+    }
+
+
+def _statistics(stats) -> dict:
+    return {
+        "rows": stats.rows,
+        "kept": stats.kept,
+        "dropped": stats.dropped,
+        "truncated": stats.truncated,
+        "tokens": stats.tokens,
+        "trained_tokens": stats.trained_tokens,
+        "trained_share": round(stats.trained_tokens / max(stats.tokens, 1), 4),
+    }
+
+
+def _folder_notes(config: TrainingConfig) -> list[str]:
+    folder = RunFolder(config.output_dir)
+    if folder.path.exists() and any(folder.path.iterdir()):
+        return [f"output_dir {str(folder.path)!r} is not empty: train will ask for --resume or --overwrite"]
+    return []
+
+
+def format_report(report: dict) -> str:
+    """The report for a person."""
+    width = max(len(key) for key in report["config"])
+    lines = ["configuration"]
+    lines += [f"  {key:<{width}}  {_short(item['value'])}  ({item['from']})" for key, item in report["config"].items()]
+    for part in ("machine", "adapter", "dataset", "steps"):
+        lines += ["", part, *(f"  {key}: {value}" for key, value in report[part].items())]
+    lines += ["", "one example; ⟦…⟧ is trained on", report["example"]]
+    lines += ["", *(f"note: {note}" for note in report["notes"])] if report["notes"] else []
+    return "\n".join(lines)
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"

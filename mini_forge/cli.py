@@ -1,0 +1,196 @@
+"""`python -m mini_forge COMMAND …`.
+
+Exit codes: 0 done; 2 the user's input is wrong, one line `error: …` on stderr for each problem; 1 training failed;
+130 and 143 stopped by SIGINT and SIGTERM after a checkpoint.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from mini_forge import __version__
+from mini_forge.errors import ConfigError, TrainingError, UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"arguments: {message}; see `mini-forge {self.prog.partition(' ')[2]} --help`".replace("  ", " "))
+
+
+def _setting(text: str) -> tuple[str, object]:
+    """`KEY=VALUE`, VALUE as JSON where it is JSON, else the bare string."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise argparse.ArgumentTypeError(f"{text!r} must be KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="mini-forge", description="LoRA and QLoRA fine-tuning in plain PyTorch.")
+    parser.add_argument("--version", action="version", version=f"mini_forge {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    for name, summary in (("train", "fine-tune as CONFIG says"), ("check", "show what train would do, train nothing")):
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.add_argument("config", metavar="CONFIG", help="JSON configuration file")
+        command.add_argument("--set", metavar="KEY=VALUE", type=_setting, action="append", default=[], dest="settings",
+                             help="set a key, as if written in CONFIG; VALUE is JSON or a bare string")  # fmt: skip
+        command.add_argument("--dataset", metavar="FILE", help="dataset to use instead of CONFIG's")
+        command.add_argument("--output-dir", metavar="DIR", help="run folder to use instead of CONFIG's")
+        command.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+        command.add_argument("--overwrite", action="store_true", help="replace a run that is already there")
+        if name == "check":
+            command.add_argument("--json", action="store_true", help="print one JSON object")
+
+    command = commands.add_parser("eval", help="a run's metrics on a dataset")
+    command.add_argument("run", metavar="RUN_OR_ADAPTER")
+    command.add_argument("--dataset", metavar="FILE", help="default: the rows the run held out, else its eval_dataset")
+    command.add_argument("--limit", metavar="N", type=_positive, help="only the first N rows")
+    command.add_argument("--free", action="store_true", help="extractive QA: generate freely, not only context spans")
+    command.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N")
+
+    for name, summary in (("generate", "continue a prompt"), ("chat", "talk to a model")):
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.add_argument("model", metavar="RUN_OR_MODEL")
+        if name == "generate":
+            command.add_argument("--prompt", required=True, metavar="TEXT", action="append", help="may be given again")
+            command.add_argument("--raw", action="store_true", help="use TEXT as it is, without the template")
+        command.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N")
+        command.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
+        command.add_argument("--top-k", type=int, default=0, metavar="K")
+        command.add_argument("--top-p", type=float, default=1.0, metavar="P")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--system", metavar="TEXT", help="system prompt; default: the run's")
+
+    command = commands.add_parser("merge", help="write base + adapter as a full model folder")
+    command.add_argument("run", metavar="RUN")
+    command.add_argument("out", metavar="OUT_DIR")
+    commands.add_parser("schema", help="print the JSON Schema of a configuration")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    try:
+        options = build_parser().parse_args(arguments)
+        COMMANDS[options.command](options)
+        return 0
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {' '.join(problem.split())}", file=sys.stderr)
+        return 2
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except MemoryError:
+        print("error: out of memory; use a smaller batch, shorter sequences or 4-bit weights", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output left, as `| head` does
+        sys.stderr.close()
+        return 0
+
+
+def load_config(options):
+    """The configuration file with the command line's settings on top."""
+    from mini_forge.config import TrainingConfig
+
+    overrides = dict(options.settings)
+    if options.dataset is not None:
+        overrides["dataset"] = options.dataset
+    if options.output_dir is not None:
+        overrides["output_dir"] = options.output_dir
+    return TrainingConfig.from_file(options.config, **overrides)
+
+
+def _train(options):
+    from mini_forge.progress import ProgressDisplay
+    from mini_forge.run import train
+    from mini_forge.training.loop import Interrupted
+
+    if options.resume and options.overwrite:
+        raise ConfigError("arguments: --resume and --overwrite contradict each other; give one")
+    config = load_config(options)
+    with ProgressDisplay() as display:
+        try:
+            result = train(config, resume=options.resume, overwrite=options.overwrite, report=display.line,
+                           on_metrics=display.metrics, on_start=display.start)  # fmt: skip
+        except Interrupted as stopped:
+            display.close()
+            raise SystemExit(128 + stopped.signal_number) from None
+    print(f"adapter saved in {result.output_dir}")
+
+
+def _check(options):
+    from mini_forge.check import check, format_report
+
+    report = check(load_config(options))
+    print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else format_report(report))
+
+
+def _eval(options):
+    from mini_forge.inference.evaluate import format_table, write_eval
+    from mini_forge.use import evaluate_run
+
+    metrics, predictions = evaluate_run(
+        options.run, dataset=options.dataset, limit=options.limit, constrained=not options.free,
+        max_new_tokens=options.max_new_tokens,
+    )  # fmt: skip
+    write_eval(Path(options.run), metrics, predictions)
+    print(format_table(metrics))
+
+
+def _generate(options):
+    from mini_forge.use import Session
+
+    session = Session.open(options.model, system_prompt=options.system)
+    for prompt in options.prompt:
+        session.print_reply(prompt, raw=options.raw, **_sampling(options))
+
+
+def _chat(options):
+    from mini_forge.inference.chat import chat_loop
+    from mini_forge.use import Session
+
+    session = Session.open(options.model, system_prompt=options.system)
+    chat_loop(session.model, session.tokenizer, session.template, session.system_prompt, **_sampling(options))
+
+
+def _sampling(options) -> dict:
+    import torch
+
+    return {
+        "max_new_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "generator": torch.Generator().manual_seed(options.seed),
+    }
+
+
+def _merge(options):
+    from mini_forge.io.merge import merge_adapter
+
+    print(f"merged model saved in {merge_adapter(options.run, options.out)}")
+
+
+def _schema(options):
+    from mini_forge.config import json_schema
+
+    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+
+
+COMMANDS = {"train": _train, "check": _check, "eval": _eval, "generate": _generate, "chat": _chat, "merge": _merge,
+            "schema": _schema}  # fmt: skip

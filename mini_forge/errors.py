@@ -1,0 +1,33 @@
+"""What a user can do wrong, and what can go wrong in training: the exceptions the command line turns into exit codes.
+
+`UserError` (exit 2) carries every problem found, one line each: field or file:line, value, rule, remedy.
+`TrainingError` (exit 1) is a run that started and failed: non-finite loss, out of memory, disk full.
+"""
+
+
+class UserError(ValueError):
+    """The input is wrong. `problems` lists every fault, one line each."""
+
+    def __init__(self, *problems: str):
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
+
+    @classmethod
+    def many(cls, problems: list[str]) -> "UserError":
+        return cls(*problems)
+
+
+class ConfigError(UserError):
+    """A configuration key, value or combination is wrong."""
+
+
+class DataError(UserError):
+    """A dataset file or row is wrong."""
+
+
+class CheckpointError(UserError):
+    """A model, tokenizer or adapter folder is wrong."""
+
+
+class TrainingError(RuntimeError):
+    """Training started and could not go on; the message names the last good checkpoint."""

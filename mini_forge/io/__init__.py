@@ -1,0 +1,1 @@
+"""What touches disk or hub: base weights, adapters, run folders."""

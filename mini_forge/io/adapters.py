@@ -1,0 +1,125 @@
+"""Adapters on disk, in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`.
+
+Tensor names are `base_model.model.<module>.lora_A.weight` (R, in) and `….lora_B.weight` (out, R), float32. An rsLoRA
+adapter is written with `lora_alpha` = α·√R and `use_rslora` false, the same scaling to readers that only know α/R.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from mini_forge.errors import CheckpointError
+from mini_forge.io.weights import read_json
+from mini_forge.model.decoder import Decoder
+from mini_forge.model.lora import LoraSpec, inject, lora_layers
+
+PREFIX = "base_model.model."
+# Fields of adapter_config.json that change the mathematics, with the values under which they do not.
+NEUTRAL = {
+    "use_dora": (None, False), "modules_to_save": (None, []), "rank_pattern": (None, {}), "alpha_pattern": (None, {}),
+    "bias": (None, "none"), "fan_in_fan_out": (None, False), "layers_to_transform": (None, []),
+    "lora_bias": (None, False), "target_parameters": (None, []), "trainable_token_indices": (None, []),
+    "exclude_modules": (None, []), "layer_replication": (None, []),
+}  # fmt: skip
+
+
+def save_adapter(folder: Path, model: Decoder, spec: LoraSpec, base_name: str):
+    """Write the model's LoRA layers into `folder`, which exists."""
+    layers = dict(lora_layers(model))
+    tensors = {}
+    for name, layer in layers.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().float().cpu().contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().float().cpu().contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    record = _config_record(spec, sorted({name.rsplit(".", 1)[-1] for name in layers}), base_name)
+    (folder / "adapter_config.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+
+def _config_record(spec: LoraSpec, targets: list[str], base_name: str) -> dict:
+    alpha = spec.alpha * math.sqrt(spec.rank) if spec.use_rslora else spec.alpha
+    return {
+        "alpha_pattern": {},
+        "auto_mapping": None,
+        "base_model_name_or_path": base_name,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": spec.dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": spec.rank,
+        "rank_pattern": {},
+        "revision": None,
+        "target_modules": targets,
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def read_adapter_config(folder: Path) -> tuple[LoraSpec, str]:
+    """The adapter's LoraSpec and its base model's name. Raises CheckpointError for what is not supported."""
+    path = folder / "adapter_config.json"
+    record = read_json(path)
+    if record.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path}: peft_type {record.get('peft_type')!r} is not supported; supported: 'LORA'")
+    for key, neutral in NEUTRAL.items():
+        if record.get(key) not in neutral:
+            raise CheckpointError(f"{path}: {key} = {record[key]!r} is not supported; plain LoRA only")
+    targets = record.get("target_modules")
+    if isinstance(targets, str) and targets != "all-linear":
+        raise CheckpointError(f"{path}: target_modules {targets!r} is a pattern; a list of module names is needed")
+    if not isinstance(record.get("r"), int) or not isinstance(record.get("lora_alpha"), int | float):
+        raise CheckpointError(f"{path}: needs numbers `r` and `lora_alpha`")
+    spec = LoraSpec(
+        rank=record["r"],
+        alpha=record["lora_alpha"],
+        dropout=record.get("lora_dropout", 0.0),
+        targets=None if targets == "all-linear" else tuple(targets or ()),
+        use_rslora=bool(record.get("use_rslora", False)),
+    )
+    return spec, record.get("base_model_name_or_path") or ""
+
+
+def load_adapter(model: Decoder, folder: Path, spec: LoraSpec | None = None) -> LoraSpec:
+    """Inject LoRA as `folder` describes and fill it. Every tensor must have its place, and every place its tensor."""
+    spec = spec or read_adapter_config(folder)[0]
+    inject(model, spec)
+    fill_adapter(model, folder)
+    return spec
+
+
+def fill_adapter(model: Decoder, folder: Path):
+    """Copy the folder's adapter tensors into a model that has LoRA layers already."""
+    path = folder / "adapter_model.safetensors"
+    if not path.exists():
+        raise CheckpointError(f"{path}: file not found; an adapter folder needs it (pickled adapters are refused)")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: broken safetensors file ({error})") from None
+    places = {}
+    for name, layer in lora_layers(model):
+        places[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
+        places[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
+    missing, unexpected = sorted(places.keys() - tensors.keys()), sorted(tensors.keys() - places.keys())
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{path}: does not fit this model: {len(missing)} tensors missing {missing[:3]}, "
+            f"{len(unexpected)} unexpected {unexpected[:3]}"
+        )
+    for name, parameter in places.items():
+        if tensors[name].shape != parameter.shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {list(tensors[name].shape)}, the model needs {list(parameter.shape)}"
+            )
+        with torch.no_grad():
+            parameter.copy_(tensors[name])

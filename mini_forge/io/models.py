@@ -1,0 +1,50 @@
+"""`load_model`: one call for a model folder, a hub ID, or the folder of a run or adapter."""
+
+from pathlib import Path
+
+import torch
+
+from mini_forge.errors import CheckpointError, ConfigError
+from mini_forge.io.adapters import load_adapter, read_adapter_config
+from mini_forge.io.weights import load_base, resolve_model
+from mini_forge.model.decoder import Decoder
+from mini_forge.model.ops import PLAIN, Ops
+
+QUANTIZATIONS = (None, "nf4", "fp4", "int8")
+
+
+def is_adapter(path: str | Path) -> bool:
+    return (Path(path).expanduser() / "adapter_config.json").is_file()
+
+
+def base_of(path: str | Path) -> Path:
+    """The folder of the base model: of an adapter, the one its config names; else the model itself."""
+    if not is_adapter(path):
+        return resolve_model(str(path))
+    name = read_adapter_config(Path(path).expanduser())[1]
+    if not name:
+        raise CheckpointError(f"{path}/adapter_config.json: base_model_name_or_path is empty; name the base model there")
+    return resolve_model(name)
+
+
+def load_model(
+    path: str | Path,
+    dtype: torch.dtype | None = torch.float32,
+    device: str | torch.device = "cpu",
+    quantization: str | None = None,
+    *,
+    nested: bool = False,
+    compute_dtype: torch.dtype | None = None,
+    ops: Ops = PLAIN,
+) -> Decoder:
+    """A decoder ready to use, in eval mode; with its LoRA layers in place if `path` is a run or adapter folder.
+
+    dtype: of the weights that are not quantized (None: as stored). quantization: None, "nf4", "fp4" or "int8" for the
+    base's linear layers. Raises CheckpointError for a folder that is not sound, ConfigError for another quantization."""
+    if quantization not in QUANTIZATIONS:
+        raise ConfigError(f"quantization: {quantization!r} must be one of {', '.join(map(repr, QUANTIZATIONS))}")
+    options = {"nested": nested, "compute_dtype": compute_dtype, "ops": ops}
+    model = load_base(base_of(path), dtype, device, quantization, **options)
+    if is_adapter(path):
+        load_adapter(model, Path(path).expanduser())
+    return model.eval()

@@ -1,0 +1,167 @@
+"""A run's folder: what is written when, and how it survives being killed at any moment.
+
+Files appear whole or not at all: each is written under a temporary name, flushed to the disk and renamed. A checkpoint
+is a folder `checkpoints/step-N` that appears by one rename; a half-written one keeps its temporary name and is swept
+away by the next run.
+"""
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mini_forge.errors import CheckpointError, ConfigError
+from mini_forge.io.weights import read_json
+
+TEMPORARY = ".tmp-"
+CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = "training_config.json", "metrics.jsonl", "summary.json"
+
+
+def write_atomic(path: Path, text: str):
+    """Write a text file so that a reader sees the old one or the whole new one."""
+    temporary = path.with_name(TEMPORARY + path.name)
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value):
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def publish_folder(temporary: Path, final: Path):
+    """Flush a finished temporary folder to the disk and give it its name, in place of what had that name."""
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            with file.open("rb+") as handle:
+                os.fsync(handle.fileno())
+    _sync_folder(temporary)
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(temporary, final)
+    _sync_folder(final.parent)
+
+
+def _sync_folder(folder: Path):
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class RunFolder:
+    """The folder of one run."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).expanduser()
+        self.checkpoints = self.path / "checkpoints"
+
+    def check_usable(self, *, resume: bool, overwrite: bool):
+        """Raise ConfigError if training here would harm what is there; touches nothing."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"output_dir: {str(self.path)!r} is a file; name a folder")
+        if not self.path.exists() or not any(self.path.iterdir()) or resume:
+            return
+        is_run = (self.path / CONFIG_FILE).exists()
+        if not is_run:
+            raise ConfigError(f"output_dir: {str(self.path)!r} holds files that are not a run's; name another folder")
+        if not overwrite:
+            raise ConfigError(
+                f"output_dir: {str(self.path)!r} holds a run already; add --resume to go on with it, "
+                "--overwrite to replace it, or name another folder"
+            )
+
+    def start(self, config: dict):
+        """A fresh run: remove what an earlier run left here (only a run's own files) and record the configuration."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for name in (METRICS_FILE, SUMMARY_FILE, "adapter_model.safetensors", "adapter_config.json", "eval.json",
+                     "predictions.jsonl"):  # fmt: skip
+            (self.path / name).unlink(missing_ok=True)
+        self.checkpoints.mkdir()
+        write_json(self.path / CONFIG_FILE, config)
+        (self.path / METRICS_FILE).touch()
+
+    def is_finished(self) -> bool:
+        summary = self.path / SUMMARY_FILE
+        return summary.exists() and read_json(summary).get("status") == "finished"
+
+    def steps(self) -> list[int]:
+        """The optimizer steps that have a checkpoint, ascending."""
+        found = self.checkpoints.glob("step-*") if self.checkpoints.exists() else []
+        return sorted(int(p.name[5:]) for p in found if p.name[5:].isdigit())
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step}"
+
+    def sweep(self):
+        """Remove what a killed run left half-written."""
+        for leftover in [*self.path.glob(TEMPORARY + "*"), *self.checkpoints.glob(TEMPORARY + "*")]:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+    def save_checkpoint(self, step: int, write, keep: int | None, protected: int | None) -> Path:
+        """Make checkpoint `step` from what `write(folder)` leaves; then drop all but the newest `keep` and `protected`."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        temporary = self.checkpoints / f"{TEMPORARY}step-{step}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        write(temporary)
+        publish_folder(temporary, self.checkpoint(step))
+        old = self.steps()[:-keep] if keep else []
+        for other in old:
+            if other != protected:
+                shutil.rmtree(self.checkpoint(other))
+        return self.checkpoint(step)
+
+    def append_metrics(self, record: dict):
+        with (self.path / METRICS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+
+    def metrics(self) -> list[dict]:
+        path = self.path / METRICS_FILE
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        whole = [line for line in lines if line.endswith("}")]  # a kill may have cut the last one
+        return [json.loads(line) for line in whole]
+
+    def truncate_metrics(self, step: int):
+        """Forget lines written after checkpoint `step`: the resumed run writes them again."""
+        kept = [record for record in self.metrics() if record["step"] <= step]
+        write_atomic(self.path / METRICS_FILE, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def rng_state() -> dict:
+    """The states of every random generator that training may draw from, as tensors and plain values."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "python": list(random.getstate()[1]),
+        "python_gauss": random.getstate()[2],
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_rng_state(state: dict):
+    torch.set_rng_state(state["torch"])
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    random.setstate((3, tuple(state["python"]), state["python_gauss"]))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def load_state(path: Path) -> dict:
+    """A `trainer_state.pt` of ours. Read with weights_only: it holds tensors and plain values, and can run no code."""
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(f"{path}: unreadable checkpoint ({error}); delete its folder to resume before it") from None

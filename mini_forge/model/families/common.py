@@ -1,0 +1,38 @@
+"""The keys that all Llama-shaped config.json files share."""
+
+from mini_forge.errors import CheckpointError
+from mini_forge.model.decoder import DecoderSpec, LayerSpec
+from mini_forge.model.rope import rope_spec
+
+
+def base_spec(config: dict, *, windows: list[int | None] | None = None, **options) -> DecoderSpec:
+    """The shared part of a spec; `windows` per layer (default: whole document), `options` are DecoderSpec fields."""
+    if config.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"config.json: hidden_act {config['hidden_act']!r} is not supported; supported: silu")
+    layers = config["num_hidden_layers"]
+    heads = config["num_attention_heads"]
+    return DecoderSpec(
+        vocab_size=config["vocab_size"],
+        hidden_size=config["hidden_size"],
+        mlp_size=config["intermediate_size"],
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_size=config.get("head_dim") or config["hidden_size"] // heads,
+        layers=tuple(LayerSpec(window) for window in windows or [None] * layers),
+        rope=rope_spec(config),
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        max_positions=config.get("max_position_embeddings", 2048),
+        tied_head=config.get("tie_word_embeddings", False),
+        **options,
+    )
+
+
+def layer_windows(config: dict) -> list[int | None]:
+    """Each layer's window: from `layer_types` where present, else layers from `max_window_layers` on slide."""
+    window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    layers = config["num_hidden_layers"]
+    first_sliding = config.get("max_window_layers", layers)
+    kinds = config.get("layer_types") or [
+        "sliding_attention" if i >= first_sliding else "full_attention" for i in range(layers)
+    ]
+    return [window if kind == "sliding_attention" else None for kind in kinds]

@@ -1,0 +1,65 @@
+"""Who may attend to whom: the documents of a batch, found once and shared by every layer.
+
+A batch is a stream of N = B·T tokens in which documents lie end to end. A document never sees another one, so attention
+needs only the documents' boundaries, not an (N, N) mask.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Boundaries of the documents in the flattened stream: `lengths` in tokens, `starts` (P + 1,) int32 on the device."""
+
+    lengths: list[int]
+    starts: torch.Tensor
+    _masks: dict = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    @classmethod
+    def from_ids(cls, document: torch.Tensor) -> "Documents":
+        """document (B, T) integers; a new document begins with each row and wherever the number changes.
+
+        Reads the boundaries back to the host: one synchronisation a batch, instead of one a layer."""
+        B, T = document.shape
+        begins = torch.ones(B, T, dtype=torch.bool, device=document.device)
+        begins[:, 1:] = document[:, 1:] != document[:, :-1]
+        starts = torch.nonzero(begins.flatten()).flatten()
+        starts = torch.cat((starts, starts.new_tensor([B * T]))).int()
+        edges = starts.tolist()
+        return cls([b - a for a, b in zip(edges, edges[1:], strict=False)], starts)
+
+    def use_varlen(self, query: torch.Tensor) -> bool:
+        """Whether the one-kernel CUDA path applies: it exists for 16-bit types only; elsewhere SDPA runs per document."""
+        return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+
+    def window_mask(self, length: int, window: int) -> torch.Tensor:
+        """(L, L) bool, True where key j is in query i's window: 0 <= i - j < window. Made once per length."""
+        if (length, window) not in self._masks:
+            index = torch.arange(length, device=self.starts.device)
+            distance = index[:, None] - index[None, :]
+            self._masks[length, window] = (distance >= 0) & (distance < window)
+        return self._masks[length, window]
+
+
+def document_positions(documents: Documents) -> torch.Tensor:
+    """(N,) int64: each token's index within its own document."""
+    lengths = torch.tensor(documents.lengths, device=documents.starts.device)
+    first = documents.starts[:-1].long().repeat_interleave(lengths)
+    return torch.arange(first.numel(), device=first.device) - first
+
+
+def cache_attends(position: torch.Tensor, slots: int, window: int | None) -> torch.Tensor:
+    """(B, T, S) bool: which cache slots a query may look at. Slot s holds the key of position s, so s <= position.
+
+    position (B, T) int64. Slots past a row's own tokens hold stale keys, and are always past its position too."""
+    slot = torch.arange(slots, device=position.device)
+    attends = slot <= position[..., None]
+    if window is not None:
+        attends &= slot > position[..., None] - window
+    return attends

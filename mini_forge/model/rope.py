@@ -1,0 +1,127 @@
+"""Rotary position embedding: frequencies and their long-context scalings.
+
+Angles of position p: p · inv_freq (C/2,), RoFormer (2104.09864) Eq. 15. Scalings change inv_freq, once, at construction;
+YaRN also scales cos and sin by a constant. All frequencies are float32: bfloat16 cannot tell position 257 from 256.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from mini_forge.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """theta is the base of the geometric frequency series; `scaling` the checkpoint's own record, as sorted pairs."""
+
+    theta: float
+    kind: str = "default"
+    scaling: tuple[tuple[str, float | bool], ...] = ()
+
+    def get(self, key: str, default=None):
+        return dict(self.scaling).get(key, default)
+
+
+def inverse_frequencies(spec: RopeSpec, channels: int) -> tuple[torch.Tensor, float]:
+    """(C/2,) float32 frequencies in radians a token, and the factor on cos and sin."""
+    base = 1.0 / (spec.theta ** (torch.arange(0, channels, 2, dtype=torch.int64).float() / channels))
+    return SCALINGS[spec.kind](spec, base, channels)
+
+
+def _default(spec, base, channels):
+    return base, 1.0
+
+
+def _linear(spec, base, channels):
+    """Position interpolation (2306.15595) Eq. 4: every position divided by the factor."""
+    return base / spec.get("factor"), 1.0
+
+
+def _llama3(spec, base, channels):
+    """Llama 3.1's rule: slow rotations divided by `factor`, fast ones kept, a linear blend between."""
+    factor, low, high = spec.get("factor"), spec.get("low_freq_factor"), spec.get("high_freq_factor")
+    trained = spec.get("original_max_position_embeddings")
+    wavelength = 2 * math.pi / base
+    blend = (trained / wavelength - low) / (high - low)
+    blended = (1 - blend) * base / factor + blend * base
+    scaled = torch.where(wavelength > trained / low, base / factor, base)
+    is_medium = (wavelength >= trained / high) & (wavelength <= trained / low)
+    return torch.where(is_medium, blended, scaled), 1.0
+
+
+def _yarn(spec, base, channels):
+    """YaRN (2309.00071) Eq. 17-22: interpolate channels that turn less than beta_slow times over the trained length,
+    keep those that turn more than beta_fast times, blend linearly between; scale cos and sin by 0.1·ln(factor) + 1."""
+    factor, trained = spec.get("factor"), spec.get("original_max_position_embeddings")
+    beta_fast, beta_slow = spec.get("beta_fast", 32), spec.get("beta_slow", 1)
+
+    def channel_of(turns):  # the (fractional) channel pair that turns `turns` times over the trained length
+        return channels * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(spec.theta))
+
+    low, high = channel_of(beta_fast), channel_of(beta_slow)
+    if spec.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, channels - 1)
+    ramp = (torch.arange(channels // 2).float() - low) / max(high - low, 0.001)
+    keep = 1 - ramp.clamp(0, 1)
+    return base / factor * (1 - keep) + base * keep, _yarn_magnitude(spec, factor)
+
+
+def _yarn_magnitude(spec, factor):
+    def magnitude(scale, coefficient=1.0):
+        return 1.0 if scale <= 1 else 0.1 * coefficient * math.log(scale) + 1.0
+
+    if spec.get("attention_factor") is not None:
+        return spec.get("attention_factor")
+    if spec.get("mscale") and spec.get("mscale_all_dim"):
+        return magnitude(factor, spec.get("mscale")) / magnitude(factor, spec.get("mscale_all_dim"))
+    return magnitude(factor)
+
+
+SCALINGS = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
+_REQUIRED = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+
+
+def rope_spec(config: dict, default_theta: float = 10000.0) -> RopeSpec:
+    """From a Hugging Face config: `rope_parameters` (new) or `rope_theta` with `rope_scaling` (old)."""
+    record = config.get("rope_parameters") or {**(config.get("rope_scaling") or {})}
+    theta = record.get("rope_theta", config.get("rope_theta", default_theta))
+    kind = record.get("rope_type", record.get("type", "default"))
+    if kind not in SCALINGS:
+        raise CheckpointError(f"config.json: rope type {kind!r} is not supported; supported: {', '.join(SCALINGS)}")
+    scaling = {k: v for k, v in record.items() if k not in ("rope_theta", "rope_type", "type") and v is not None}
+    if kind == "yarn" and "original_max_position_embeddings" not in scaling:
+        scaling["original_max_position_embeddings"] = config.get("max_position_embeddings")
+    missing = [k for k in _REQUIRED.get(kind, ()) if scaling.get(k) is None]
+    if missing:
+        raise CheckpointError(f"config.json: rope type {kind!r} needs {', '.join(missing)}")
+    return RopeSpec(float(theta), kind, tuple(sorted(scaling.items())))
+
+
+class Rope(torch.nn.Module):
+    """The cos and sin of a batch's positions, made once a forward pass and shared by all layers."""
+
+    def __init__(self, spec: RopeSpec, channels: int):
+        super().__init__()
+        self.spec, self.channels = spec, channels
+        self._by_device: dict[torch.device, torch.Tensor] = {}
+
+    def forward(self, position: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """position (N,) int64 → cos, sin (N, C) in `dtype`, the two halves of C alike."""
+        inv_freq, magnitude = self._frequencies(position.device)
+        angle = position.float()[:, None] * inv_freq
+        angle = torch.cat((angle, angle), dim=-1)
+        return (angle.cos() * magnitude).to(dtype), (angle.sin() * magnitude).to(dtype)
+
+    def _frequencies(self, device):
+        # Not a buffer: `.bfloat16()` on the model must not round the frequencies, and loading leaves nothing on meta.
+        if device not in self._by_device:
+            inv_freq, magnitude = inverse_frequencies(self.spec, self.channels)
+            self._by_device[device] = (inv_freq.to(device), magnitude)
+        return self._by_device[device]

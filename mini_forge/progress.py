@@ -1,0 +1,57 @@
+"""What a person sees while training: a bar with the latest numbers on a terminal, plain lines elsewhere."""
+
+import sys
+
+from tqdm import tqdm
+
+
+class ProgressDisplay:
+    """Prints lines and metrics; on a terminal they pass above a bar that follows the optimizer steps."""
+
+    def __init__(self, stream=None):
+        self.stream = stream or sys.stdout
+        self.bar = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def start(self, step: int, total_steps: int):
+        if self.stream.isatty():
+            self.bar = tqdm(total=total_steps, initial=step, unit="step", file=self.stream, dynamic_ncols=True)
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def line(self, text: str):
+        if self.bar is None:
+            print(text, file=self.stream, flush=True)
+        else:
+            self.bar.write(text, file=self.stream)
+
+    def step(self, step: int):
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+
+    def metrics(self, record: dict):
+        """One record of metrics.jsonl, short."""
+        if "loss" in record:
+            norm = "inf" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}"
+            extra = "".join(f"  {k} {record[k]:.4g}" for k in record if k.startswith(("reward", "kl")))
+            text = (
+                f"step {record['step']}  epoch {record['epoch']:.2f}  loss {record['loss']:.4f}  "
+                f"lr {record['learning_rate']:.2e}  grad norm {norm}  {record['tokens_per_second']:.0f} tokens/s  "
+                f"{record['peak_memory_bytes'] / 2**30:.2f} GiB{extra}"
+            )
+        else:
+            numbers = "  ".join(
+                f"{k} {v:.4f}" for k, v in record.items() if k.startswith("eval_") and isinstance(v, float)
+            )
+            text = f"step {record['step']}  {numbers}"
+        if self.bar is not None:
+            self.step(record["step"])
+        self.line(text)

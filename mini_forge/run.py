@@ -1,0 +1,326 @@
+"""`train(config)`: the one place that wires configuration, data, model, objective, loop and run folder together."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mini_forge import __version__
+from mini_forge.config import TrainingConfig
+from mini_forge.data.batches import Batch, collate, plan_epoch
+from mini_forge.errors import ConfigError, TrainingError
+from mini_forge.inference.evaluate import evaluate_loss
+from mini_forge.io.adapters import fill_adapter, save_adapter
+from mini_forge.io.card import model_card
+from mini_forge.io.models import load_model
+from mini_forge.io.runs import RunFolder, load_state, rng_state, set_rng_state, write_atomic, write_json
+from mini_forge.io.weights import load_base
+from mini_forge.model.decoder import Decoder
+from mini_forge.model.lora import LoraSpec, inject
+from mini_forge.prepare import Prepared, adapter_spec, prepare
+from mini_forge.providers import PROVIDERS
+from mini_forge.training.loop import Interrupted, Loop, LoopSettings, peak_memory_bytes
+from mini_forge.training.memory import keep_freed_memory
+from mini_forge.training.optim import (
+    load_optimizer_state,
+    make_optimizer,
+    optimizer_notes,
+    optimizer_state,
+    parameter_groups,
+)
+from mini_forge.training.schedule import warmup_steps
+from mini_forge.training.sft import sft_loss
+
+OBJECTIVES = {"sft": sft_loss, "qlora": sft_loss}
+# Keys that may change between a run and its resumption, because no step depends on them.
+FREE_ON_RESUME = ("output_dir", "comment", "notes", "logging_steps", "save_steps", "save_strategy", "save_total_limit",
+                  "per_device_eval_batch_size")  # fmt: skip
+
+
+@dataclass
+class RunResult:
+    """What a run leaves: its folder, the lines of metrics.jsonl, and the trained model in memory."""
+
+    output_dir: Path
+    metrics: list[dict]
+    model: Decoder
+
+
+def train(
+    config: TrainingConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    report: Callable[[str], None] = print,
+    on_metrics: Callable[[dict], None] | None = None,
+    on_start: Callable[[int, int], None] | None = None,
+) -> RunResult:
+    """Fine-tune as `config` says; leaves a run folder and returns a RunResult.
+
+    resume: go on from the run's last checkpoint. overwrite: replace a run that is there. `report` takes lines for a
+    person, `on_start` the first step and the number of steps, `on_metrics` each record of metrics.jsonl. Raises UserError before anything is written, TrainingError when
+    training fails, Interrupted after a signal."""
+    folder = RunFolder(config.output_dir)
+    folder.check_usable(resume=resume, overwrite=overwrite)
+    if resume and folder.is_finished():
+        report(f"{folder.path}: this run is finished; nothing to do")
+        return RunResult(folder.path, folder.metrics(), load_model(folder.path))
+    prepared = prepare(config)
+    keep_freed_memory()
+    torch.manual_seed(config.seed)
+    lora = adapter_spec(config)
+    model = build_model(prepared, lora, report)
+    if resume:
+        resume = _check_resume(folder, config, report)
+    if not resume:
+        folder.start(config.to_dict())
+    loop = build_loop(prepared, model, lora, folder, on_metrics)
+    if resume:
+        _restore(folder, loop, model, report)
+    _describe(prepared, model, loop, report)
+    if on_start is not None:
+        on_start(loop.progress.step, loop.settings.total_steps)
+    return _run(prepared, model, lora, folder, loop, report)
+
+
+def build_model(prepared: Prepared, lora: LoraSpec, report=print) -> Decoder:
+    """The base model as the plan says, with LoRA layers, ready to train."""
+    config, plan = prepared.config, prepared.plan
+    provider = PROVIDERS[config.provider]()
+    report(provider.describe())
+    model = load_base(
+        prepared.folder,
+        getattr(torch, plan.dtype),
+        plan.device,
+        plan.quantization,
+        nested=plan.nested,
+        compute_dtype=getattr(torch, plan.compute_dtype),
+        ops=provider.ops,
+    )
+    inject(model, lora, torch.Generator().manual_seed(config.seed))
+    if config.init_adapter:
+        fill_adapter(model, Path(config.init_adapter).expanduser())
+    model.gradient_checkpointing = config.gradient_checkpointing
+    model.neftune_alpha = config.neftune_noise_alpha
+    return model.train()
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """Which documents make up each optimizer step: a pure function of the step, so resuming needs only its number."""
+
+    prepared: Prepared
+    device: str
+    _cache: dict
+
+    def microbatches(self, epoch: int) -> list[list[int]]:
+        if epoch not in self._cache:
+            config = self.prepared.config
+            lengths = [len(document.ids) for document in self.prepared.train]
+            self._cache.clear()
+            self._cache[epoch] = plan_epoch(
+                lengths, config.per_device_train_batch_size, config.gradient_accumulation_steps,
+                config.group_by_length, config.packing, self.prepared.max_length, config.seed, epoch,
+            )  # fmt: skip
+        return self._cache[epoch]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.microbatches(0)) / self.prepared.config.gradient_accumulation_steps)
+
+    def window(self, step: int) -> list[Batch]:
+        """The microbatches of optimizer step `step`; the last window of an epoch may be short, and is trained whole."""
+        epoch, index = divmod(step, self.steps_per_epoch_of_run)
+        size = self.prepared.config.gradient_accumulation_steps
+        chosen = self.microbatches(epoch)[index * size : (index + 1) * size]
+        return [collate([self.prepared.train[i] for i in batch]).to(self.device) for batch in chosen]
+
+    @property
+    def steps_per_epoch_of_run(self) -> int:
+        if "steps" not in self._cache:
+            self._cache["steps"] = self.steps_per_epoch
+        return self._cache["steps"]
+
+
+def build_loop(prepared: Prepared, model: Decoder, lora: LoraSpec, folder: RunFolder, on_metrics=None) -> Loop:
+    config, plan = prepared.config, prepared.plan
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = make_optimizer(
+        config.optim, parameter_groups(trainable, config.weight_decay), config.learning_rate, config.weight_decay,
+        plan.device,
+    )  # fmt: skip
+    epochs = EpochPlan(prepared, plan.device, {})
+    settings = loop_settings(config, epochs.steps_per_epoch, has_eval=bool(prepared.eval))
+    objective = OBJECTIVES[config.strategy]
+
+    def save(progress):
+        keep_best = progress.best_step if config.load_best_model_at_end else None
+        folder.save_checkpoint(progress.step, write_checkpoint, config.save_total_limit, keep_best)
+
+    def write_checkpoint(target: Path):
+        save_adapter(target, model, lora, _base_name(prepared))
+        state = {"loop": loop.state(), "optimizer": optimizer_state(optimizer), "rng": rng_state()}
+        torch.save(state, target / "trainer_state.pt")
+
+    def log(record):
+        folder.append_metrics(record)
+        if on_metrics is not None:
+            on_metrics(record)
+
+    def evaluate():
+        began = time.perf_counter()
+        batch_size = config.per_device_eval_batch_size
+        result = evaluate_loss(model, prepared.eval, lambda m, b: _sum_and_count(objective(m, b)), batch_size=batch_size)
+        return {**result, "eval_seconds": round(time.perf_counter() - began, 3)}
+
+    loop = Loop(
+        settings=settings,
+        parameters=[p for _, p in trainable],
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler(plan.device) if plan.use_scaler else None,
+        window=epochs.window,
+        objective=lambda batch: objective(model, batch),
+        evaluate=evaluate if prepared.eval else None,
+        save=save,
+        log=log,
+    )
+    return loop
+
+
+def _sum_and_count(loss):
+    return loss.total, loss.count
+
+
+def loop_settings(config: TrainingConfig, steps_per_epoch: int, has_eval: bool) -> LoopSettings:
+    total = config.max_steps if config.max_steps > 0 else steps_per_epoch * config.num_train_epochs
+    save_steps = {"no": None, "steps": config.save_steps, "epoch": steps_per_epoch}[config.save_strategy]
+    return LoopSettings(
+        total_steps=total,
+        steps_per_epoch=steps_per_epoch,
+        warmup_steps=warmup_steps(total, config.warmup_ratio),
+        learning_rate=config.learning_rate,
+        schedule=config.lr_scheduler_type,
+        max_grad_norm=config.max_grad_norm,
+        logging_steps=config.logging_steps,
+        eval_steps=config.eval_steps if has_eval else None,
+        save_steps=save_steps,
+        patience=config.early_stopping_patience,
+        keep_best=config.load_best_model_at_end and has_eval,
+    )
+
+
+def _base_name(prepared: Prepared) -> str:
+    """What adapter_config.json calls the base: the hub ID, or a local folder's absolute path."""
+    local = Path(prepared.config.model_name).expanduser()
+    return str(local.resolve()) if local.is_dir() else prepared.config.model_name
+
+
+def _check_resume(folder: RunFolder, config: TrainingConfig, report) -> bool:
+    """Whether there is something to resume. Raises ConfigError if the configuration is not the run's own."""
+    folder.sweep()
+    if not folder.steps():
+        report(f"{folder.path}: no checkpoint to resume from; starting from the beginning")
+        return False
+    recorded = TrainingConfig.from_file(folder.path / "training_config.json").to_dict()
+    now = config.to_dict()
+    changed = [k for k in now if k not in FREE_ON_RESUME and now[k] != recorded.get(k)]
+    if changed:
+        raise ConfigError(
+            *[f"{k}: {now[k]!r} differs from {recorded.get(k)!r}, with which this run began; --resume goes on with the "
+              "same run: give the same value, or start another with init_adapter" for k in changed]
+        )  # fmt: skip
+    return True
+
+
+def _restore(folder: RunFolder, loop: Loop, model: Decoder, report):
+    step = folder.steps()[-1]
+    source = folder.checkpoint(step)
+    state = load_state(source / "trainer_state.pt")
+    fill_adapter(model, source)
+    load_optimizer_state(loop.optimizer, state["optimizer"])
+    loop.restore(state["loop"])
+    folder.truncate_metrics(step)
+    set_rng_state(state["rng"])
+    report(f"resuming from {source}")
+
+
+def _describe(prepared: Prepared, model: Decoder, loop: Loop, report):
+    config, plan, stats = prepared.config, prepared.plan, prepared.train_stats
+    trainable = sum(p.numel() for p in loop.parameters)
+    stored = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    storage = plan.quantization or plan.dtype
+    report(f"model: {config.model_name}, {stored / 2**20:.0f} MiB on {plan.device} ({storage}, training in {plan.dtype})")
+    report(f"adapter: {trainable:,} trained parameters, template: {prepared.template.name}")
+    evaluation = f", {len(prepared.eval)} to evaluate on" if prepared.eval else ""
+    report(
+        f"data: {len(prepared.train)} rows, {stats.tokens:,} tokens, {stats.trained_tokens:,} trained on{evaluation}; "
+        f"{loop.settings.total_steps} steps, {loop.settings.steps_per_epoch} an epoch"
+    )
+    for note in [*prepared.notes, *optimizer_notes(config.optim, plan.device)]:
+        report(f"note: {note}")
+
+
+def _run(prepared: Prepared, model: Decoder, lora: LoraSpec, folder: RunFolder, loop: Loop, report) -> RunResult:
+    config = prepared.config
+    try:
+        progress = loop.run()
+    except Interrupted as stopped:
+        report(f"stopped by {stopped} at step {loop.progress.step}; go on with --resume")
+        raise
+    except (TrainingError, torch.OutOfMemoryError, OSError) as error:
+        steps = folder.steps()
+        good = f"last good checkpoint: {folder.checkpoint(steps[-1])}" if steps else "no checkpoint was saved yet"
+        raise TrainingError(f"{_reason(error, config)}; {good}") from error
+    if config.load_best_model_at_end and progress.best_step is not None and progress.best_step != progress.step:
+        fill_adapter(model, folder.checkpoint(progress.best_step))
+        report(f"the best evaluation was at step {progress.best_step}: its adapter is kept")
+    model.eval()
+    save_adapter(folder.path, model, lora, _base_name(prepared))
+    prepared.tokenizer.save(folder.path)
+    summary = summarise(prepared, loop, folder.metrics())
+    write_atomic(folder.path / "README.md", model_card(config.to_dict(), summary, _base_name(prepared)))
+    write_json(folder.path / "summary.json", summary)  # last: its presence says that all else is in place
+    return RunResult(folder.path, folder.metrics(), model)
+
+
+def _reason(error: Exception, config: TrainingConfig) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "out of memory; lower per_device_train_batch_size or max_seq_length, or set gradient_checkpointing or use_4bit"
+        )
+    return str(error)
+
+
+def summarise(prepared: Prepared, loop: Loop, metrics: list[dict]) -> dict:
+    """summary.json: how the run ended and what it cost."""
+    progress, stats = loop.progress, prepared.train_stats
+    losses = [m["loss"] for m in metrics if "loss" in m]
+    evaluations = [m["eval_loss"] for m in metrics if "eval_loss" in m]
+    return {
+        "status": "finished",
+        "steps": progress.step,
+        "stopped_early": progress.stopped_early,
+        "train_loss_first": losses[0] if losses else None,
+        "train_loss_last": losses[-1] if losses else None,
+        "eval_loss_first": evaluations[0] if evaluations else None,
+        "eval_loss_last": evaluations[-1] if evaluations else None,
+        "best_eval_loss": progress.best_loss,
+        "best_step": progress.best_step,
+        "tokens": progress.tokens,
+        "trained_tokens": progress.trained_tokens,
+        "seconds": round(progress.seconds, 3),
+        "tokens_per_second": round(progress.tokens / max(progress.seconds, 1e-9), 2),
+        "peak_memory_bytes": peak_memory_bytes(loop.parameters[0].device),
+        "trained_parameters": sum(p.numel() for p in loop.parameters),
+        "rows": stats.rows,
+        "rows_truncated": stats.truncated,
+        "rows_dropped": stats.dropped,
+        "template": prepared.template.name,
+        "precision": prepared.plan.dtype,
+        "quantization": prepared.plan.quantization,
+        "device": prepared.plan.device,
+        "versions": {"mini_forge": __version__, "torch": torch.__version__},
+    }

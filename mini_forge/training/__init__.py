@@ -1,0 +1,1 @@
+"""Losses, optimizers, schedules, and the loop that turns batches into an adapter."""

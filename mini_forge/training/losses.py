@@ -1,0 +1,66 @@
+"""Losses return a sum and a count; only the training loop divides, once per optimizer step.
+
+Dividing each microbatch by its own count and averaging would weight tokens by their microbatch's length: the
+gradient-accumulation error that many trainers had.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """`total`: the summed loss, a scalar float32 with gradient; `count`: what it is to be divided by."""
+
+    total: torch.Tensor
+    count: int
+    metrics: dict = field(default_factory=dict)
+
+
+def token_nll(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """-log softmax(hidden Wᵀ)[target] of each token, in nats; the (N, V) logits never exist, only chunks of them.
+
+    hidden (N, D), weight (V, D), targets (N,) int64 in [0, V). Returns (N,) float32, differentiable in `hidden` and,
+    where it is trained, `weight`. For a frozen weight the gradient is made in the forward pass: row i of the loss
+    depends on row i of `hidden` alone, so dh_i = (softmax(z_i) - onehot_i) W is complete but for the factor that
+    arrives from above, and no logits need to be kept or made again."""
+    if weight.requires_grad and torch.is_grad_enabled():
+        parts = [
+            checkpoint(_plain_nll, h, weight, t, use_reentrant=False)
+            for h, t in zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
+        ]
+        return torch.cat(parts)
+    return _FrozenHeadNLL.apply(hidden, weight, targets)
+
+
+def _plain_nll(hidden, weight, targets):
+    return torch.nn.functional.cross_entropy((hidden @ weight.t()).float(), targets, reduction="none")
+
+
+class _FrozenHeadNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        wants_grad = ctx.needs_input_grad[0]
+        grad = torch.empty_like(hidden) if wants_grad else None
+        for start in range(0, len(targets), CHUNK_TOKENS):
+            rows = slice(start, start + CHUNK_TOKENS)
+            index = targets[rows, None]
+            logits = (hidden[rows] @ weight.t()).float()  # float32: a sum of V exponentials in 16 bits loses the tail
+            log_norm = logits.logsumexp(-1, keepdim=True)
+            nll[rows] = (log_norm - logits.gather(-1, index)).squeeze(-1)
+            if wants_grad:
+                softmax = logits.sub_(log_norm).exp_()
+                softmax.scatter_add_(-1, index, torch.full_like(log_norm, -1.0))
+                torch.mm(softmax.to(weight.dtype), weight, out=grad[rows])
+        ctx.save_for_backward(grad)
+        return nll
+
+    @staticmethod
+    def backward(ctx, grad_nll):
+        (grad,) = ctx.saved_tensors
+        return grad * grad_nll[:, None].to(grad.dtype), None, None

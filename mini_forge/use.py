@@ -1,0 +1,117 @@
+"""Use a trained run or a plain model: the same template, system prompt and precision it was trained with."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mini_forge.config import TrainingConfig, detect_machine, resolve
+from mini_forge.data.batches import split, tokenize
+from mini_forge.data.chat import Template, choose_template
+from mini_forge.data.tasks import Example, load_examples
+from mini_forge.data.tokenizer import Tokenizer, load_tokenizer
+from mini_forge.errors import ConfigError
+from mini_forge.inference.evaluate import evaluate_generation, evaluate_loss
+from mini_forge.inference.generate import TextStream, generate
+from mini_forge.io.models import base_of, is_adapter, load_model
+from mini_forge.io.runs import CONFIG_FILE
+from mini_forge.model.decoder import Decoder
+from mini_forge.training.sft import sft_loss
+
+
+@dataclass
+class Session:
+    """A loaded model with everything needed to talk to it. `config` is None for a model that is not a run of ours."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    template: Template
+    system_prompt: str | None
+    config: TrainingConfig | None
+
+    @classmethod
+    def open(cls, path: str, system_prompt: str | None = None, device: str = "auto") -> "Session":
+        """path: a run or adapter folder, a model folder, or a hub ID."""
+        record = Path(path).expanduser() / CONFIG_FILE
+        config = TrainingConfig.from_file(record) if record.is_file() else None
+        if config is not None:
+            plan = resolve(config, detect_machine(device))
+            options = {"nested": plan.nested, "compute_dtype": getattr(torch, plan.compute_dtype)}
+            model = load_model(path, getattr(torch, plan.dtype), plan.device, plan.quantization, **options)
+        else:
+            machine = detect_machine(device)
+            dtype = torch.bfloat16 if machine.device == "cuda" and machine.has_bf16 else torch.float32
+            model = load_model(path, dtype, machine.device)
+        own = is_adapter(path) and (Path(path).expanduser() / "tokenizer.json").is_file()
+        tokenizer = load_tokenizer(path if own else base_of(path))
+        chosen = (config.chat_template, config.model_name, config.task) if config else (None, str(path), "text-generation")
+        template = choose_template(chosen[0], chosen[1], tokenizer, chosen[2])
+        if system_prompt is None and config is not None:
+            system_prompt = config.system_prompt
+        return cls(model, tokenizer, template, system_prompt, config)
+
+    def prompt_ids(self, text: str, raw: bool = False) -> list[int]:
+        """Token ids of a user's message in the template, or of the text as it is."""
+        if not raw:
+            system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+            text = self.template.render_prompt([*system, {"role": "user", "content": text}])
+        ids = self.tokenizer.encode(text)
+        needs_bos = self.tokenizer.adds_bos and (not ids or ids[0] != self.tokenizer.bos_id)
+        return [self.tokenizer.bos_id, *ids] if needs_bos else ids
+
+    def print_reply(self, text: str, raw: bool = False, write=sys.stdout.write, **sampling):
+        """Stream the model's continuation of one prompt, with a final line break."""
+        stream = TextStream(self.tokenizer)
+        ids = self.prompt_ids(text, raw)
+        limit = self.model.spec.max_positions
+        if len(ids) >= limit:
+            raise ConfigError(f"--prompt: {len(ids)} tokens; the model has {limit} positions; shorten the prompt")
+        sampling["max_new_tokens"] = min(sampling["max_new_tokens"], limit - len(ids))
+        stops = self.template.stop_ids(self.tokenizer)
+        generate(self.model, [ids], stop_ids=stops, on_token=lambda _, i: write(stream.push(i)), **sampling)
+        write(stream.finish() + "\n")
+
+
+def evaluate_run(
+    path: str, *, dataset: str | None = None, limit: int | None = None, constrained: bool = True, max_new_tokens: int = 128
+) -> tuple[dict, list[dict]]:
+    """Metrics and predictions of a run or adapter on a dataset: loss and perplexity, and the task's own scores.
+
+    Without `dataset`: the run's eval_dataset, else the very rows it held out."""
+    session = Session.open(path)
+    examples = _evaluation_examples(session.config, dataset)
+    examples = examples[:limit] if limit else examples
+    config = session.config
+    length = (config.max_seq_length if config else None) or session.model.spec.max_positions
+    documents, stats = tokenize(
+        examples, session.template, session.tokenizer, length, bool(config and config.train_on_prompt),
+        session.system_prompt,
+    )  # fmt: skip
+    device = session.model.device
+    metrics = {"rows": len(examples), "rows_dropped": stats.dropped}
+    metrics |= evaluate_loss(session.model, documents, lambda model, batch: _sum_and_count(sft_loss(model, batch)),
+                             batch_size=config.per_device_eval_batch_size if config else 1, device=device)  # fmt: skip
+    scores, predictions = evaluate_generation(
+        session.model, session.tokenizer, session.template, examples, config.task if config else "text-generation",
+        max_new_tokens=max_new_tokens, constrained=constrained, system_prompt=session.system_prompt,
+    )  # fmt: skip
+    return metrics | scores, predictions
+
+
+def _sum_and_count(loss):
+    return loss.total, loss.count
+
+
+def _evaluation_examples(config: TrainingConfig | None, dataset: str | None) -> list[Example]:
+    if dataset is not None:
+        return load_examples(dataset, config.task if config else "text-generation")
+    if config is None:
+        raise ConfigError("--dataset: this folder has no training_config.json, so a dataset must be named")
+    if config.eval_dataset:
+        return load_examples(config.eval_dataset, config.task)
+    rows = load_examples(config.dataset, config.task)
+    held_out = split(len(rows), config.eval_split, config.seed)[1]
+    if not held_out:
+        raise ConfigError("--dataset: the run held no rows out (eval_split 0); name a dataset to evaluate on")
+    return [rows[i] for i in held_out]
