@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -77,7 +78,8 @@ class _LoRAProduct(torch.autograd.Function):
     def forward(ctx, x, A, B, base, scaling, rate):
         flat = x.reshape(-1, x.shape[-1])
         seed = int(torch.randint(2**62, ())) if rate else 0  # from the global generator, so a resumed run redraws it
-        dropped = _dropout(flat, rate, seed)
+        dropped = flat if not rate else flat * dropout_keep(flat.shape, rate, seed, flat.device)
+        scaling = scaling * kept_scale(rate)
         out = _base_product(flat, base)
         out.addmm_(dropped @ A.to(x.dtype).t(), B.to(x.dtype).t(), alpha=scaling)
         ctx.save_for_backward(x, A, B)
@@ -88,19 +90,20 @@ class _LoRAProduct(torch.autograd.Function):
     def backward(ctx, grad_out):
         x, A, B = ctx.saved_tensors
         flat, grad = x.reshape(-1, x.shape[-1]), grad_out.reshape(-1, grad_out.shape[-1])
+        keep = dropout_keep(flat.shape, ctx.rate, ctx.seed, flat.device) if ctx.rate else None
+        low_A = A.to(x.dtype)
         grad_low = (grad @ B.to(x.dtype)).mul_(ctx.scaling)  # s·(dY B), (N, R)
         grad_A = grad_B = grad_x = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            dropped = _dropout(flat, ctx.rate, ctx.seed)
+            dropped = flat if keep is None else flat * keep
             grad_A = (grad_low.t() @ dropped).to(A.dtype)
-            low = (dropped @ A.to(x.dtype).t()).mul_(ctx.scaling)
-            grad_B = (grad.t() @ low).to(B.dtype)
+            grad_B = (grad.t() @ (dropped @ low_A.t()).mul_(ctx.scaling)).to(B.dtype)
         if ctx.needs_input_grad[0]:
             grad_x = _base_gradient(grad, ctx.base)
-            if ctx.rate:
-                grad_x.add_(_dropout(grad_low @ A.to(x.dtype), ctx.rate, ctx.seed))
+            if keep is None:
+                grad_x.addmm_(grad_low, low_A)
             else:
-                grad_x.addmm_(grad_low, A.to(x.dtype))
+                grad_x.add_((grad_low @ low_A).mul_(keep))
             grad_x = grad_x.view(x.shape)
         return grad_x, grad_A, grad_B, None, None, None
 
@@ -116,15 +119,22 @@ def _base_gradient(grad: torch.Tensor, base: nn.Module) -> torch.Tensor:
     return (grad.to(compute) @ dequantized_weight(base, compute)).to(grad.dtype)
 
 
-def _dropout(x: torch.Tensor, rate: float, seed: int) -> torch.Tensor:
-    """x with each element zeroed with probability `rate` and the rest divided by 1 - rate. The same for the same seed."""
-    if not rate:
-        return x
-    if rate == 1:
-        return torch.zeros_like(x)
-    generator = torch.Generator(x.device).manual_seed(seed)
-    keep = torch.empty_like(x).bernoulli_(1 - rate, generator=generator)
-    return keep.mul_(x).div_(1 - rate)
+def kept_scale(rate: float) -> float:
+    """1/(1 - rate), the factor on what dropout keeps; 0 where it keeps nothing."""
+    return 1 / (1 - rate) if rate < 1 else 0.0
+
+
+def dropout_keep(shape: torch.Size, rate: float, seed: int, device: torch.device) -> torch.Tensor:
+    """A bool mask, True with probability 1 - rate (to within 2⁻¹⁷); the same for the same seed.
+
+    On the CPU from 16-bit words of numpy's SFC64 generator: torch's own takes 15 times as long, more than the products
+    it would be drawn for (measured on 900 × 576 elements: 2.9 ms against 0.2)."""
+    if device.type != "cpu":
+        generator = torch.Generator(device).manual_seed(seed)
+        return torch.rand(shape, device=device, generator=generator) >= rate
+    words = np.random.SFC64(seed).random_raw(-(-shape.numel() // 4)).view(np.int16)
+    threshold = round(rate * 2**16) - 2**15
+    return (torch.from_numpy(words)[: shape.numel()] >= threshold).view(shape)
 
 
 def linear_names(model: nn.Module) -> list[str]:

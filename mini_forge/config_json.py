@@ -1,0 +1,63 @@
+"""A JSON object from a file, strictly: duplicate keys and syntax errors are reported with file and line."""
+
+import json
+from pathlib import Path
+
+from mini_forge.config_keys import show
+from mini_forge.errors import ConfigError
+
+
+def read_object(path: str | Path) -> dict:
+    """The object in the UTF-8 file `path` (a byte-order mark is fine). Raises ConfigError."""
+    text = _read_text(Path(path))
+    problems = []
+
+    def unique(pairs):
+        found = {}
+        for name, value in pairs:
+            if name in found:
+                problems.append(
+                    f"{name}: given twice in {path}, as {show(found[name])} and as {show(value)}; keep one of them"
+                )
+            found[name] = value
+        return found
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{path}:{error.lineno}: not JSON: {error.msg} (column {error.colno}){_hint(text, error.pos)}"
+        ) from None
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, thousands of brackets
+        raise ConfigError(f"{path}: not readable as JSON: {str(error).splitlines()[0]}") from None
+    if problems:
+        raise ConfigError(*problems)
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: Must be a JSON object (got {show(value)}); write keys and values between {{ and }}")
+    return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}; give the path of a configuration file") from None
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from None
+
+
+def _hint(text: str, position: int) -> str:
+    """The remedy for the usual slips."""
+    if not text.strip():
+        return "; the file is empty"
+    before, here = text[:position].rstrip(), text[position : position + 1]
+    if before.endswith(",") and here in "}]" or here == ",":
+        return "; remove the comma before the closing bracket"
+    if here in "#/":
+        return '; JSON has no comments, use the key "comment"'
+    if here == "'":
+        return '; JSON strings take double quotes (")'
+    return ""

@@ -1,0 +1,81 @@
+"""Rules between configuration keys: contradictions (errors) and settings without effect (warnings).
+
+Both take `v`, every value by key after defaults, and `written`, the keys the user gave. A contradiction needs two things
+the user said, or one that the rest of the configuration rules out; what was filled in by us never contradicts.
+"""
+
+from collections.abc import Iterator
+
+PRECISION_FLAGS = {"float16": "fp16", "bfloat16": "bf16", "float32": None}  # dtype -> the flag that says the same
+
+DPO_KEYS = ("beta", "loss_type", "label_smoothing")
+RLHF_KEYS = (
+    "reward_model", "reward_function", "kl_coef", "ppo_epochs", "num_mini_batches", "rollout_batch_size",
+    "max_new_tokens", "temperature", "gamma", "gae_lambda", "clip_range", "value_clip_range", "value_coef",
+)  # fmt: skip
+
+
+def contradictions(v: dict, written: set[str]) -> Iterator[str]:
+    """A line for each pair of settings that cannot both hold."""
+    yield from _storage(v)
+    yield from _precision(v, written)
+    yield from _evaluation(v)
+    if v["provider"] == "unsloth" and "max_seq_length" in written and v["max_seq_length"] is None:
+        yield 'max_seq_length: Cannot be -1 or null with provider "unsloth"; give a length, or leave the key out'
+    if v["num_mini_batches"] > v["rollout_batch_size"]:
+        yield (
+            f"num_mini_batches: Must be ≤ rollout_batch_size, {v['rollout_batch_size']} (got {v['num_mini_batches']}); "
+            "a mini-batch needs at least one rollout"
+        )
+    if v["loss_type"] == "robust" and v["label_smoothing"] == 0.5:
+        yield (
+            'label_smoothing: Must be < 0.5 with loss_type "robust" (got 0.5); half of the labels flipped say nothing, '
+            "give the expected share of flipped labels"
+        )
+
+
+def _storage(v: dict) -> Iterator[str]:
+    if v["use_4bit"] and v["use_8bit"]:
+        yield "use_8bit: true contradicts use_4bit: true; weights are stored one way, set one of them to false"
+    elif v["strategy"] == "qlora" and v["use_8bit"]:
+        yield 'use_8bit: true contradicts strategy "qlora", which is 4-bit; use strategy "sft" for 8-bit weights'
+    elif v["strategy"] == "qlora" and not v["use_4bit"]:
+        yield 'use_4bit: false contradicts strategy "qlora", which is 4-bit; use strategy "sft", or leave use_4bit out'
+
+
+def _precision(v: dict, written: set[str]) -> Iterator[str]:
+    if v["fp16"] and v["bf16"]:
+        yield "bf16: true contradicts fp16: true; keep one, or neither to let the device decide"
+    if v["dtype"] is None:
+        return
+    for flag in ("fp16", "bf16"):
+        said = PRECISION_FLAGS[v["dtype"]] == flag
+        if flag in written and v[flag] is not said:
+            value = "true" if v[flag] else "false"
+            yield f'{flag}: {value} contradicts dtype "{v["dtype"]}"; keep one of the two keys'
+
+
+def _evaluation(v: dict) -> Iterator[str]:
+    if v["eval_split"] > 0 or v["eval_dataset"] is not None:
+        return
+    remedy = "give eval_split > 0 or an eval_dataset, or leave the key out"
+    if v["early_stopping_patience"] is not None:
+        yield f"early_stopping_patience: {v['early_stopping_patience']} needs evaluation and eval_split is 0; {remedy}"
+    if v["load_best_model_at_end"]:
+        yield f"load_best_model_at_end: true needs evaluation and eval_split is 0; {remedy}"
+
+
+def warnings(v: dict, written: set[str], defaults: dict) -> Iterator[str]:
+    """A line for each setting that differs from its default and has no effect beside the others."""
+    changed = {name for name in written if v[name] != defaults[name]}
+    for strategy, names in (("dpo", DPO_KEYS), ("rlhf", RLHF_KEYS)):
+        if v["strategy"] != strategy:
+            for name in names:
+                if name in changed:
+                    yield f'{name}: no effect with strategy "{v["strategy"]}"; it belongs to "{strategy}"'
+    if v["label_smoothing"] and v["strategy"] == "dpo" and v["loss_type"] in ("ipo", "hinge"):
+        yield f'label_smoothing: no effect with loss_type "{v["loss_type"]}"; it belongs to "sigmoid" and "robust"'
+    if v["max_steps"] > 0 and "num_train_epochs" in changed:
+        yield f"num_train_epochs: no effect, max_steps {v['max_steps']} decides how long training lasts"
+    if "save_steps" in changed and v["save_strategy"] != "steps":
+        yield f'save_steps: no effect with save_strategy "{v["save_strategy"]}"; it belongs to "steps"'

@@ -1,0 +1,166 @@
+"""Read a dataset file: JSONL (an object may be spread over lines) or one JSON array, to rows that know their line.
+
+A byte-order mark, CRLF and blank lines are fine. Every fault is kept with its line, so that one reading reports all:
+functions here append (line, message) to a list of problems, and `raise_problems` makes a DataError of it.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mini_forge.errors import DataError
+
+SHOWN_PROBLEMS = 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One JSON object of a dataset and the line it begins on."""
+
+    line: int
+    fields: dict
+
+
+def read_rows(path) -> list[Row]:
+    """The objects of a dataset file. Raises DataError with every problem."""
+    problems = []
+    rows = scan(path, problems)
+    raise_problems(path, problems)
+    return rows
+
+
+def scan(path, problems: list[tuple[int, str]]) -> list[Row]:
+    """The rows that can be read; what is wrong with the others goes to `problems`."""
+    text = _decode(path, problems)
+    values = _array_values if text.lstrip().startswith("[") else _line_values
+    rows = []
+    for line, value in values(text, problems):
+        if isinstance(value, dict):
+            rows.append(Row(line, value))
+        else:
+            problems.append((line, f"a row must be a JSON object {{…}}, this is {kind(value)}"))
+    if not rows and not problems:
+        raise DataError(f"{path}: no rows; write one JSON object a line")
+    return rows
+
+
+def raise_problems(path, problems: list[tuple[int, str]]) -> None:
+    """DataError with the first problems by line, if there are any."""
+    if not problems:
+        return
+    shown = [f"{path}:{line}: {message}" for line, message in sorted(problems)[:SHOWN_PROBLEMS]]
+    if len(problems) > SHOWN_PROBLEMS:
+        shown.append(f"{path}: and {len(problems) - SHOWN_PROBLEMS} more problems")
+    raise DataError(*shown)
+
+
+def kind(value) -> str:
+    """A JSON value as an error message names it."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return json.dumps(value)
+    name = {str: "string", list: "list", dict: "object"}[type(value)]
+    return f"a{'' if value else 'n empty'} {name}".replace("a object", "an object")
+
+
+def _decode(path, problems: list[tuple[int, str]]) -> str:
+    """The file as text without a byte-order mark; a line that is not UTF-8 is noted and left blank."""
+    path = Path(path)
+    if path.is_dir():
+        raise DataError(f"{path}: is a directory; dataset must be a JSONL or JSON file")
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: Dataset file not found; dataset must be a JSONL or JSON file") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); dataset must be a readable file") from error
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{path}: is UTF-16; save it as UTF-8")
+    lines = []
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        try:
+            lines.append(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            problems.append((number, f"not UTF-8 at byte {error.start + 1} of the line; save the file as UTF-8"))
+            lines.append("")
+    return "\n".join(lines)
+
+
+def _line_values(text: str, problems: list[tuple[int, str]]) -> Iterator[tuple[int, object]]:
+    """(line, value) of JSONL. A line that is no JSON by itself may open an object that ends before the next "{" at a
+    line's beginning; if it does not, the line is a problem and the next ones are read as if it were not there."""
+    lines = text.split("\n")  # not splitlines: U+2028 may stand in a JSON string
+    number = 0
+    while number < len(lines):
+        first, number = number, number + 1
+        if not lines[first].strip():
+            continue
+        try:
+            yield first + 1, _DECODER.decode(lines[first])
+            continue
+        except _BAD_JSON as error:
+            fault, faulty = error, first
+        end = next((n for n in range(number, len(lines)) if lines[n].startswith("{")), len(lines))
+        try:
+            yield first + 1, _DECODER.decode("\n".join(lines[first:end]))
+            number = end
+        except _BAD_JSON as error:
+            if lines[first].strip() == "{":  # surely spread out: one problem, where it is, for the whole object
+                fault, faulty, number = error, first + getattr(error, "lineno", 1) - 1, end
+            problems.append((faulty + 1, _json_fault(fault)))
+
+
+def _array_values(text: str, problems: list[tuple[int, str]]) -> Iterator[tuple[int, object]]:
+    """(line, value) of a JSON array's elements. The first fault of syntax is the last that can be found."""
+    place = _skip(text, text.index("[") + 1)
+    line, counted = 1, 0
+    is_first = True
+    while not (is_first and text.startswith("]", place)):
+        line, counted = line + text.count("\n", counted, place), place
+        try:
+            value, end = _DECODER.raw_decode(text, place)
+        except _BAD_JSON as error:
+            problems.append((getattr(error, "lineno", line), _json_fault(error)))
+            return
+        yield line, value
+        is_first, place = False, _skip(text, end)
+        if text.startswith("]", place):
+            break
+        if not text.startswith(",", place):
+            line += text.count("\n", counted, place)
+            problems.append((line, "not JSON: expected ',' or ']' after an element of the array"))
+            return
+        place = _skip(text, place + 1)
+    rest = text[place + 1 :].strip()
+    if rest:
+        problems.append((1 + text.count("\n", 0, _skip(text, place + 1)), f"text after the array's end: {rest[:40]!r}"))
+
+
+def _skip(text: str, place: int) -> int:
+    """The next place that is not white space."""
+    while text[place : place + 1] in (" ", "\t", "\r", "\n"):
+        place += 1
+    return place
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} appears twice in one object")
+    return fields
+
+
+def _no_constant(name: str):
+    raise ValueError(f"{name} is not a JSON value; use null or a number")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+_BAD_JSON = (ValueError, RecursionError)  # ValueError: JSONDecodeError, the hooks' own, integers of 5000 digits
+
+
+def _json_fault(error: BaseException) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error.msg} at column {error.colno}"
+    return "not JSON: nested too deeply" if isinstance(error, RecursionError) else f"not JSON: {error}"

@@ -1,0 +1,193 @@
+"""Run a checkpoint's Jinja chat template as Hugging Face does, without trusting it.
+
+The environment is Jinja's immutable sandbox: no file, no import, no private attribute, nothing handed in is changed.
+Beyond that a template may take `LIMIT_SECONDS` and spell `LIMIT_CHARACTERS`. The clock is read in every turn of a
+loop, call and filter (Jinja repeats work in no other way), so it holds in any thread and under any debugger. What can
+grow in a single step (operators, filters, calls, joined and captured text) is checked at that step.
+"""
+
+import json
+import re
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+from datetime import datetime
+from functools import wraps
+
+import jinja2
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+LIMIT_SECONDS = 10.0
+LIMIT_CHARACTERS = 4_000_000
+LIMIT_INTEGER_BITS = 4096
+
+FILE_NAME = "<chat template>"
+# What an expression of a template can raise: Jinja's own errors, and those of the Python operations behind them.
+FAILURES = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError,
+            MemoryError)  # fmt: skip
+
+_deadline: ContextVar[float] = ContextVar("deadline", default=float("inf"))
+
+
+class TemplateFailure(ValueError):
+    """A template did not compile or would not render; the message is its reason, with the template's line."""
+
+
+def compile_template(source: str, now: datetime | None = None) -> Callable[..., str]:
+    """`render(**variables) -> str` of a Jinja chat template. Compiling and rendering raise TemplateFailure.
+
+    `now` is what `strftime_now` tells, fixed here so that a template spells the same text throughout a run."""
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
+    moment = now or datetime.now()
+    environment.filters = {name: _guarded(function) for name, function in environment.filters.items()}
+    environment.filters["tojson"] = _guarded(_to_json)
+    del environment.globals["lipsum"]  # text by the megabyte
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: moment.strftime(form)
+    try:
+        tree = _with_checks(environment.parse(source), environment)
+        code = environment.compile(tree, filename=FILE_NAME)
+    except FAILURES as error:
+        raise TemplateFailure(_reason(error)) from error
+    template = environment.template_class.from_code(environment, code, environment.make_globals(None))
+
+    def render(**variables) -> str:
+        previous = _deadline.set(time.monotonic() + LIMIT_SECONDS)
+        pieces, length = [], 0
+        try:
+            for piece in template.generate(**variables):
+                pieces.append(piece)
+                length += len(piece)
+                _check_length(length)
+        except FAILURES as error:
+            raise TemplateFailure(_reason(error)) from error
+        finally:
+            _deadline.reset(previous)
+        return "".join(pieces)
+
+    return render
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def tick(self) -> None:
+        """Raises once the time is over; `_with_checks` calls it in every loop."""
+        if time.monotonic() > _deadline.get():
+            raise SecurityError(f"stopped: it ran longer than {LIMIT_SECONDS:g} s")
+
+    def call_binop(self, context, operator, left, right):
+        if isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+            if bits > LIMIT_INTEGER_BITS:
+                raise SecurityError(f"stopped: it computes an integer of more than {LIMIT_INTEGER_BITS} bits")
+        elif operator == "*":
+            _check_length(_size(left) * right if isinstance(right, int) else _size(right) * int(left))
+        elif operator == "+":
+            _check_length(_size(left) + _size(right))
+        elif operator == "%":
+            _check_widths(left)
+        return super().call_binop(context, operator, left, right)
+
+    def call(self, context, function, /, *args, **kwargs):
+        self.tick()
+        owner = getattr(getattr(function, "__wrapped__", function), "__self__", None)
+        if isinstance(owner, (str, bytes, int)):  # "x".ljust(10**9), "{:1000000000}".format(1)
+            if function.__name__.startswith("format"):
+                _check_widths(owner)
+            _check_arguments(*args, *kwargs.values())
+        result = super().call(context, function, *args, **kwargs)
+        _check_length(_size(result))
+        return result
+
+
+class _Generation(Extension):
+    """`{% generation %}…{% endgeneration %}` marks what the model writes; we find that ourselves, so it is just text."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+
+def _with_checks(tree: nodes.Template, environment: _Sandbox) -> nodes.Template:
+    """The same template with a look at the clock in every loop, and joined and captured text made filters' work."""
+    for loop in tree.find_all(nodes.For):
+        tick = nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None)
+        loop.body.insert(0, nodes.ExprStmt(tick, lineno=loop.lineno))
+    for capture in tree.find_all(nodes.AssignBlock):
+        capture.filter = nodes.Filter(capture.filter, "string", [], [], None, None, lineno=capture.lineno)
+    for node in [tree, *tree.find_all(nodes.Node)]:
+        for name, value in list(node.iter_fields()):
+            if isinstance(value, nodes.Concat):
+                setattr(node, name, _joined(value))
+            elif isinstance(value, list):
+                value[:] = [_joined(item) if isinstance(item, nodes.Concat) else item for item in value]
+    return tree.set_environment(environment)
+
+
+def _joined(concat: nodes.Concat) -> nodes.Filter:
+    return nodes.Filter(nodes.List(concat.nodes), "join", [], [], None, None, lineno=concat.lineno)
+
+
+def _guarded(function: Callable) -> Callable:
+    """The filter with its arguments and its result held to the limits."""
+
+    @wraps(function)  # keeps Jinja's mark that the first argument is the context or environment
+    def guarded(*args, **kwargs):
+        _Sandbox.tick(None)
+        if function.__name__ == "do_format":
+            _check_widths(args[0])
+        elif function.__name__ != "do_default":
+            _check_arguments(*args[1:], *kwargs.values())
+        result = function(*args, **kwargs)
+        _check_length(_size(result))
+        return result
+
+    return guarded
+
+
+def _size(value) -> int:
+    return len(value) if isinstance(value, (str, list, tuple)) else 0
+
+
+def _check_length(length) -> None:
+    if length > LIMIT_CHARACTERS:
+        raise SecurityError(f"stopped: it spells more than {LIMIT_CHARACTERS} characters")
+
+
+def _check_arguments(*values) -> None:
+    for value in values:
+        if isinstance(value, int):
+            _check_length(abs(value))  # the width of a padding, the count of a repetition
+
+
+def _check_widths(form) -> None:
+    """A format such as "%9999999d" or "{:9999999}" is a repetition in disguise."""
+    if isinstance(form, str) and re.search(r"%[^%]{0,4}\*|[%:][^%{}]{0,4}\d{7}", form):
+        raise SecurityError("stopped: it pads text to millions of characters")
+
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """JSON as models were trained on it: Jinja's own filter escapes it for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message):
+    raise jinja2.TemplateError(message)
+
+
+def _reason(error: BaseException) -> str:
+    """The error in one line, with the line of the template it arose in."""
+    line = getattr(error, "lineno", None)
+    traceback = error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename == FILE_NAME:
+            line = traceback.tb_lineno
+        traceback = traceback.tb_next
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return reason if line is None else f"{reason} (line {line} of the template)"

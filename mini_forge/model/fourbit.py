@@ -1,0 +1,224 @@
+"""4-bit codes, bit-equal to bitsandbytes 0.50: quantize and dequantize a tensor. No layers here (see quant.py).
+
+QLoRA (2305.14314) §3: each block of 64 weights is divided by its largest magnitude and rounded to one of 16 codes (NF4:
+quantiles of a normal distribution; FP4: sign and three bits of a float), two codes a byte, the high half first:
+
+    W ≈ code[q] · absmax[block]                                                    0.5 + 4/64 = 0.5625 bytes a weight
+    absmax ≈ map[c] · nested_absmax[block of 256 blocks] + offset  (`nested`)      0.5 + 1/64 + 4/16384 = 0.516
+
+The bits are those of bitsandbytes on CPU, whichever backend computes them and on whichever device. Two of its slips are
+not followed, values being equal but there: on a CPU with AVX-512 it dequantizes with wrong scales where the last
+dimension is a multiple of 16 but not of 64, and it gives FP4's second zero either sign, depending on the shape.
+"""
+
+import functools
+import logging
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from mini_forge.errors import UserError
+
+NF4_CODE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+_FP4_MAGNITUDES = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
+FP4_CODE = _FP4_MAGNITUDES + tuple(-m for m in _FP4_MAGNITUDES)
+CODES = {"nf4": NF4_CODE, "fp4": FP4_CODE}
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024)
+NESTED_BLOCKSIZE = 256
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+CHUNK = 1 << 18  # weights handled at a time: their float32 copy (1 MiB) stays in cache. A multiple of every blocksize
+
+
+@dataclass(frozen=True)
+class Quantized4bit:
+    """A 4-bit weight. packed: uint8 (⌈n/2⌉, 1). stored_absmax: float32 (⌈n/blocksize⌉,), or uint8 when nested, with
+    nested_absmax float32 and nested_offset float32 (). shape and dtype are the weight's before."""
+
+    packed: torch.Tensor
+    stored_absmax: torch.Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+    quant_type: str = "nf4"
+    blocksize: int = 64
+    nested_absmax: torch.Tensor | None = None
+    nested_offset: torch.Tensor | None = None
+
+    @property
+    def nested(self) -> bool:
+        return self.nested_absmax is not None
+
+    @property
+    def absmax(self) -> torch.Tensor:
+        """float32 (⌈n/blocksize⌉,): the scale of each block, as dequantizing uses it."""
+        if not self.nested:
+            return self.stored_absmax
+        codes = dynamic_map(self.packed.device).index_select(0, self.stored_absmax.int())
+        return _scale_blocks(codes, self.nested_absmax, NESTED_BLOCKSIZE) + self.nested_offset
+
+
+def quantize_4bit(
+    weight: torch.Tensor, quant_type: str = "nf4", nested: bool = False, blocksize: int = 64
+) -> Quantized4bit:
+    """A weight in 4 bits. weight: float32, bfloat16 or float16, any shape, on any device; the result is on the same.
+
+    Always plain torch, in exact float32 steps, so a weight has the same bits wherever it is quantized (bitsandbytes'
+    CUDA kernel breaks ties otherwise than its CPU code). Raises UserError for another dtype or non-finite values."""
+    if quant_type not in CODES or blocksize not in BLOCKSIZES:
+        raise UserError(f"quant_type, blocksize: {quant_type!r}, {blocksize} must be in {tuple(CODES)}, {BLOCKSIZES}")
+    if weight.dtype not in FLOATS or weight.numel() == 0:
+        raise UserError(f"weight: {weight.dtype} {tuple(weight.shape)} must be float32, bfloat16 or float16, not empty")
+    flat = weight.detach().reshape(-1)
+    parts = [_encode(flat[i : i + CHUNK].float(), quant_type, blocksize) for i in range(0, flat.numel(), CHUNK)]
+    packed, absmax = (torch.cat(column) for column in zip(*parts, strict=True))
+    if not bool(absmax.isfinite().all()):
+        raise UserError("weight: holds NaN or infinity, which 4 bits cannot hold; the checkpoint is damaged")
+    plain = Quantized4bit(packed[:, None], absmax, weight.shape, weight.dtype, quant_type, blocksize)
+    return _nest(plain) if nested else plain
+
+
+def dequantize_4bit(
+    quantized: Quantized4bit, dtype: torch.dtype | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The weight, shaped as it was: code[q]·absmax in float32, rounded once to `dtype` (default: the weight's own).
+
+    out: a contiguous buffer of the weight's shape to write to; its dtype decides. Carries no gradient."""
+    q, dtype = quantized, out.dtype if out is not None else dtype or quantized.dtype
+    count, absmax = q.shape.numel(), q.absmax
+    decode = _DECODERS[backend(q.packed.device)[0]]
+    chunk = CHUNK if q.packed.device.type == "cpu" else count + count % 2
+    packed = q.packed.view(-1)
+    if out is None:
+        if count <= chunk:
+            return decode(packed, absmax, q, dtype)[:count].view(q.shape)
+        out = torch.empty(q.shape, dtype=dtype, device=packed.device)
+    flat = out.view(-1)
+    for start in range(0, count, chunk):
+        stop = min(start + chunk, count)
+        blocks = slice(start // q.blocksize, -(-stop // q.blocksize))
+        flat[start:stop].copy_(decode(packed[start // 2 : (stop + 1) // 2], absmax[blocks], q, dtype)[: stop - start])
+    return out
+
+
+@functools.cache
+def backend(device: torch.device | str) -> tuple[str, str]:
+    """What dequantizes 4-bit weights on a device, "bitsandbytes" or "torch", and the reason in words.
+
+    Both give the same bits. Dequantizing 4M weights on one core takes bitsandbytes 2 ms and torch 6.5 ms."""
+    kind = torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        return "torch", f"bitsandbytes' kernels are used on cpu and cuda, not on {kind}"
+    # Said on import about a fused inference kernel that is not used here, on the error stream that users read.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib
+    except ImportError as error:
+        return "torch", f"bitsandbytes cannot be imported: {error}"
+    if isinstance(lib, ErrorHandlerMockBNBNativeLibrary):
+        return "torch", "bitsandbytes has no native library for this machine"
+    return "bitsandbytes", f"its {kind} kernel is faster than torch operations"
+
+
+def _encode(values: torch.Tensor, quant_type: str, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 (n,) → packed uint8 (⌈n/2⌉,) and absmax float32. A value between two codes takes the nearer, the lower of
+    two equally near. bitsandbytes multiplies a whole block by 1/absmax but divides a last, partial one."""
+    n, is_partial = values.numel(), bool(values.numel() % blocksize)
+    blocks = F.pad(values, (0, -values.numel() % blocksize)).view(-1, blocksize)
+    absmax = blocks.abs().amax(dim=1)
+    scaled = blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]
+    if is_partial:
+        absmax[-1].clamp_(min=1e-38)
+        scaled[-1] = blocks[-1] / absmax[-1]
+    scaled.clamp_(-1, 1)
+    boundaries, order = _boundaries(quant_type)
+    rank, is_above = torch.zeros_like(scaled, dtype=torch.uint8), torch.empty_like(scaled, dtype=torch.bool)
+    for boundary in boundaries:  # 15 vectorised comparisons: a quarter of torch.bucketize's time
+        rank += torch.gt(scaled, boundary, out=is_above).view(torch.uint8)
+    if order is not None:
+        rank = order.to(rank.device)[rank.int()]
+    pairs = rank.view(-1, 2)
+    return ((pairs[:, 0] << 4) | pairs[:, 1])[: (n + 1) // 2], absmax
+
+
+@functools.cache
+def _boundaries(quant_type: str) -> tuple[list[float], torch.Tensor | None]:
+    """The 15 midpoints of neighbouring codes, ascending, and which code each rank is (None: the rank itself)."""
+    code = torch.tensor(CODES[quant_type])
+    ascending, order = torch.sort(code, stable=True)
+    order = None if quant_type == "nf4" else order.to(torch.uint8)
+    return ((ascending[:-1] + ascending[1:]) / 2).tolist(), order
+
+
+def _decode_torch(packed: torch.Tensor, absmax: torch.Tensor, q: Quantized4bit, dtype: torch.dtype) -> torch.Tensor:
+    """Twice as many values as bytes: each byte looks up the two values of its halves at once."""
+    values = _byte_values(q.quant_type, packed.device).index_select(0, packed.int()).view(-1)
+    return _scale_blocks(values, absmax, q.blocksize).to(dtype)
+
+
+def _decode_bitsandbytes(packed: torch.Tensor, absmax: torch.Tensor, q: Quantized4bit, dtype: torch.dtype):
+    # The shape is given flat and even: its AVX-512 code misplaces the scales of some row lengths, and compiles a slower
+    # path for odd ones. Dtypes it does not know go by way of float32.
+    kernel_dtype = dtype if dtype in FLOATS else torch.float32
+    shape = (2 * packed.numel(),)
+    kernel = torch.ops.bitsandbytes.dequantize_4bit.default
+    return kernel(packed, absmax, q.blocksize, q.quant_type, shape, kernel_dtype).view(-1).to(dtype)
+
+
+_DECODERS = {"torch": _decode_torch, "bitsandbytes": _decode_bitsandbytes}
+
+
+@functools.cache
+def _byte_values(quant_type: str, device: torch.device) -> torch.Tensor:
+    """float32 (256, 2): the values of each byte's high and low half."""
+    code = torch.tensor(CODES[quant_type])
+    return torch.cartesian_prod(code, code).to(device)
+
+
+def _scale_blocks(values: torch.Tensor, scales: torch.Tensor, blocksize: int) -> torch.Tensor:
+    """values (n,) · scales (⌈n/blocksize⌉,), one scale a block; the last block may be short. In place."""
+    whole = values.numel() // blocksize
+    values[: whole * blocksize].view(whole, blocksize).mul_(scales[:whole, None])
+    values[whole * blocksize :].mul_(scales[whole:])
+    return values
+
+
+@functools.cache
+def dynamic_map(device: torch.device | str = "cpu") -> torch.Tensor:
+    """float32 (256,), ascending: the signed dynamic 8-bit code. 8-bit optimizers (2110.02861) §2.1.
+
+    For each decade 10⁻⁶ … 1, the centres of 2^i equal parts of [0.1, 1] with both signs (i = 0 … 6), and 0 and 1."""
+    values = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        centres = (10 ** (i - 6)) * ((edges[:-1] + edges[1:]) / 2)
+        values += centres.tolist() + (-centres).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+
+
+@functools.cache
+def _dynamic_code_of_level() -> torch.Tensor:
+    """uint8 (65536,): the code nearest to each of 65536 even levels of [-1, 1]: bitsandbytes rounds to a level first,
+    which makes 0 the code of 2.1e-5."""
+    code = dynamic_map()
+    levels = torch.arange(65536, dtype=torch.float32) * 2 / 65535 - 1
+    return torch.bucketize(levels, (code[:-1] + code[1:]) * 0.5).to(torch.uint8)
+
+
+def _nest(plain: Quantized4bit) -> Quantized4bit:
+    """`plain` with its absmax in 8 bits. Computed on the CPU: the same bits on every device (and few: n/64 of them)."""
+    device, absmax = plain.packed.device, plain.stored_absmax.cpu()
+    offset = absmax.mean()
+    n = absmax.numel()
+    blocks = F.pad(absmax - offset, (0, -n % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE)
+    largest = blocks.abs().amax(dim=1, keepdim=True)
+    scaled = (blocks * (1.0 / largest)).clamp_(-1, 1)
+    # float64 holds (v+1)/2 · 65535 + 0.5 exactly, so this rounds once, as bitsandbytes' fused multiply-add does.
+    level = (((scaled + 1) * 0.5).double() * 65535 + 0.5).float()
+    level = level.nan_to_num(0.0).int()  # 0/0 in a block of zeros, for which bitsandbytes writes code 0
+    codes = _dynamic_code_of_level()[level.view(-1)[:n]]
+    return Quantized4bit(plain.packed, codes.to(device), plain.shape, plain.dtype, plain.quant_type, plain.blocksize,
+                         largest.view(-1).to(device), offset.to(device))  # fmt: skip

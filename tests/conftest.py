@@ -1,0 +1,17 @@
+"""Shared fixtures: one thread (the same bits on every machine) and a tiny checkpoint to train on."""
+
+import pytest
+import torch
+
+from tests.tiny import write_checkpoint
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A random two-layer Llama checkpoint with a byte-level tokenizer and a chat template; read-only."""
+    return write_checkpoint(tmp_path_factory.mktemp("tiny"))

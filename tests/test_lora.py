@@ -1,0 +1,170 @@
+"""LoRALinear against the formula written plainly and differentiated by autograd or finite differences."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mini_forge.errors import ConfigError
+from mini_forge.model.lora import LoRALinear, LoraSpec, disabled, dropout_keep, inject, lora_layers, merge
+from mini_forge.model.quant import Linear4bit, Linear8bit
+from tests.tiny import random_model
+
+
+def layer(base=None, dtype=torch.float64, **spec):
+    base = base or nn.Linear(5, 7).to(dtype)
+    made = LoRALinear(base, LoraSpec(**{"rank": 3, "alpha": 6, **spec}), torch.Generator().manual_seed(1))
+    made.lora_B.data.normal_(generator=torch.Generator().manual_seed(2))
+    return made.to(dtype)
+
+
+def test_value_is_base_plus_scaled_low_rank_product():
+    made = layer()
+    x = torch.randn(2, 3, 5, dtype=torch.float64)
+    expected = x @ made.base.weight.T + made.base.bias + 2.0 * (x @ made.lora_A.T @ made.lora_B.T)
+    torch.testing.assert_close(made(x), expected)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradients_equal_finite_differences(dropout):
+    made = layer(dropout=dropout).train()
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+
+    def run(x, A, B):
+        torch.manual_seed(3)  # the same dropout mask at every evaluation
+        made.lora_A.data, made.lora_B.data = A.data, B.data
+        return torch.func.functional_call(made, {"lora_A": A, "lora_B": B}, (x,))
+
+    A, B = (p.detach().clone().requires_grad_() for p in (made.lora_A, made.lora_B))
+    assert torch.autograd.gradcheck(run, (x, A, B))
+
+
+def test_dropout_touches_the_update_only_and_keeps_its_mean():
+    made = layer(dropout=0.25).train()
+    x = torch.randn(1, 5, dtype=torch.float64)
+    torch.manual_seed(0)
+    mean = torch.stack([made(x) for _ in range(4000)]).mean(0)
+    torch.testing.assert_close(mean, made.eval()(x), atol=0.25, rtol=0)
+    made.lora_B.data.zero_()
+    torch.testing.assert_close(made.train()(x), made.base(x))
+
+
+def test_dropout_mask_has_the_rate_and_follows_the_seed():
+    shape = torch.Size((501, 403))
+    keep = dropout_keep(shape, 0.1, 7, torch.device("cpu"))
+    deviation = math.sqrt(0.1 * 0.9 / shape.numel())
+    assert abs(keep.float().mean().item() - 0.9) < 5 * deviation
+    assert torch.equal(keep, dropout_keep(shape, 0.1, 7, torch.device("cpu")))
+    assert not torch.equal(keep, dropout_keep(shape, 0.1, 8, torch.device("cpu")))
+    neighbours = (keep[:, 1:] & keep[:, :-1]).float().mean().item()  # independent: 0.9²
+    assert abs(neighbours - 0.81) < 5 * math.sqrt(0.81 * 0.19 / shape.numel()) * 2
+
+
+def test_two_projections_of_one_input_draw_different_masks():
+    made = layer(dropout=0.5).train()
+    x = torch.ones(1, 5, dtype=torch.float64)
+    torch.manual_seed(0)
+    assert len({tuple(made(x).flatten().tolist()) for _ in range(20)}) > 5
+
+
+def test_dropout_of_one_leaves_the_base():
+    made = layer(dropout=1.0).train()
+    x = torch.randn(2, 5, dtype=torch.float64)
+    torch.testing.assert_close(made(x), made.base(x))
+
+
+def test_scaling_is_alpha_over_rank_or_over_its_root():
+    assert LoraSpec(16, 32).scaling == 2.0
+    assert LoraSpec(16, 32, use_rslora=True).scaling == 8.0
+
+
+def test_starts_as_its_base_with_uniform_a():
+    made = LoRALinear(nn.Linear(400, 6), LoraSpec(64, 1), torch.Generator().manual_seed(0))
+    x = torch.randn(3, 400)
+    torch.testing.assert_close(made(x), made.base(x))
+    bound = 1 / math.sqrt(400)  # Kaiming uniform, a = √5: √(6 / (6·fan_in))
+    assert made.lora_A.abs().max() <= bound
+    assert made.lora_A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+
+
+@pytest.mark.parametrize("make", [
+    lambda w, b: Linear4bit.from_weight(w, b, quant_type="nf4", nested=False, compute_dtype=torch.float32),
+    lambda w, b: Linear4bit.from_weight(w, b, quant_type="fp4", nested=True, compute_dtype=torch.float32),
+    lambda w, b: Linear8bit.from_weight(w, b, compute_dtype=torch.float32),
+])  # fmt: skip
+def test_over_a_quantized_base_equals_lora_over_its_dequantized_weight(make):
+    weight, bias = torch.randn(32, 64), torch.randn(32)
+    quantized = make(weight, bias)
+    dense = nn.Linear(64, 32)
+    dense.weight.data, dense.bias.data = quantized.dequantized(torch.float32).clone(), bias
+    one, two = layer(quantized, torch.float32), layer(dense, torch.float32)
+    for a, b in ((one.lora_A, two.lora_A), (one.lora_B, two.lora_B)):
+        b.data = a.data.clone()
+    x = torch.randn(6, 64, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    (one(x) ** 2).sum().backward()
+    (two(y) ** 2).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(one.lora_A.grad, two.lora_A.grad, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(one.lora_B.grad, two.lora_B.grad, rtol=1e-5, atol=1e-3)
+
+
+def test_bfloat16_input_keeps_float32_factors_and_gradients():
+    made = layer(nn.Linear(5, 7).bfloat16(), torch.float32)
+    made.base.bfloat16()
+    out = made(torch.randn(2, 5).bfloat16())
+    out.float().sum().backward()
+    assert out.dtype == torch.bfloat16
+    assert made.lora_A.dtype == made.lora_A.grad.dtype == torch.float32
+
+
+def test_inject_wraps_every_linear_but_the_head_and_trains_nothing_else():
+    model = random_model()
+    names = inject(model, LoraSpec(2, 4))
+    assert len(names) == 2 * 7
+    assert "lm_head" not in names
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"{n}.lora_{x}" for n in names for x in "AB"}
+
+
+def test_targets_name_whole_parts():
+    names = inject(random_model(), LoraSpec(2, 4, targets=("q_proj", "layers.1.mlp.up_proj")))
+    assert names == [
+        "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"
+    ]  # fmt: skip
+
+
+def test_unknown_target_is_an_error_that_lists_the_known_ones():
+    with pytest.raises(ConfigError, match=r"target_modules: 'proj'.*down_proj.*q_proj"):
+        inject(random_model(), LoraSpec(2, 4, targets=("proj",)))
+
+
+def test_disabled_is_the_base_and_comes_back():
+    model, ids = random_model(), torch.arange(10)[None]
+    before = model.logits(ids)
+    inject(model, LoraSpec(2, 4))
+    for _, each in lora_layers(model):
+        each.lora_B.data.normal_()
+    adapted = model.logits(ids)
+    with disabled(model):
+        torch.testing.assert_close(model.logits(ids), before)
+    torch.testing.assert_close(model.logits(ids), adapted)
+    assert not torch.allclose(adapted, before)
+
+
+def test_merged_model_gives_the_adapters_logits():
+    model, ids = random_model(), torch.arange(10)[None]
+    inject(model, LoraSpec(2, 4, use_rslora=True))
+    for _, each in lora_layers(model):
+        each.lora_B.data.normal_(std=0.1)
+    adapted = model.logits(ids)
+    torch.testing.assert_close(merge(model).logits(ids), adapted, rtol=1e-4, atol=1e-4)
+    assert not list(lora_layers(model))
+
+
+def test_merging_into_quantized_weights_is_refused():
+    holder = nn.Sequential(layer(Linear8bit.from_weight(torch.randn(4, 8), None, compute_dtype=torch.float32),
+                                 torch.float32))  # fmt: skip
+    with pytest.raises(ConfigError, match="quantized"):
+        merge(holder)

@@ -1,0 +1,50 @@
+"""token_nll against torch's cross entropy in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mini_forge.training import losses
+from mini_forge.training.losses import token_nll
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, 5, 11])
+@pytest.mark.parametrize("head_trains", [False, True])
+def test_value_and_gradient_equal_full_logits(monkeypatch, tokens, head_trains):
+    monkeypatch.setattr(losses, "CHUNK_TOKENS", 4)
+    torch.manual_seed(tokens)
+    hidden = torch.randn(tokens, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(9, 6, dtype=torch.float64, requires_grad=head_trains)
+    targets, upstream = torch.randint(0, 9, (tokens,)), torch.randn(tokens)
+    expected = F.cross_entropy(hidden @ weight.T, targets, reduction="none")
+    found = token_nll(hidden, weight, targets)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+    wanted = (hidden, weight) if head_trains else (hidden,)
+    a = torch.autograd.grad((expected * upstream.double()).sum(), wanted)
+    b = torch.autograd.grad((found * upstream).sum(), wanted)
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_no_tokens_is_an_empty_loss_with_a_gradient_path():
+    hidden = torch.randn(0, 6, requires_grad=True)
+    token_nll(hidden, torch.randn(9, 6), torch.zeros(0, dtype=torch.int64)).sum().backward()
+    assert hidden.grad.shape == (0, 6)
+
+
+def test_extreme_logits_stay_finite():
+    hidden = torch.tensor([[1000.0, 0.0]], requires_grad=True)
+    weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]])
+    nll = token_nll(hidden, weight, torch.tensor([1]))
+    nll.sum().backward()
+    assert nll.item() == 2000.0
+    assert torch.equal(hidden.grad, torch.tensor([[2.0, 0.0]]))  # (softmax − onehot) W = [1, −1, 0] W
+
+
+def test_full_logits_never_exist():
+    """The largest tensor made is one chunk's logits, not all tokens' (measured by torch's own profiler of memory)."""
+    hidden, weight = torch.randn(2048, 8, requires_grad=True), torch.randn(4000, 8)
+    with torch.profiler.profile(profile_memory=True, record_shapes=True) as profile:
+        token_nll(hidden, weight, torch.randint(0, 4000, (2048,))).sum().backward()
+    largest = max((e.self_cpu_memory_usage for e in profile.events()), default=0)
+    assert 0 < largest < 2048 * 4000 * 4 / 2

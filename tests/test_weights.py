@@ -1,0 +1,200 @@
+"""Reading checkpoints: sound ones in every layout, and every way in which one can be unsound."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import mini_forge
+from mini_forge.errors import CheckpointError, ConfigError
+from mini_forge.io.weights import Checkpoint, resolve_model
+from mini_forge.model.quant import Linear4bit, Linear8bit
+from tests.tiny import random_model, write_checkpoint
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    return shutil.copytree(tiny, tmp_path / "model")
+
+
+def split_in_two(folder):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[:5], "b.safetensors": names[5:]}
+    for shard, own in shards.items():
+        save_file({n: tensors[n] for n in own}, folder / shard)
+    index = {"weight_map": {n: shard for shard, own in shards.items() for n in own}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_loaded_weights_are_the_files(tiny):
+    model, stored = mini_forge.load_model(tiny), load_file(tiny / "model.safetensors")
+    assert dict(model.named_parameters()).keys() == stored.keys()
+    assert all(torch.equal(p, stored[n]) for n, p in model.named_parameters())
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_shards_load_as_one(folder, tiny):
+    split_in_two(folder)
+    ids = torch.arange(8)[None]
+    assert torch.equal(mini_forge.load_model(folder).logits(ids), mini_forge.load_model(tiny).logits(ids))
+
+
+@pytest.mark.parametrize("name", ["../evil.safetensors", "/etc/passwd.safetensors", "sub/x.safetensors", "x.bin"])
+def test_shard_names_that_leave_the_folder_are_refused(folder, name):
+    split_in_two(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    with pytest.raises(CheckpointError, match="leaves the model folder"):
+        mini_forge.load_model(folder)
+
+
+def test_pickles_are_refused_with_the_reason(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="pytorch_model.bin.*run any code.*safetensors"):
+        mini_forge.load_model(folder)
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.pop("model.norm.weight"), "1 tensors are missing.*model.norm.weight"),
+    (lambda t: t.update({"vision.weight": torch.zeros(2)}), "unexpected tensor 'vision.weight'"),
+    (lambda t: t.update({"model.norm.weight": torch.zeros(3)}), r"'model.norm.weight' has shape \[3\].*\[32\]"),
+])  # fmt: skip
+def test_tensors_must_fit_the_config(folder, change, message):
+    rewrite(folder, change)
+    with pytest.raises(CheckpointError, match=message):
+        mini_forge.load_model(folder)
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 5, 100, 20000])
+def test_a_file_cut_short_is_refused(folder, keep_bytes):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep_bytes])
+    with pytest.raises(CheckpointError, match="cut short|broken|past the end"):
+        mini_forge.load_model(folder)
+
+
+def test_header_sizes_are_checked(folder):
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["model.norm.weight"]["shape"] = [31]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(CheckpointError, match=r"shape \[31\] cannot have 128 bytes"):
+        mini_forge.load_model(folder)
+
+
+@pytest.mark.parametrize("breakage, message", [
+    (lambda f: (f / "config.json").unlink(), "config.json: file not found"),
+    (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
+    (lambda f: (f / "config.json").write_text("[1]"), "must hold a JSON object"),
+    (lambda f: (f / "model.safetensors").unlink(), "no .safetensors file"),
+])  # fmt: skip
+def test_broken_folders_are_named(folder, breakage, message):
+    breakage(folder)
+    with pytest.raises(CheckpointError, match=message):
+        mini_forge.load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "nowhere", "a/b/c", "/absent/model"])
+def test_a_name_that_is_no_folder_and_no_hub_id_is_refused(name):
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        resolve_model(name)
+
+
+def test_a_hub_id_is_found_in_the_local_cache(tmp_path, monkeypatch, tiny):
+    root = tmp_path / "hub" / "models--some--model"
+    shutil.copytree(tiny, root / "snapshots" / "abc")
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    from huggingface_hub import _snapshot_download
+
+    assert _snapshot_download.constants.HF_HUB_CACHE == str(tmp_path / "hub")
+    assert (resolve_model("some/model") / "config.json").exists()
+
+
+def test_an_unreachable_hub_id_is_one_clear_line(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="'no/such' is neither a folder nor in the local hub cache"):
+        resolve_model("no/such")
+
+
+@pytest.mark.parametrize("quantization, kind", [("nf4", Linear4bit), ("fp4", Linear4bit), ("int8", Linear8bit)])
+def test_quantized_on_arrival_but_not_the_head(tiny, quantization, kind):
+    model = mini_forge.load_model(tiny, quantization=quantization)
+    linears = [m for m in model.modules() if isinstance(m, kind)]
+    assert len(linears) == 14
+    assert type(model.lm_head) is torch.nn.Linear
+    dense = mini_forge.load_model(tiny)
+    ids = torch.arange(12)[None]
+    error = (model.logits(ids) - dense.logits(ids)).norm() / dense.logits(ids).norm()
+    assert 0 < error < 0.3
+
+
+def test_biases_survive_quantization(tmp_path):
+    folder = write_checkpoint(tmp_path / "m", model_type="qwen2")
+    model, stored = mini_forge.load_model(folder, quantization="nf4"), load_file(folder / "model.safetensors")
+    assert torch.equal(model.model.layers[0].self_attn.k_proj.bias, stored["model.layers.0.self_attn.k_proj.bias"])
+
+
+def test_unknown_quantization_is_refused(tiny):
+    with pytest.raises(ConfigError, match="'int3'"):
+        mini_forge.load_model(tiny, quantization="int3")
+
+
+def store_in_4bit(folder, nested):
+    tensors = load_file(folder / "model.safetensors")
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        linear = Linear4bit.from_weight(tensors.pop(name), None, quant_type="nf4", nested=nested,
+                                        compute_dtype=torch.float32)  # fmt: skip
+        tensors |= {name.removesuffix("weight") + key: t for key, t in linear.state().items()}
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_checkpoints_stored_in_4bit_load_as_they_are_or_dense(folder, tiny, nested):
+    store_in_4bit(folder, nested)
+    ids = torch.arange(12)[None]
+    stored = mini_forge.load_model(folder, quantization="nf4")
+    arrived = mini_forge.load_model(tiny, quantization="nf4", nested=nested)
+    assert torch.equal(stored.logits(ids), arrived.logits(ids))
+    dense = mini_forge.load_model(folder)
+    assert type(dense.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    torch.testing.assert_close(dense.logits(ids), stored.logits(ids))
+    with pytest.raises(CheckpointError, match="stored as nf4, not fp4"):
+        mini_forge.load_model(folder, quantization="fp4")
+
+
+def test_tied_checkpoints_may_or_may_not_store_the_head(tmp_path):
+    folder = write_checkpoint(tmp_path / "tied", tie_word_embeddings=True)
+    logits = mini_forge.load_model(folder).logits(torch.arange(5)[None])
+    rewrite(folder, lambda t: t.update({"lm_head.weight": torch.zeros(272, 32)}))
+    assert torch.equal(mini_forge.load_model(folder).logits(torch.arange(5)[None]), logits)
+
+
+def test_dtype_none_keeps_the_stored_one(tmp_path):
+    folder = write_checkpoint(tmp_path / "bf16")
+    rewrite(folder, lambda t: t.update({n: x.bfloat16() for n, x in t.items()}))
+    assert mini_forge.load_model(folder, dtype=None).model.norm.weight.dtype == torch.bfloat16
+    assert mini_forge.load_model(folder).model.norm.weight.dtype == torch.float32
+
+
+def test_tensors_are_read_in_file_order(tiny):
+    starts = [e.start for e in Checkpoint(tiny).entries.values()]
+    assert starts == sorted(starts)
+
+
+def test_random_model_helper_covers_every_parameter():
+    assert all(p.std() > 0 for p in random_model().parameters())
