@@ -1,8 +1,8 @@
 """The training configuration: the JSON a user writes, in either dialect, as one frozen dataclass.
 
-A key is declared once, below, with default, values, limits and description; checks and JSON Schema are read from there.
-What the user leaves out is filled, first hit wins: by what other keys imply (strategy, use_8bit, dtype), by the hardware
-profile `compute_specs` names, by the default. `provenance` says which.
+A key is declared once, below, with default, values, limits and description; checks and JSON Schema are read off it.
+What the user leaves out is filled, first hit wins: by what other keys imply (strategy, use_8bit, dtype), by the
+hardware profile `compute_specs` names, by the default. `provenance` says which.
 
     config_keys    one key: its rule, and reading a value by it
     config_rules   rules between keys
@@ -10,6 +10,7 @@ profile `compute_specs` names, by the default. `provenance` says which.
     config_json    strict reading of the file
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +44,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Every setting of a run; the fields are the JSON keys. Made by `from_file` or `from_dict`, which check and fill."""
+    """Every setting of a run; the fields are the JSON keys. `from_file` and `from_dict` check and fill them."""
 
     # What to train
     task: str = key(REQUIRED, "The training task type", choices=TASKS)
@@ -53,15 +54,15 @@ class TrainingConfig:
     dataset: str = key(REQUIRED, "Path to the JSONL dataset file", minLength=1)
     compute_specs: str = key(REQUIRED, "Hardware profile; fills what is left out", choices=tuple(PROFILES))
     chat_template: str | None = key(
-        None, "Chat format; model is the checkpoint's own, auto goes by the model's name; left out: the checkpoint's own "
-        "if it has one, else the plain task prompts", choices=("harmony", "chatml", "llama", "auto", "model"),
+        None, "Chat format; model: the checkpoint's own; auto: by the model's name; left out: its own if it "
+        "has one, else the plain task prompts", choices=("harmony", "chatml", "llama", "auto", "model"),
     )  # fmt: skip
     system_prompt: str | None = key(None, "System message put before every example")
 
     # LoRA
     lora_r: int = key(16, "LoRA rank (dimensionality of the adapter)", minimum=1, maximum=256)
     lora_alpha: int = key(32, "LoRA alpha scaling parameter, usually 2 x lora_r", exclusiveMinimum=0)
-    lora_dropout: float = key(0.1, "Dropout probability for LoRA layers", minimum=0.0, maximum=1.0)
+    lora_dropout: float = key(0.1, "Dropout probability for LoRA layers", minimum=0, maximum=1)
     target_modules: str | tuple[str, ...] = key("all-linear", "Linear modules that get an adapter, by name")
     use_rslora: bool = key(False, "Scale by lora_alpha / sqrt(lora_r) (2312.03732)")
     init_adapter: str | None = key(None, "Start from this adapter folder (PEFT format)", minLength=1)
@@ -70,7 +71,7 @@ class TrainingConfig:
     use_4bit: bool = key(True, "Store frozen weights in 4 bits")
     use_8bit: bool = key(False, "Store frozen weights in 8 bits; turns use_4bit off where that is left out")
     bnb_4bit_compute_dtype: str = key(
-        "float16", "Dtype of 4-bit products; the training dtype unless given other than the profile has it", choices=DTYPES
+        "float16", "Dtype of 4-bit products; the training dtype, unless other than the profile's", choices=DTYPES
     )
     bnb_4bit_quant_type: str = key("nf4", "4-bit code: NormalFloat4 or Float4", choices=("nf4", "fp4"))
     use_nested_quant: bool = key(False, "Quantize the 4-bit statistics too")
@@ -91,7 +92,7 @@ class TrainingConfig:
     lr_scheduler_type: str = key(
         "cosine", "Learning rate schedule after warmup", choices=("linear", "cosine", "constant", "polynomial")
     )
-    warmup_ratio: float = key(0.03, "Share of the steps in which the rate rises from 0", minimum=0.0, maximum=1.0)
+    warmup_ratio: float = key(0.03, "Share of the steps in which the rate rises from 0", minimum=0, maximum=1)
     optim: str = key("paged_adamw_32bit", "Optimizer", choices=OPTIMIZERS)
     weight_decay: float = key(0.001, "Weight decay", minimum=0)
     max_grad_norm: float = key(0.3, "Gradients are scaled down to this norm; 0 is off", minimum=0)
@@ -143,8 +144,8 @@ class TrainingConfig:
     rollout_batch_size: int = key(16, "Prompts per batch of rollouts", minimum=1)
     max_new_tokens: int = key(64, "Longest rollout in tokens", minimum=1)
     temperature: float = key(0.7, "Sampling temperature of rollouts", exclusiveMinimum=0)
-    gamma: float = key(1.0, "Reward discount per token", minimum=0.0, maximum=1.0)
-    gae_lambda: float = key(0.95, "Advantage estimation, bias against variance", minimum=0.0, maximum=1.0)
+    gamma: float = key(1.0, "Reward discount per token", minimum=0, maximum=1)
+    gae_lambda: float = key(0.95, "Advantage estimation, bias against variance", minimum=0, maximum=1)
     clip_range: float = key(0.2, "Policy ratio clipped to 1 ± this", exclusiveMinimum=0, maximum=1)
     value_clip_range: float = key(0.2, "Value change clipped to ± this", exclusiveMinimum=0)
     value_coef: float = key(0.1, "Weight of the value loss", minimum=0)
@@ -188,7 +189,8 @@ def json_schema() -> dict:
         if suggested:
             property_["description"] += f". Left out: {', '.join(suggested)}"
     for alias, name in ALIASES.items():
-        properties[alias] = {**properties[name], "description": f"Second name of {name}. {properties[name]['description']}"}
+        description = f"Second name of {name}. {properties[name]['description']}"
+        properties[alias] = {**properties[name], "description": description}
     second = [{"required": [name]} for name in sorted(SECOND_DIALECT)]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -217,18 +219,16 @@ class _Reader:
 
     def config(self) -> TrainingConfig:
         values = self._checked()
+        written = set(values)
         for source, suggestion in self._suggestions(values):
             self._fill(values, source, suggestion)
-        if missing := [name for name in RULES if name not in values]:
-            self.problems += [self._missing(name) for name in missing if name not in self.written]
+        self.problems += [self._missing(name) for name in RULES if name not in values and name not in self.written]
         complete = {**DEFAULTS, **values}
-        self.problems += contradictions(complete, set(self.written))
+        self.problems += contradictions(complete, written)
         if self.problems:
             raise ConfigError(*self.problems)
         provenance = {name: self.sources[name] for name in RULES}
-        return TrainingConfig(
-            **complete, provenance=provenance, warnings=list(warnings(complete, set(self.written), DEFAULTS))
-        )
+        return TrainingConfig(**complete, provenance=provenance, warnings=list(warnings(complete, written, DEFAULTS)))
 
     def _canonical(self, document: Mapping, source: str) -> dict:
         """Values by our names; unknown keys, and a key and its alias that differ, become problems."""
@@ -241,8 +241,7 @@ class _Reader:
             elif name in found and (type(value), value) != (type(found[name]), found[name]):
                 self.problems.append(
                     f"{given}: {show(value)} contradicts {self.labels[name]}: {show(found[name])}; "
-                    f"{' and '.join(sorted((a for a in (*ALIASES, name) if ALIASES.get(a, a) == name), key=len))} "
-                    "are one key, keep one of them"
+                    f"they are one key, {name}: keep one of them"
                 )
             else:
                 found[name] = value
@@ -276,7 +275,7 @@ class _Reader:
             yield f"dtype {values['dtype']}", {flag: flag == said for flag in ("fp16", "bf16")}
         if self.is_second_dialect:
             yield "default", {"task": "text-generation"}
-            if "compute_specs" not in self.written and not self.problems:
+            if "compute_specs" not in self.written:
                 seen_as = "cpu" if values.get("device") == "cpu" else "auto"
                 yield "machine", {"compute_specs": profile_of(detect_machine(seen_as))}
         if "compute_specs" in values:
@@ -300,7 +299,7 @@ def _one_line(name) -> str:
 
 
 def _located(name: str, value, folder: Path):
-    """A relative path of the file: as it is if that exists from the current folder, else from the file's own if there."""
-    if ALIASES.get(name, name) not in PATHS or not isinstance(value, str) or not value.strip() or Path(value).exists():
-        return value
-    return str(folder / value) if (folder / value).exists() else value
+    """A path in the file: from the current folder if it exists there, else from the file's own folder if there."""
+    is_path = ALIASES.get(name, name) in PATHS and isinstance(value, str) and value.strip()
+    beside = os.path.join(folder, value) if is_path else ""
+    return beside if beside and not os.path.exists(value) and os.path.exists(beside) else value

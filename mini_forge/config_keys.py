@@ -47,7 +47,8 @@ class Rule:
     def text(self) -> str:
         """The rule in words, as the schema document has them: "Must be between 1 and 256"."""
         words = _rule_text(self.choices, self.limits or {})
-        beside = [str(number) for number in self.also] + ["null"] * (self.nullable and self.kind in ("integer", "number"))
+        is_null_listed = self.nullable and self.kind in ("integer", "number")
+        beside = [*map(str, self.also), *["null"] * is_null_listed]
         return words + (f", or {' or '.join(beside)}" if beside else "") + self.because
 
     def read(self, value):
@@ -155,7 +156,7 @@ def _boolean(value):
 def _integer(value):
     if isinstance(value, bool) or not isinstance(value, int):
         number = _number_in(value)
-        whole = number is not None and number.is_integer()
+        whole = number is not None and number.is_integer() and abs(number) < 1e15
         raise Broken("Must be an integer", f"write {int(number)}" if whole else "write a whole number without quotes")
     return value
 

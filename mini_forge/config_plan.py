@@ -112,7 +112,7 @@ def profile_of(machine: Machine) -> str:
 
 
 def resolve(config: "TrainingConfig", machine: Machine) -> Plan:
-    """What `config` means on `machine`. A pure function of both. Raises ConfigError when the device asked for is absent."""
+    """What `config` means on `machine`. Pure. Raises ConfigError when the device asked for is absent."""
     if config.device not in ("auto", machine.device):
         raise ConfigError(_absent(config.device))
     dtype, precision_note = _precision(config, machine)
@@ -168,4 +168,4 @@ def _compute_dtype(config, dtype: str) -> tuple[str, str | None]:
 
 
 def _absent(device: str) -> str:
-    return f"device: {device!r} is not available on this machine; use \"auto\" or \"cpu\""
+    return f'device: {device!r} is not available on this machine; use "auto" or "cpu"'

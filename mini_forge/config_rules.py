@@ -1,7 +1,7 @@
 """Rules between configuration keys: contradictions (errors) and settings without effect (warnings).
 
-Both take `v`, every value by key after defaults, and `written`, the keys the user gave. A contradiction needs two things
-the user said, or one that the rest of the configuration rules out; what was filled in by us never contradicts.
+Both take `v`, every value by key after defaults, and `written`, the keys the user gave. Only what the user said
+contradicts; what was filled in for them never does.
 """
 
 from collections.abc import Iterator
@@ -35,16 +35,16 @@ def contradictions(v: dict, written: set[str]) -> Iterator[str]:
 
 
 def _storage(v: dict) -> Iterator[str]:
-    if v["use_4bit"] and v["use_8bit"]:
-        yield "use_8bit: true contradicts use_4bit: true; weights are stored one way, set one of them to false"
-    elif v["strategy"] == "qlora" and v["use_8bit"]:
+    if v["strategy"] == "qlora" and v["use_8bit"]:
         yield 'use_8bit: true contradicts strategy "qlora", which is 4-bit; use strategy "sft" for 8-bit weights'
+    elif v["use_4bit"] and v["use_8bit"]:
+        yield "use_8bit: true contradicts use_4bit: true; weights are stored one way, set one of them to false"
     elif v["strategy"] == "qlora" and not v["use_4bit"]:
         yield 'use_4bit: false contradicts strategy "qlora", which is 4-bit; use strategy "sft", or leave use_4bit out'
 
 
 def _precision(v: dict, written: set[str]) -> Iterator[str]:
-    if v["fp16"] and v["bf16"]:
+    if v["fp16"] and v["bf16"] and {"fp16", "bf16"} <= written:
         yield "bf16: true contradicts fp16: true; keep one, or neither to let the device decide"
     if v["dtype"] is None:
         return

@@ -1,12 +1,15 @@
-"""Providers: which functions the decoder calls. The only module that may import kernels.
+"""Providers: which functions the decoder calls. The only module that imports kernels.
 
-`huggingface` is the plain reference path. `unsloth` asks for the fused path; `missing` says, op by op, why one cannot
-run fused here, and those ops stay plain. What is in use is printed when a run starts; nothing is swapped in silence.
+`huggingface` is the plain reference path. `unsloth` is the fused path; `missing` says, op by op, why one is not fused,
+and those ops stay plain. What is in use is printed when a run starts; nothing is swapped in silence.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mini_forge.model.ops import PLAIN, Ops
+from mini_forge_kernels.rms_norm import rms_norm
+from mini_forge_kernels.rope import apply_rope
+from mini_forge_kernels.swiglu import swiglu
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,11 @@ def plain() -> Provider:
 
 
 def fused() -> Provider:
-    """LoRA projections and the loss head are fused in every provider. Fused versions of the rest are not written yet."""
-    reason = "no fused version in this release"
-    return Provider(PLAIN, dict.fromkeys(("rms_norm", "apply_rope", "swiglu"), reason))
+    """LoRA projections and the loss head have hand-written gradients in every provider; this adds the functions between."""
+    ops = replace(
+        PLAIN, name="fused (rms_norm, apply_rope, swiglu)", rms_norm=rms_norm, apply_rope=apply_rope, swiglu=swiglu
+    )
+    return Provider(ops, {"attention": "torch's own kernels are used"})
 
 
 PROVIDERS = {"huggingface": plain, "unsloth": fused}

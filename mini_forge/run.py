@@ -32,9 +32,9 @@ from mini_forge.training.optim import (
     parameter_groups,
 )
 from mini_forge.training.schedule import warmup_steps
-from mini_forge.training.sft import sft_loss
+from mini_forge.training.sft import SFT
 
-OBJECTIVES = {"sft": sft_loss, "qlora": sft_loss}
+OBJECTIVES = {"sft": SFT, "qlora": SFT}
 # Keys that may change between a run and its resumption, because no step depends on them.
 FREE_ON_RESUME = ("output_dir", "comment", "notes", "logging_steps", "save_steps", "save_strategy", "save_total_limit",
                   "per_device_eval_batch_size")  # fmt: skip
@@ -136,7 +136,7 @@ class EpochPlan:
         epoch, index = divmod(step, self.steps_per_epoch_of_run)
         size = self.prepared.config.gradient_accumulation_steps
         chosen = self.microbatches(epoch)[index * size : (index + 1) * size]
-        return [collate([self.prepared.train[i] for i in batch]).to(self.device) for batch in chosen]
+        return [collate([self.prepared.train[i] for i in batch]) for batch in chosen]
 
     @property
     def steps_per_epoch_of_run(self) -> int:
@@ -173,7 +173,7 @@ def build_loop(prepared: Prepared, model: Decoder, lora: LoraSpec, folder: RunFo
     def evaluate():
         began = time.perf_counter()
         batch_size = config.per_device_eval_batch_size
-        result = evaluate_loss(model, prepared.eval, lambda m, b: _sum_and_count(objective(m, b)), batch_size=batch_size)
+        result = evaluate_loss(model, prepared.eval, lambda m, b: sum_and_count(objective, m, b), batch_size=batch_size)
         return {**result, "eval_seconds": round(time.perf_counter() - began, 3)}
 
     loop = Loop(
@@ -182,7 +182,8 @@ def build_loop(prepared: Prepared, model: Decoder, lora: LoraSpec, folder: RunFo
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(plan.device) if plan.use_scaler else None,
         window=epochs.window,
-        objective=lambda batch: objective(model, batch),
+        count=objective.count,
+        loss=lambda batch: objective.loss(model, batch.to(plan.device)),
         evaluate=evaluate if prepared.eval else None,
         save=save,
         log=log,
@@ -190,7 +191,9 @@ def build_loop(prepared: Prepared, model: Decoder, lora: LoraSpec, folder: RunFo
     return loop
 
 
-def _sum_and_count(loss):
+def sum_and_count(objective, model: Decoder, batch: Batch) -> tuple[torch.Tensor, int]:
+    """The form in which evaluation takes a loss."""
+    loss = objective.loss(model, batch.to(model.device))
     return loss.total, loss.count
 
 

@@ -12,7 +12,6 @@ FAMILIES = sorted(folder.name for folder in (GOLDEN / "families").iterdir())
 TRAINING = GOLDEN / "training"
 BASE = TRAINING / "base"
 INIT_ADAPTER = TRAINING / "init_adapter"
-RSLORA = TRAINING / "rslora"
 DATASET = TRAINING / "rows.jsonl"
 STORAGES = ("dense", "nf4", "nf4_nested")
 
@@ -48,7 +47,7 @@ def reference(storage: str) -> Reference:
 
 
 def rslora_logits() -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids (1, T) int64 and the logits (1, T, V) of BASE with the adapter RSLORA."""
+    """input_ids (1, T) int64 and the logits (1, T, V) of BASE with INIT_ADAPTER under `use_rslora`."""
     expected = load_file(TRAINING / "rslora_expected.safetensors")
     return expected["input_ids"], expected["logits"]
 

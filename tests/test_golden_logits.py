@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from golden_files import FAMILIES, family
 from safetensors import safe_open
 
 import mini_forge
+from tests.golden_files import FAMILIES, family
 
 # float32 sums in another order differ by about 1e-6 of the logits' spread; a wrong option by 1e-2 and more.
 TOLERANCE = 2e-4

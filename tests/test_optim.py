@@ -101,12 +101,15 @@ def test_ten_steps_equal_five_saved_loaded_and_five_more(name):
     train(make_optimizer(name, groups(straight), 1e-3, 0.1, "cpu"), straight, 0, 10)
     optimizer = make_optimizer(name, groups(stopped), 1e-3, 0.1, "cpu")
     train(optimizer, stopped, 0, 5)
-    state = saved_and_read(optimizer_state(optimizer))
+    state = optimizer_state(optimizer)
     resumed = [nn.Parameter(p.detach().clone()) for p in stopped]
-    train(optimizer, stopped, 5, 7)  # the saved state is a copy: going on must not change it
-    fresh = make_optimizer(name, groups(resumed), 9.0, 0.9, "cpu")
+    rate = optimizer.param_groups[0]["lr"]
+    train(optimizer, stopped, 5, 7)  # the state is a copy: going on must not change it
+    state = saved_and_read(state)
+    assert not any("qmap1" in values for values in state["state"])  # a constant
+    fresh = make_optimizer(name, groups(resumed, 0.7), 9.0, 0.9, "cpu")
     load_optimizer_state(fresh, state)
-    assert [g["weight_decay"] for g in fresh.param_groups] == [0.1, 0.0]
+    assert [(g["lr"], g["weight_decay"]) for g in fresh.param_groups] == [(rate, 0.1), (rate, 0.0)]
     train(fresh, resumed, 5, 10)
     assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
     again = optimizer_state(fresh)
@@ -194,5 +197,5 @@ def test_a_norm_that_is_not_finite_is_returned(bad):
 
 def test_float16_gradients_do_not_overflow_the_norm():
     p = nn.Parameter(torch.zeros(100, dtype=torch.float16))
-    p.grad = torch.full((100,), 1000.0, dtype=torch.float16)  # squares: 1e6 > 65504
-    assert clip_grad_norm([p], 1e9) == 10000
+    p.grad = torch.full((100,), 1e4, dtype=torch.float16)
+    assert clip_grad_norm([p], 1e9).item() == pytest.approx(1e5, rel=1e-6)  # above 65504

@@ -1,1 +1,5 @@
-"""Rows -> tokens -> batches: `tasks` reads and checks, `chat` spells, `tokenizer` encodes, `packing` and `batches` arrange."""
+"""Rows to tokens to batches.
+
+`rows` reads files, `tasks` says what a row means, `chat` spells it (through `sandbox`), `tokenizer` encodes it,
+`batches` finds what is trained on and arranges documents, `packing` fills rows with them.
+"""

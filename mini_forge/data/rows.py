@@ -47,12 +47,14 @@ def scan(path, problems: list[tuple[int, str]]) -> list[Row]:
 
 def raise_problems(path, problems: list[tuple[int, str]]) -> None:
     """DataError with the first problems by line, if there are any."""
-    if not problems:
-        return
-    shown = [f"{path}:{line}: {message}" for line, message in sorted(problems)[:SHOWN_PROBLEMS]]
-    if len(problems) > SHOWN_PROBLEMS:
-        shown.append(f"{path}: and {len(problems) - SHOWN_PROBLEMS} more problems")
-    raise DataError(*shown)
+    if problems:
+        raise DataError(*first_problems([f"{path}:{line}: {message}" for line, message in sorted(problems)]))
+
+
+def first_problems(problems: list[str]) -> list[str]:
+    """As many as a person reads, and how many more there are."""
+    more = len(problems) - SHOWN_PROBLEMS
+    return problems if more <= 0 else [*problems[:SHOWN_PROBLEMS], f"and {more} more problems like these"]
 
 
 def kind(value) -> str:
@@ -87,8 +89,8 @@ def _decode(path, problems: list[tuple[int, str]]) -> str:
 
 
 def _line_values(text: str, problems: list[tuple[int, str]]) -> Iterator[tuple[int, object]]:
-    """(line, value) of JSONL. A line that is no JSON by itself may open an object that ends before the next "{" at a
-    line's beginning; if it does not, the line is a problem and the next ones are read as if it were not there."""
+    """(line, value) of JSONL. A line that is no JSON by itself but begins with "{" may open an object that ends before
+    the next such line; if it does not, the line is a problem and the next ones are read as if it were not there."""
     lines = text.split("\n")  # not splitlines: U+2028 may stand in a JSON string
     number = 0
     while number < len(lines):
@@ -100,7 +102,9 @@ def _line_values(text: str, problems: list[tuple[int, str]]) -> Iterator[tuple[i
             continue
         except _BAD_JSON as error:
             fault, faulty = error, first
-        end = next((n for n in range(number, len(lines)) if lines[n].startswith("{")), len(lines))
+        end = number
+        while lines[first].startswith("{") and end < len(lines) and not lines[end].startswith("{"):
+            end += 1
         try:
             yield first + 1, _DECODER.decode("\n".join(lines[first:end]))
             number = end

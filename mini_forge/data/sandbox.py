@@ -105,7 +105,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}` marks what the model writes; we find that ourselves, so it is just text."""
+    """`{% generation %}…{% endgeneration %}` marks what the model writes. We find that ourselves."""
 
     tags = {"generation"}
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 
 from mini_forge.data.rows import kind, raise_problems, scan
 
+SUMMARIZE = "Summarize the following document:\n{}"
+QUESTION = "Context: {}\n\nQuestion: {}"
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -65,12 +67,8 @@ def load_examples(path, task: str, strategy: str = "sft", needs_pairs: bool = Tr
 
 
 def user_message(task: str, prompt: str) -> dict:
-    """The user turn of a task for a bare prompt, as its training rows have it; `prompt` for a summary is the document."""
+    """The user turn of a bare prompt, as the task's rows spell it: for a summary, `prompt` is the document."""
     return {"role": "user", "content": SUMMARIZE.format(prompt) if task == "summarization" else prompt}
-
-
-SUMMARIZE = "Summarize the following document:\n{}"
-QUESTION = "Context: {}\n\nQuestion: {}"
 
 
 def text_generation(fields: dict) -> Example:
@@ -235,9 +233,10 @@ def _message(message, name: str) -> dict:
     if role == "assistant" and message.get("tool_calls") and (content is None or content == ""):
         return dict(message)
     if isinstance(content, list):
-        if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content):
-            raise _Fault(f'{name}.content may have only parts {{"type": "text", "text": "…"}}; this trains on text alone')
-        content = "".join(part["text"] for part in content)
+        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
+            raise _Fault(f'{name}.content may only have parts {{"type": "text", "text": "…"}}; we train on text alone')
+        content = "".join(texts)
     content = _text({f"{name}.content": content}, f"{name}.content", may_be_blank=role not in ("user", "assistant"))
     return {**message, "content": content}
 
@@ -249,6 +248,6 @@ def _text(row: dict, key: str, may_be_blank: bool = False) -> str:
         raise _Fault(f"{key} must be a string, is {kind(value)}")
     if not may_be_blank and not value.strip():
         raise _Fault(f"{key} is empty; remove the row or fill it")
-    if any("\ud800" <= character <= "\udfff" for character in value) if not value.isascii() else False:
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
         raise _Fault(f"{key} has half a character (an escape \\ud800 to \\udfff without its other half)")
     return value

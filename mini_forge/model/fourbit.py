@@ -6,9 +6,10 @@ quantiles of a normal distribution; FP4: sign and three bits of a float), two co
     W ≈ code[q] · absmax[block]                                                    0.5 + 4/64 = 0.5625 bytes a weight
     absmax ≈ map[c] · nested_absmax[block of 256 blocks] + offset  (`nested`)      0.5 + 1/64 + 4/16384 = 0.516
 
-The bits are those of bitsandbytes on CPU, whichever backend computes them and on whichever device. Two of its slips are
-not followed, values being equal but there: on a CPU with AVX-512 it dequantizes with wrong scales where the last
-dimension is a multiple of 16 but not of 64, and it gives FP4's second zero either sign, depending on the shape.
+What is stored is bit for bit what bitsandbytes stores on CPU, on whichever device it is computed; what is dequantized
+is equal whichever backend does it (FP4's second zero has either sign in bitsandbytes' kernel, as the shape has it).
+One slip of bitsandbytes is not followed: called with the weight's shape, its AVX-512 code takes wrong scales where the
+last dimension is a multiple of 16 but not of 64.
 """
 
 import functools
@@ -26,7 +27,7 @@ NF4_CODE = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 _FP4_MAGNITUDES = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
-FP4_CODE = _FP4_MAGNITUDES + tuple(-m for m in _FP4_MAGNITUDES)
+FP4_CODE = _FP4_MAGNITUDES + tuple(0.0 - m for m in _FP4_MAGNITUDES)  # its second zero is +0 too
 CODES = {"nf4": NF4_CODE, "fp4": FP4_CODE}
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024)
 NESTED_BLOCKSIZE = 256
@@ -108,7 +109,7 @@ def dequantize_4bit(
 def backend(device: torch.device | str) -> tuple[str, str]:
     """What dequantizes 4-bit weights on a device, "bitsandbytes" or "torch", and the reason in words.
 
-    Both give the same bits. Dequantizing 4M weights on one core takes bitsandbytes 2 ms and torch 6.5 ms."""
+    Both give the same values. Dequantizing 4M weights on one core takes bitsandbytes 2 ms and torch 6.5 ms."""
     kind = torch.device(device).type
     if kind not in ("cpu", "cuda"):
         return "torch", f"bitsandbytes' kernels are used on cpu and cuda, not on {kind}"
@@ -147,7 +148,7 @@ def _encode(values: torch.Tensor, quant_type: str, blocksize: int) -> tuple[torc
 @functools.cache
 def _boundaries(quant_type: str) -> tuple[list[float], torch.Tensor | None]:
     """The 15 midpoints of neighbouring codes, ascending, and which code each rank is (None: the rank itself)."""
-    code = torch.tensor(CODES[quant_type])
+    code = torch.tensor(CODES[quant_type], device="cpu")
     ascending, order = torch.sort(code, stable=True)
     order = None if quant_type == "nf4" else order.to(torch.uint8)
     return ((ascending[:-1] + ascending[1:]) / 2).tolist(), order
@@ -174,7 +175,7 @@ _DECODERS = {"torch": _decode_torch, "bitsandbytes": _decode_bitsandbytes}
 @functools.cache
 def _byte_values(quant_type: str, device: torch.device) -> torch.Tensor:
     """float32 (256, 2): the values of each byte's high and low half."""
-    code = torch.tensor(CODES[quant_type])
+    code = torch.tensor(CODES[quant_type], device="cpu")
     return torch.cartesian_prod(code, code).to(device)
 
 
@@ -193,7 +194,7 @@ def dynamic_map(device: torch.device | str = "cpu") -> torch.Tensor:
     For each decade 10⁻⁶ … 1, the centres of 2^i equal parts of [0.1, 1] with both signs (i = 0 … 6), and 0 and 1."""
     values = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
         centres = (10 ** (i - 6)) * ((edges[:-1] + edges[1:]) / 2)
         values += centres.tolist() + (-centres).tolist()
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
@@ -204,7 +205,7 @@ def _dynamic_code_of_level() -> torch.Tensor:
     """uint8 (65536,): the code nearest to each of 65536 even levels of [-1, 1]: bitsandbytes rounds to a level first,
     which makes 0 the code of 2.1e-5."""
     code = dynamic_map()
-    levels = torch.arange(65536, dtype=torch.float32) * 2 / 65535 - 1
+    levels = torch.arange(65536, dtype=torch.float32, device="cpu") * 2 / 65535 - 1
     return torch.bucketize(levels, (code[:-1] + code[1:]) * 0.5).to(torch.uint8)
 
 
@@ -212,13 +213,17 @@ def _nest(plain: Quantized4bit) -> Quantized4bit:
     """`plain` with its absmax in 8 bits. Computed on the CPU: the same bits on every device (and few: n/64 of them)."""
     device, absmax = plain.packed.device, plain.stored_absmax.cpu()
     offset = absmax.mean()
-    n = absmax.numel()
-    blocks = F.pad(absmax - offset, (0, -n % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE)
-    largest = blocks.abs().amax(dim=1, keepdim=True)
-    scaled = (blocks * (1.0 / largest)).clamp_(-1, 1)
-    # float64 holds (v+1)/2 · 65535 + 0.5 exactly, so this rounds once, as bitsandbytes' fused multiply-add does.
-    level = (((scaled + 1) * 0.5).double() * 65535 + 0.5).float()
-    level = level.nan_to_num(0.0).int()  # 0/0 in a block of zeros, for which bitsandbytes writes code 0
-    codes = _dynamic_code_of_level()[level.view(-1)[:n]]
+    codes, largest = _encode_dynamic(absmax - offset)
     return Quantized4bit(plain.packed, codes.to(device), plain.shape, plain.dtype, plain.quant_type, plain.blocksize,
-                         largest.view(-1).to(device), offset.to(device))  # fmt: skip
+                         largest.to(device), offset.to(device))  # fmt: skip
+
+
+def _encode_dynamic(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 (n,) → dynamic 8-bit codes, uint8 (n,), and the largest magnitude of each block of 256, float32."""
+    n = values.numel()
+    blocks = F.pad(values, (0, -n % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE)
+    largest = blocks.abs().amax(dim=1)
+    scaled = (blocks * (1.0 / largest)[:, None]).clamp_(-1, 1)
+    level = (scaled + 1) * 0.5 * 65535 + 0.5  # bitsandbytes fuses it: all floats tried, no level differs
+    level = level.nan_to_num(0.0).int()  # 0/0 in a block of zeros, for which bitsandbytes writes code 0
+    return _dynamic_code_of_level()[level.view(-1)[:n]], largest

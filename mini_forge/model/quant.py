@@ -209,7 +209,7 @@ def _keep_dtypes(layer: nn.Module, fn):
 def _pack_state(q: Quantized4bit) -> dict[str, torch.Tensor]:
     record = {"quant_type": q.quant_type, "blocksize": q.blocksize, "dtype": str(q.dtype).removeprefix("torch."),
               "shape": list(q.shape)}  # fmt: skip
-    code = torch.tensor(CODES[q.quant_type]) + 0.0  # −0 + 0 = 0: they write the two zeros of FP4 alike
+    code = torch.tensor(CODES[q.quant_type])
     state = {"weight": q.packed, "weight.absmax": q.stored_absmax, "weight.quant_map": code}
     if q.nested:
         state |= {"weight.nested_absmax": q.nested_absmax, "weight.nested_quant_map": dynamic_map().clone()}

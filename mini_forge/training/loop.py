@@ -74,15 +74,17 @@ class Progress:
 class Loop:
     """One run in progress. The callables are its only ties to the outside:
 
-    `window(step)` the microbatches of an optimizer step, `objective(batch)` its LossSum, `evaluate()` a dict with
-    `eval_loss` (None: no evaluation), `save(progress)` a checkpoint, `log(record)` a line of metrics."""
+    `window(step)` the microbatches of an optimizer step, `count(batch)` what its loss is divided by, `loss(batch)` its
+    LossSum, `evaluate()` a dict with `eval_loss` (None: no evaluation), `save(progress)` a checkpoint, `log(record)` a
+    line of metrics."""
 
     settings: LoopSettings
     parameters: list[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None
     window: Callable[[int], list]
-    objective: Callable[[object], LossSum]
+    count: Callable[[object], int]
+    loss: Callable[[object], LossSum]
     evaluate: Callable[[], dict] | None
     save: Callable[[Progress], None]
     log: Callable[[dict], None]
@@ -134,10 +136,10 @@ class Loop:
 
     def _accumulate(self, batches) -> tuple[float, int, dict]:
         """Backward through every microbatch, each divided by the whole step's count. Returns summed loss and metrics."""
-        count = sum(batch.loss_count for batch in batches)
+        count = sum(self.count(batch) for batch in batches)
         total, metrics = 0.0, {}
         for batch in batches:
-            loss = self.objective(batch)
+            loss = self.loss(batch)
             share = loss.total / count
             (share if self.scaler is None else self.scaler.scale(share)).backward()
             total = total + loss.total.detach()
@@ -145,7 +147,7 @@ class Loop:
                 metrics[name] = metrics.get(name, 0.0) + float(value)
         value = float(total)
         if not math.isfinite(value):
-            lines = sorted({line for batch in batches for line in batch.lines})
+            lines = sorted(line for batch in batches for line in batch.lines)
             raise TrainingError(
                 f"step {self.progress.step + 1}: the loss is {value / count}, not a finite number (dataset lines "
                 f"{', '.join(map(str, lines[:8]))}{' …' if len(lines) > 8 else ''}); lower learning_rate, or use "

@@ -4,6 +4,7 @@ Dividing each microbatch by its own count and averaging would weight tokens by t
 gradient-accumulation error that many trainers had.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +20,14 @@ class LossSum:
     total: torch.Tensor
     count: int
     metrics: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is trained: `loss(model, batch)` gives a LossSum, `count(batch)` its count before any model has run."""
+
+    loss: Callable[..., LossSum]
+    count: Callable[..., int]
 
 
 def token_nll(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

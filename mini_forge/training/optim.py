@@ -109,7 +109,7 @@ def clip_grad_norm(params: Iterable[torch.nn.Parameter], max_norm: float) -> tor
     """Scale all gradients by min(1, max_norm / (norm + 1e-6)), in place, where `norm` is their joint L2 norm.
 
     Returns the norm before clipping, float32 (); NaN or infinity if a gradient has one, for the caller to judge.
-    max_norm 0: nothing is clipped. Summed in float32: squares of float16 overflow above 256."""
+    max_norm 0: nothing is clipped. Summed in float32: a float16 norm ends at 65504."""
     grads = [p.grad for p in params if p.grad is not None]
     if not grads:
         return torch.zeros(())

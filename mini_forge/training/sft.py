@@ -2,7 +2,7 @@
 
 from mini_forge.data.batches import Batch
 from mini_forge.model.decoder import Decoder
-from mini_forge.training.losses import LossSum, token_nll
+from mini_forge.training.losses import LossSum, Objective, token_nll
 
 
 def sft_loss(model: Decoder, batch: Batch) -> LossSum:
@@ -12,3 +12,10 @@ def sft_loss(model: Decoder, batch: Batch) -> LossSum:
     is_trained = (targets != -100).nonzero().squeeze(-1)
     nll = token_nll(hidden[is_trained], model.head_weight, targets[is_trained])
     return LossSum(nll.sum(), nll.numel())
+
+
+def trained_tokens(batch: Batch) -> int:
+    return int((batch.targets != -100).sum())
+
+
+SFT = Objective(sft_loss, trained_tokens)

@@ -2,7 +2,7 @@
 
     python tests/bench/ours_sft.py --model FOLDER --data ROWS.jsonl [--ckpt] [--packing] [--nf4]
 
-Trains once over the rows. Usually started by compare.py, which gives the peer the rows in the order this run takes them.
+Trains once over the rows. Usually started by compare.py, which gives the peer the same rows in the order of this run.
 """
 
 import sys

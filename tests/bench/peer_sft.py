@@ -1,4 +1,4 @@
-"""The peer: LoRA or QLoRA fine-tuning of a local checkpoint on the CPU with TRL and PEFT, as their documentation has it.
+"""The peer: LoRA or QLoRA fine-tuning of a local checkpoint on the CPU with TRL and PEFT, as they document it.
 
     HF_HUB_OFFLINE=1 python tests/bench/peer_sft.py --model FOLDER --data ROWS.jsonl [--ckpt] [--packing] [--nf4]
 
@@ -8,7 +8,17 @@ Trains once over the rows, in their order, and prints one JSON line. Usually sta
 import tempfile
 import time
 
-from bench_common import BATCH, LORA, MAX_LENGTH, OPTIMIZATION, TARGETS, WARMUP_RATIO, arguments, print_result, read_rows
+from bench_common import (
+    BATCH,
+    LORA,
+    MAX_LENGTH,
+    OPTIMIZATION,
+    TARGETS,
+    WARMUP_RATIO,
+    arguments,
+    print_result,
+    read_rows,
+)
 
 args = arguments(__doc__)
 

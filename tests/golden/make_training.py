@@ -2,8 +2,8 @@
 
 Into golden/training: `base` (checkpoint and byte-level BPE tokenizer), `rows.jsonl`, `tokens.json` (the rows as the
 Hugging Face tokenizer sees them), `init_adapter` (A and B both random, so that every gradient is at work from the first
-step), and for each storage the per-step losses, gradient norms and the final adapter. `rslora` is the same adapter
-scaled by alpha/sqrt(r), with logits.
+step), and for each storage the per-step losses, gradient norms and the final adapter. `rslora_expected` has the logits
+of the initial adapter when scaled by alpha/sqrt(r).
 
 The loop is the textbook one, and what ours must equal: padded batch of all eight rows, float32, summed cross-entropy
 over trained-on tokens divided by their number in the step, clipping, AdamW.
@@ -31,6 +31,7 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VOCAB_SIZE = 320
 SETTINGS = {"steps": 10, "learning_rate": 1e-3, "weight_decay": 0.001, "max_grad_norm": 0.3, "betas": [0.9, 0.999],
             "eps": 1e-8, "lr_scheduler_type": "constant", "lora_r": 4, "lora_alpha": 8}  # fmt: skip
+NOISE_BOUND = 2e-6
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 STORAGES = {
     "dense": None,
@@ -93,15 +94,17 @@ def make_tokenizer(folder: Path):
 
 
 def make_base(folder: Path):
+    """Every linear layer reads a multiple of 64 channels, a whole number of 4-bit blocks: for others bitsandbytes
+    0.50.2 dequantises on the CPU as if each row began a new block, which is not what it quantised."""
     config = LlamaConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
         pad_token_id=2,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     randomise(model, seed=1, gain=1.0)
     # The head is the embedding: at N(0, 1) the loss would start at 20 nats, far from where models are trained.
-    model.model.embed_tokens.weight.data *= 0.3
+    model.model.embed_tokens.weight.data *= 0.15
     model.to(torch.bfloat16).save_pretrained(folder)
     (folder / "generation_config.json").unlink()
 
@@ -137,7 +140,7 @@ def load_base(base: Path, quantization: dict | None = None):
 
 def make_adapter(base: Path, folder: Path):
     """PEFT's own files; A as PEFT initialises it, B random too (std 0.05, so that ΔW is a tenth of W)."""
-    torch.manual_seed(2)
+    torch.manual_seed(3)
     lora = LoraConfig(r=SETTINGS["lora_r"], lora_alpha=SETTINGS["lora_alpha"], target_modules=TARGETS,
                       lora_dropout=0.0, task_type="CAUSAL_LM")  # fmt: skip
     model = get_peft_model(load_base(base), lora)
@@ -158,21 +161,26 @@ def save_adapter(model, folder: Path):
 
 @torch.no_grad()
 def make_rslora(base: Path, training: Path, rows: list[dict]):
-    folder = training / "rslora"
-    shutil.copytree(training / "init_adapter", folder)
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_rslora": True}, indent=2, sort_keys=True) + "\n")
-    model = PeftModel.from_pretrained(load_base(base), folder).eval()
-    input_ids = torch.tensor([rows[1]["ids"]])
+    """Logits with the initial adapter scaled by alpha/sqrt(r) = 4 instead of alpha/r = 2."""
+    config = LoraConfig.from_pretrained(training / "init_adapter")
+    config.use_rslora = True
+    model = PeftModel.from_pretrained(load_base(base), training / "init_adapter", config=config).eval()
+    input_ids = torch.tensor([rows[1]["ids"][-16:]])
     tensors = {"input_ids": input_ids, "logits": model(input_ids).logits}
     save_file(tensors, training / "rslora_expected.safetensors")
 
 
 def run_reference(base: Path, training: Path, storage: str, quantization: dict | None, rows: list[dict]) -> list[float]:
     """Train, save what happened, return the losses."""
-    model = load_base(base, quantization)
-    model = PeftModel.from_pretrained(model, training / "init_adapter", is_trainable=True)
-    losses, norms = train(model.train(), pad(rows))
+
+    def start():
+        model = load_base(base, quantization)
+        return PeftModel.from_pretrained(model, training / "init_adapter", is_trainable=True).train()
+
+    model, other = start(), start()
+    losses, norms = train(model, [pad(rows)])
+    train(other, [pad([row]) for row in rows])
+    check_noise(get_peft_model_state_dict(model), get_peft_model_state_dict(other))
     folder = training / storage
     folder.mkdir()
     tensors = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
@@ -180,6 +188,15 @@ def run_reference(base: Path, training: Path, storage: str, quantization: dict |
     record = {"settings": SETTINGS, "losses": losses, "grad_norms": norms}
     (folder / "expected.json").write_text(json.dumps(record, indent=1) + "\n")
     return losses
+
+
+def check_noise(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]):
+    """The same training with sums in another order must end a tenth of the tests' bound away at most.
+
+    Adam turns a gradient that is zero but for rounding into whole steps, so one such element would make the golden
+    adapter a matter of chance. Then another seed is needed."""
+    noise = max(float((one[name] - other[name]).abs().max()) for name in one)
+    assert noise < NOISE_BOUND, f"row by row, the adapter ends {noise:.1e} away: choose another seed in make_adapter"
 
 
 def pad(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -194,20 +211,22 @@ def pad(rows: list[dict]) -> dict[str, torch.Tensor]:
     return batch
 
 
-def train(model, batch: dict[str, torch.Tensor]) -> tuple[list[float], list[float]]:
+def train(model, microbatches: list[dict[str, torch.Tensor]]) -> tuple[list[float], list[float]]:
     """The reference loop. Returns each step's loss before its update, and its gradient's norm before clipping."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=SETTINGS["learning_rate"], weight_decay=SETTINGS["weight_decay"],
                                   betas=SETTINGS["betas"], eps=SETTINGS["eps"])  # fmt: skip
-    labels = batch.pop("labels")[:, 1:]
+    trained_tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in microbatches)
     losses, norms = [], []
     for _ in range(SETTINGS["steps"]):
-        logits = model(**batch).logits[:, :-1].float()
-        total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
-        loss = total / (labels != -100).sum()
-        loss.backward()
+        losses.append(0.0)
+        for batch in microbatches:
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
+            labels = batch["labels"][:, 1:].flatten()
+            total = F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=-100, reduction="sum")
+            (total / trained_tokens).backward()
+            losses[-1] += total.item() / trained_tokens
         norms.append(torch.nn.utils.clip_grad_norm_(parameters, SETTINGS["max_grad_norm"]).item())
-        losses.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
     return losses, norms

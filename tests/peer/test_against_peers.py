@@ -1,0 +1,118 @@
+"""Live checks against transformers and PEFT; skipped where they are not installed (they never are a dependency).
+
+pip install -r tests/golden/requirements-peers.txt     # beside mini_forge, in an environment of its own
+python -m pytest tests/peer
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed: see tests/peer")
+peft = pytest.importorskip("peft", reason="peft is not installed: see tests/peer")
+
+import mini_forge  # noqa: E402
+from tests import golden_files as golden  # noqa: E402
+from tests.test_golden_training import settings  # noqa: E402
+
+# float32 sums in another order differ by about 1e-6 of the logits' spread.
+TOLERANCE = 2e-4
+IDS = torch.randint(0, 320, (2, 33), generator=torch.Generator().manual_seed(3))
+
+
+def worst(logits, expected) -> float:
+    return float((logits - expected).abs().max() / expected.std())
+
+
+def peer_model(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A copy, so that the repository stays as it is."""
+    return shutil.copytree(golden.BASE, tmp_path_factory.mktemp("base") / "base")
+
+
+@pytest.fixture(scope="module", params=["plain", "rslora", "two modules"])
+def run(request, base, tmp_path_factory):
+    """A run folder of ours, after five steps at a rate that moves the adapter far from its start."""
+    options = {
+        "plain": {},
+        "rslora": {"use_rslora": True},
+        "two modules": {"target_modules": ["q_proj", "v_proj"]},
+    }[request.param]
+    config = settings("dense", 8, 1, model_name=str(base), num_train_epochs=5, learning_rate=2e-2)
+    config |= {"output_dir": str(tmp_path_factory.mktemp("run") / "run"), "init_adapter": None, **options}
+    return mini_forge.train(mini_forge.TrainingConfig.from_dict(config)).output_dir
+
+
+@torch.no_grad()
+def our_logits(folder):
+    return mini_forge.load_model(folder).logits(IDS)
+
+
+@torch.no_grad()
+def test_adapter_loads_in_peft_whole_and_with_the_same_logits(run, base):
+    model = peft.PeftModel.from_pretrained(peer_model(base), run)
+    wanted = set(peft.utils.get_peft_model_state_dict(model))
+    assert wanted == set(load_file(run / "adapter_model.safetensors"))
+    logits = model(IDS).logits
+    assert worst(our_logits(run), logits) < TOLERANCE
+    with model.disable_adapter():
+        assert worst(model(IDS).logits, logits) > 0.05  # the adapter does something
+
+
+@torch.no_grad()
+def test_merged_model_loads_in_transformers_with_the_same_logits(run, base, tmp_path):
+    """And with the weights of PEFT's own merge in float32, rounded to the checkpoint's bfloat16 as ours are."""
+    out = tmp_path / "merged"
+    subprocess.run(
+        [sys.executable, "-m", "mini_forge", "merge", str(run), str(out)], check=True, stdout=subprocess.PIPE
+    )
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        out, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    theirs = peft.PeftModel.from_pretrained(peer_model(base), run).merge_and_unload().bfloat16().float()
+    for (name, ours), expected in zip(model.named_parameters(), theirs.parameters(), strict=True):
+        # A float32 sum that falls on the edge between two bfloat16 values may go either way.
+        assert torch.allclose(ours, expected, rtol=2**-7, atol=1e-6), name
+        assert (ours != expected).float().mean() < 1e-3, name
+    assert worst(our_logits(out), model(IDS).logits) < TOLERANCE
+
+
+@torch.no_grad()
+def test_merging_a_float32_base_changes_no_logit(run, base, tmp_path):
+    """Without rounding to bfloat16, merged in transformers equals adapter in PEFT."""
+    wide = shutil.copytree(base, tmp_path / "wide")
+    tensors = {name: tensor.float() for name, tensor in load_file(wide / "model.safetensors").items()}
+    save_file(tensors, wide / "model.safetensors", metadata={"format": "pt"})
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    shutil.copy(run / "adapter_model.safetensors", adapter)
+    record = json.loads((run / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(wide)}
+    (adapter / "adapter_config.json").write_text(json.dumps(record))
+    out = tmp_path / "merged"
+    subprocess.run([sys.executable, "-m", "mini_forge", "merge", str(adapter), str(out)], check=True)
+    expected = peft.PeftModel.from_pretrained(peer_model(wide), adapter)(IDS).logits
+    assert worst(peer_model(out)(IDS).logits, expected) < TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", golden.FAMILIES)
+def test_logits_equal_transformers_on_other_tokens(name, attention):
+    """The golden checkpoints, live, on more rows and more tokens than were stored."""
+    folder = golden.family(name)[0]
+    options = {"dtype": torch.float32, "attn_implementation": attention}
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    input_ids = torch.randint(0, model.config.vocab_size, (3, 61), generator=torch.Generator().manual_seed(11))
+    assert worst(mini_forge.load_model(folder).logits(input_ids), model(input_ids).logits) < TOLERANCE

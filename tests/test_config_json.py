@@ -1,0 +1,62 @@
+"""Reading a configuration file: what is refused, with file and line, and where relative paths lead."""
+
+import json
+
+import pytest
+
+from mini_forge.config import TrainingConfig
+from mini_forge.errors import ConfigError
+
+FIRST = {"task": "text-generation", "model_name": "m", "dataset": "d.jsonl", "compute_specs": "low_end"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"[1]", "{path}: Must be a JSON object (got [1])"),
+        (b'{\n "task": "x",\n}', "{path}:"),
+        (b'{"a": 1\n,, "b": 2}', "{path}:2: not JSON"),
+        (b"{'a': 1}", "JSON strings take double quotes"),
+        (b'{\n# no\n"a": 1}', 'use the key "comment"'),
+        (b"", "the file is empty"),
+        (b'{\n"a": "\xff"}', "{path}:2: not UTF-8"),
+        (b'{"lora_r": 1, "lora_r": 2}', "lora_r: given twice in {path}, as 1 and as 2"),
+        (b"[" * 100_000, "{path}: not readable as JSON"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "{path}: not readable as JSON"),
+    ],
+)
+def test_a_broken_file_is_reported_with_file_and_line(tmp_path, text, message):
+    path = tmp_path / "c.json"
+    path.write_bytes(text)
+    with pytest.raises(ConfigError) as caught:
+        TrainingConfig.from_file(path)
+    assert len(caught.value.problems) == 1 and message.format(path=path) in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_reported(tmp_path):
+    for path in (tmp_path / "none.json", tmp_path):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            TrainingConfig.from_file(path)
+    with pytest.raises(ConfigError, match="Must be a JSON object"):
+        TrainingConfig.from_dict([])
+
+
+def test_byte_order_mark_and_crlf_are_fine_and_the_stem_names_the_run(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(FIRST, indent=1).replace("\n", "\r\n").encode())
+    assert TrainingConfig.from_file(str(path)).output_dir == "runs/mine"
+    assert TrainingConfig.from_file(path, output_dir=tmp_path / "x").output_dir == str(tmp_path / "x")
+
+
+def test_relative_paths_are_taken_from_here_else_from_the_file_s_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    (folder / "c.json").write_text(json.dumps({**FIRST, "dataset": "../rows.jsonl", "model_name": "hub/id"}))
+    (tmp_path / "rows.jsonl").write_text("{}")
+    config = TrainingConfig.from_file(folder / "c.json")
+    assert (config.dataset, config.model_name) == (str(folder / "../rows.jsonl"), "hub/id")
+    assert config.provenance["dataset"] == "file"
+    monkeypatch.chdir(folder)
+    assert TrainingConfig.from_file("c.json").dataset == "../rows.jsonl"
+    monkeypatch.chdir(tmp_path)
+    assert TrainingConfig.from_file(folder / "c.json", dataset="c.json").dataset == "c.json"
