@@ -1,4 +1,4 @@
-"""From configuration and machine to the plan: precision, storage, and what the user is told; which profile a machine is."""
+"""From configuration and machine to the plan: precision, storage, notes; and which profile a machine is."""
 
 import pytest
 

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from make_dataset import Package, choose_rows, read_packages
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mini_forge.data.batches import Batch, Document, collate
 from mini_forge.data.chat import FORMATS
+from mini_forge.io.merge import write_safetensors
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.families import decoder_spec
 from mini_forge.training.optim import clip_grad_norm, make_optimizer, parameter_groups
@@ -31,8 +31,9 @@ HERE = Path(__file__).parent
 START, END, STOP = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 CHAT_SHARE = 0.25  # of the documents: enough that the template's tokens mean something
 LONGEST = 256  # tokens of a document; the rest of it is cut
-BATCH_TOKENS = 4096
-HELD_OUT = 400  # documents
+BATCH_TOKENS = 2048
+STEPS = 1400  # of one batch each: 60 % of the text once
+HELD_OUT = 300  # documents
 PEAK_RATE, WEIGHT_DECAY, CLIP = 4e-3, 0.1, 1.0
 SEED = 0
 
@@ -137,7 +138,8 @@ def pretrain(model: Decoder, train: list[Batch], held_out: list[Batch]):
         rate = lr_at("cosine", step, len(train), len(train) // 20, PEAK_RATE)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = sft_loss(model, batch)
+        with torch.autocast("cpu", torch.bfloat16):  # 1.6 times as fast where the CPU has AMX
+            loss = sft_loss(model, batch)
         (loss.total / loss.count).backward()
         clip_grad_norm(model.parameters(), CLIP)
         optimizer.step()
@@ -161,7 +163,8 @@ def save(model: Decoder, tokenizer: Tokenizer, folder: Path):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     weights = {name: parameter.detach().bfloat16() for name, parameter in model.named_parameters()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    entries = [(name, weight.dtype, tuple(weight.shape)) for name, weight in weights.items()]
+    write_safetensors(folder / "model.safetensors", entries, weights.values())
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     (folder / "chat_template.jinja").write_text(FORMATS["chatml"], encoding="utf-8")
     stop, end = (tokenizer.token_to_id(token) for token in (STOP, END))
@@ -188,8 +191,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("descriptions", type=Path, help="apt's records, see make_dataset.py")
     parser.add_argument("--out", type=Path, default=HERE / "model")
-    parser.add_argument("--threads", type=int, default=2, help="the weights depend on it in their last bits")
-    parser.add_argument("--max-steps", type=int, help="fewer steps than one pass, to try things out")
+    parser.add_argument("--threads", type=int, default=1, help="more are faster on an idle machine")
+    parser.add_argument("--steps", type=int, default=STEPS, help="fewer, to try things out")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(SEED)
@@ -200,7 +203,7 @@ def main():
     texts = [as_text(package, dice.random() < CHAT_SHARE) for package in packages]
     tokenizer = train_tokenizer(texts)
     documents = tokenize(tokenizer, texts)
-    train, held_out = batches(documents[HELD_OUT:])[: arguments.max_steps], batches(documents[:HELD_OUT])
+    train, held_out = batches(documents[HELD_OUT:])[: arguments.steps], batches(documents[:HELD_OUT])
     model = Decoder(decoder_spec(CONFIG))
     initialise(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())

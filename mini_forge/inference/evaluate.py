@@ -1,0 +1,191 @@
+"""A model on a dataset: loss and perplexity, and the scores of what it generates."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mini_forge.data.batches import Batch, Document, collate
+from mini_forge.data.chat import Template
+from mini_forge.data.tasks import Example
+from mini_forge.data.tokenizer import Tokenizer
+from mini_forge.errors import ConfigError, DataError, TrainingError
+from mini_forge.inference.generate import evaluating, generate, spelled_end, until
+from mini_forge.inference.metrics import answer_f1, exact_match, perplexity, rouge
+from mini_forge.inference.spans import ContextSpans, TokenBytes
+from mini_forge.io.runs import write_atomic, write_json
+from mini_forge.model.decoder import Decoder
+
+METRICS_FILE, PREDICTIONS_FILE = "eval.json", "predictions.jsonl"
+SAMPLES = 8  # rows generated for a task without scores: enough to look at
+
+
+def evaluate_loss(
+    model: Decoder,
+    documents: Sequence[Document],
+    nll_sum: Callable[[Decoder, Batch], tuple[torch.Tensor, int]],
+    *,
+    batch_size: int,
+    device: torch.device | str | None = None,
+) -> dict[str, float | int]:
+    """`eval_loss` in nats per trained-on token, `eval_perplexity` and `eval_tokens`, over all documents.
+
+    `nll_sum(model, batch)` gives the summed loss and its count; only the totals are divided, so every token weighs the
+    same whatever its batch. `device`: where batches are put; None leaves that to `nll_sum`. Longest documents go
+    first, so that too little memory shows at once. Raises DataError without documents, TrainingError for a loss that
+    is not finite."""
+    if not documents:
+        raise DataError("evaluation: no rows to evaluate on; give a dataset with at least one row with a response")
+    ordered = sorted(documents, key=lambda document: document.inputs, reverse=True)
+    total, count = 0.0, 0
+    with evaluating(model):
+        for start in range(0, len(ordered), batch_size):
+            batch = collate(ordered[start : start + batch_size])
+            batch_total, batch_count = nll_sum(model, batch if device is None else batch.to(device))
+            total, count = total + float(batch_total), count + batch_count
+    loss = total / count
+    if not math.isfinite(loss):
+        raise TrainingError(f"evaluation: the loss is {loss}; the weights are damaged or overflow in this precision")
+    return {"eval_loss": loss, "eval_perplexity": perplexity(loss), "eval_tokens": count}
+
+
+def evaluate_generation(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    template: Template,
+    examples: Sequence[Example],
+    task: str,
+    *,
+    batch_size: int = 8,
+    max_new_tokens: int = 128,
+    constrained: bool = True,
+    system_prompt: str | None = None,
+    limit: int | None = None,
+) -> tuple[dict[str, float | int], list[dict]]:
+    """Greedy answers to the examples' prompts: mean scores, and per row the prompt as the model saw it, the prediction,
+    the reference and the row's scores.
+
+    Scores are fractions of 1: rouge1, rouge2 and rougeL (F1) for summarization, exact_match and f1 for extractive
+    question answering, none for text-generation, where only the first `SAMPLES` rows are generated unless `limit` says
+    otherwise. `text` rows have no prompt and are passed over. `constrained` holds extractive answers to spans of
+    their context. Prompts too long for the model lose their left part, and are counted. Raises DataError without
+    examples."""
+    if not examples:
+        raise DataError("evaluation: no rows to generate from; give a dataset with at least one")
+    score, has_context = SCORES[task], task == "extractive-question-answering"
+    limit = SAMPLES if limit is None and score is None else limit
+    asked = [example for example in examples if example.text is None][:limit]
+    is_extractive = constrained and has_context and bool(asked)
+    opening = template.opening if is_extractive and template.opening.strip() else ""
+    room = _room(model, max_new_tokens)
+    prompts = [_prompt(example, template, tokenizer, system_prompt, opening, room) for example in asked]
+    tokens = TokenBytes(tokenizer) if is_extractive else None
+    answers = [""] * len(asked)
+    order = sorted(range(len(asked)), key=lambda i: len(prompts[i].ids), reverse=True)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        ids = [prompts[i].ids for i in chosen]
+        if tokens is not None:
+            contexts = [asked[i].context for i in chosen]
+            texts = _extract(model, tokenizer, template, ids, contexts, tokens, max_new_tokens)
+        else:
+            texts = _answer(model, tokenizer, template, ids, max_new_tokens)
+        for i, text in zip(chosen, texts, strict=True):
+            answers[i] = text
+    scored = [score(answer, example.reference) if score else {} for answer, example in zip(answers, asked, strict=True)]
+    predictions = [
+        {"prompt": prompt.text, "prediction": answer, "reference": example.reference, **scores}
+        for prompt, answer, example, scores in zip(prompts, answers, asked, scored, strict=True)
+    ]
+    means = {name: sum(row[name] for row in scored) / len(scored) for name in (scored[0] if scored else ())}
+    counts = {"generated_rows": len(asked), "truncated_prompts": sum(prompt.is_cut for prompt in prompts)}
+    return counts | means, predictions
+
+
+def rouge_scores(prediction: str, reference: str) -> dict[str, float]:
+    return {name: score.f1 for name, score in rouge(prediction, reference).items()}
+
+
+def answer_scores(prediction: str, reference: str | list[str]) -> dict[str, float]:
+    references = [reference] if isinstance(reference, str) else reference
+    return {"exact_match": exact_match(prediction, references), "f1": answer_f1(prediction, references)}
+
+
+SCORES = {
+    "text-generation": None,
+    "summarization": rouge_scores,
+    "extractive-question-answering": answer_scores,
+}
+
+
+def write_eval(folder: str | Path, metrics: dict, predictions: Sequence[dict]):
+    """Write eval.json and, if text was generated, predictions.jsonl, each whole or not at all; an earlier evaluation's
+    predictions do not stay beside new metrics. Raises ConfigError where the folder cannot be written."""
+    folder = Path(folder).expanduser()
+    try:
+        (folder / PREDICTIONS_FILE).unlink(missing_ok=True)
+        write_json(folder / METRICS_FILE, metrics)
+        if predictions:
+            lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in predictions)
+            write_atomic(folder / PREDICTIONS_FILE, "".join(lines))
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot write the evaluation here ({error.strerror})") from error
+
+
+def format_table(metrics: dict) -> str:
+    """Two aligned columns, a line per metric."""
+    shown = {name: f"{value:,}" if isinstance(value, int) else f"{value:.4g}" for name, value in metrics.items()}
+    left, right = max(map(len, shown), default=0), max(map(len, shown.values()), default=0)
+    return "\n".join(f"{name:<{left}}  {value:>{right}}" for name, value in shown.items())
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    text: str
+    ids: list[int]
+    is_cut: bool
+
+
+def _room(model: Decoder, max_new_tokens: int) -> int:
+    """Tokens that a prompt may have."""
+    positions = model.spec.max_positions
+    if max_new_tokens >= positions:
+        raise ConfigError(
+            f"max_new_tokens: {max_new_tokens} leaves no room for a prompt in the model's {positions} positions; "
+            "give fewer"
+        )
+    return positions - max_new_tokens
+
+
+def _prompt(example, template: Template, tokenizer: Tokenizer, system_prompt, opening: str, room: int) -> _Prompt:
+    """The example as the template spells it, `opening` behind it, cut on the left (but for a BOS) to `room` tokens."""
+    text = template.render_prompt(example, system_prompt) + opening
+    ids = tokenizer.encode(text)
+    first = int(ids[:1] == [tokenizer.bos_id] and room > 1)
+    kept = ids if len(ids) <= room else ids[:first] + ids[len(ids) - room + first :]
+    return _Prompt(text, kept, len(kept) < len(ids))
+
+
+def _answer(model, tokenizer: Tokenizer, template: Template, ids: list[list[int]], max_new_tokens: int) -> list[str]:
+    """Free greedy generation, without thinking and end token."""
+    allowed = until(spelled_end(template, tokenizer), tokenizer)
+    stops = template.stop_ids(tokenizer)
+    rows = generate(model, ids, max_new_tokens=max_new_tokens, stop_ids=stops, allowed=allowed)
+    return [template.answer(tokenizer.decode(row, skip_special=False)) for row in rows]
+
+
+def _extract(
+    model, tokenizer: Tokenizer, template: Template, ids, contexts: list[str], tokens: TokenBytes, max_new_tokens: int
+) -> list[str]:
+    """Greedy generation held to spans of the contexts. An end that is no single token is told by its first."""
+    end = spelled_end(template, tokenizer)
+    stops = [*template.stop_ids(tokenizer), *(tokenizer.encode(end)[:1] if end else [])]
+    spans = [ContextSpans(context, tokens, stops, max_new_tokens) for context in contexts]
+    rows = generate(
+        model, ids, max_new_tokens=max_new_tokens, stop_ids=stops,
+        allowed=lambda row, new_tokens: spans[row].allowed(new_tokens),
+    )  # fmt: skip
+    return [span.text(row) for span, row in zip(spans, rows, strict=True)]

@@ -1,0 +1,198 @@
+"""Token by token: batched generation with a key/value cache, sampling, and text that appears as it is made."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from mini_forge.data.chat import Template
+from mini_forge.data.tokenizer import Tokenizer
+from mini_forge.errors import CheckpointError, ConfigError
+from mini_forge.model.decoder import Decoder, KVCache
+
+Allowed = Callable[[int, list[int]], list[int] | None]
+
+
+def generate(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop_ids: Sequence[int] = (),
+    generator: torch.Generator | None = None,
+    allowed: Allowed | None = None,
+    on_token: Callable[[int, int], object] | None = None,
+) -> list[list[int]]:
+    """The new tokens of each prompt, without the stop token: a row shorter than `max_new_tokens` was stopped.
+
+    prompts: token ids, of any lengths. `allowed(row, new_tokens)` gives the ids that may come next, None for all of
+    them, an empty list to end the row. `on_token(row, id)` is called for each new token as it is made. `generator`
+    may live on another device than the model. Rows that have ended are computed along but ignored, so no row's draws
+    depend on when another ends. Raises ConfigError for an option out of range, CheckpointError for non-finite logits."""
+    check_sampling(max_new_tokens, temperature, top_k, top_p)
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise ConfigError("prompt: has no tokens; give at least one")
+    rows: list[list[int]] = [[] for _ in prompts]
+    running, stops = set(range(len(rows))), frozenset(stop_ids)
+    if not rows:
+        return rows
+    with evaluating(model):
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+        cache = KVCache(model, len(rows), int(lengths.max()) + max_new_tokens)
+        hidden = _read_prompts(model, prompts, lengths, cache)  # (B, D)
+        for step in range(max_new_tokens):
+            logits = _finite(model.head(hidden))
+            if allowed is not None:
+                _restrict(logits, rows, running, allowed)
+            if not running:
+                break
+            ids = sample(logits, temperature, top_k, top_p, generator)
+            _take(ids.tolist(), rows, running, stops, on_token)
+            if not running or step == max_new_tokens - 1:
+                break
+            hidden = model(ids[:, None], position=(lengths + step)[:, None], cache=cache)[:, 0]
+    return rows
+
+
+def sample(
+    logits: torch.Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """One id per row of softmax(logits / temperature), or the likeliest one where temperature is 0.
+
+    logits (B, V) float32; returns (B,) int64 on the same device. `top_k` > 0 keeps the k likeliest; `top_p` < 1 then
+    keeps the fewest that hold that much of the rest's probability (1904.09751, section 3.1). With neither, plain
+    sampling. The draw is made on the generator's device: a CPU generator gives any device the same numbers."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    if top_p < 1:
+        ordered, index = logits.softmax(-1).sort(dim=-1, descending=True)
+        likelier = ordered.cumsum(-1) - ordered  # what comes before a token; 0 for the first, so one always stays
+        drop = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, likelier >= top_p)
+        logits = logits.masked_fill(drop, -math.inf)
+    probabilities = logits.softmax(-1)
+    device = probabilities.device if generator is None else generator.device
+    drawn = torch.multinomial(probabilities.to(device), 1, generator=generator)
+    return drawn.squeeze(-1).to(logits.device)
+
+
+def check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: float):
+    """Raises ConfigError with everything that is out of range."""
+    problems = []
+    if max_new_tokens < 1:
+        problems.append(f"max_new_tokens: {max_new_tokens} must be at least 1")
+    if not 0 <= temperature < math.inf:
+        problems.append(f"temperature: {temperature} must be a finite number, at least 0; 0 takes the likeliest token")
+    if top_k < 0:
+        problems.append(f"top_k: {top_k} must be at least 0; 0 keeps every token")
+    if not 0 < top_p <= 1:
+        problems.append(f"top_p: {top_p} must be above 0 and at most 1; 1 keeps every token")
+    if problems:
+        raise ConfigError(*problems)
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module):
+    """Without gradients and dropout; afterwards every module is in the mode it was in."""
+    trained = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in trained:
+            module.training = True
+
+
+class TextStream:
+    """Turns ids into text as they come, never showing a part of a character.
+
+    The pieces joined are the decoding of all ids, up to `end`: a text that, once spelled, ends the stream (`ended`)
+    and is not shown."""
+
+    def __init__(self, tokenizer: Tokenizer, end: str = ""):
+        self.ended = False
+        self._tokenizer, self._end = tokenizer, end
+        self._ids: list[int] = []
+        self._shown = 0  # characters
+
+    def push(self, token: int) -> str:
+        """What can be shown now; often "" while a character, or what may be the end, is incomplete."""
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids).rstrip("\ufffd")  # stands for bytes that make no character yet
+        longest = 0 if self._end in text else max(0, len(self._end) - 1)
+        held = next((n for n in range(longest, 0, -1) if text.endswith(self._end[:n])), 0)
+        return self._show(text[: len(text) - held])
+
+    def finish(self) -> str:
+        """What was held back, and will not be completed any more."""
+        return self._show(self._tokenizer.decode(self._ids))
+
+    def _show(self, text: str) -> str:
+        if self._end and self._end in text:
+            text, self.ended = text[: text.index(self._end)], True
+        piece = text[self._shown :]
+        self._shown = max(self._shown, len(text))
+        return piece
+
+
+def spelled_end(template: Template, tokenizer: Tokenizer) -> str:
+    """The template's end where it is no token of this tokenizer, so that no stop id can tell it; else ""."""
+    return template.end if template.end and tokenizer.token_id(template.end) is None else ""
+
+
+def until(end: str, tokenizer: Tokenizer) -> Allowed | None:
+    """An `allowed` for `generate` that ends a row once it has spelled `end`; None for ""."""
+    if not end:
+        return None
+    return lambda _, tokens: [] if end in tokenizer.decode(tokens, skip_special=False) else None
+
+
+def _read_prompts(model: Decoder, prompts, lengths: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    """Fill the cache, rows padded on the right; returns the hidden state of each row's last token, (B, D)."""
+    longest = int(lengths.max())
+    padded = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=model.device)
+    position = torch.arange(longest, device=model.device).expand_as(padded)
+    hidden = model(padded, position=position, cache=cache)  # (B, T, D)
+    return hidden[torch.arange(len(prompts), device=model.device), lengths - 1]
+
+
+def _finite(logits: torch.Tensor) -> torch.Tensor:
+    if not torch.isfinite(logits).all():
+        raise CheckpointError(
+            "the model's logits are not finite: its weights are damaged, or overflow in this precision; "
+            "use bfloat16 or float32, or an earlier checkpoint"
+        )
+    return logits
+
+
+def _restrict(logits: torch.Tensor, rows: list[list[int]], running: set[int], allowed: Allowed):
+    """Leave each running row only its allowed ids, in place; rows with none stop running."""
+    for row in sorted(running):
+        ids = allowed(row, rows[row])
+        if ids is None:
+            continue
+        if not ids:
+            running.discard(row)
+            continue
+        kept = logits[row, ids]
+        logits[row] = -math.inf
+        logits[row, ids] = kept
+
+
+def _take(ids: list[int], rows: list[list[int]], running: set[int], stops: frozenset[int], on_token):
+    """Append one sampled id to each running row; a stop id ends its row instead."""
+    for row in sorted(running):
+        if ids[row] in stops:
+            running.discard(row)
+            continue
+        rows[row].append(ids[row])
+        if on_token is not None:
+            on_token(row, ids[row])
