@@ -10,7 +10,6 @@ from mini_forge.io.runs import RunFolder
 from mini_forge.prepare import adapter_spec, prepare
 from mini_forge.providers import PROVIDERS
 from mini_forge.run import EpochPlan, loop_settings
-from mini_forge.training.optim import optimizer_notes
 
 
 def check(config: TrainingConfig) -> dict:
@@ -18,15 +17,16 @@ def check(config: TrainingConfig) -> dict:
     prepared = prepare(config)
     epochs = EpochPlan(prepared, prepared.plan.device, {})
     settings = loop_settings(config, epochs.steps_per_epoch, has_eval=bool(prepared.eval))
+    config = prepared.config
     lora = adapter_spec(config)
-    notes = [*prepared.notes, *optimizer_notes(config.optim, prepared.plan.device), *_folder_notes(config)]
+    notes = [*prepared.notes, *_folder_notes(config)]
     return {
         "config": {k: {"value": v, "from": config.provenance.get(k, "default")} for k, v in config.to_dict().items()},
         "machine": {
             "device": prepared.plan.device,
             "precision": prepared.plan.dtype,
             "base weights": prepared.plan.quantization or prepared.plan.dtype,
-            "ops": PROVIDERS[config.provider]().describe(),
+            "provider": PROVIDERS[config.provider]().describe(),
         },
         "adapter": {"rank": lora.rank, "alpha": lora.alpha, "scaling": lora.scaling, "dropout": lora.dropout},
         "dataset": {

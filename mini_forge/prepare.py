@@ -3,7 +3,8 @@
 `train` and `check` share this, so what `check` reports is what `train` does.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mini_forge.config import Plan, TrainingConfig, detect_machine, resolve
@@ -52,13 +53,12 @@ def prepare(config: TrainingConfig) -> Prepared:
             problems.extend(error.problems)
             return None
 
+    config = attempt(with_init_adapter, config) or config
     attempt(check_strategy, config)
     plan = attempt(lambda: resolve(config, detect_machine(config.device)))
     train_rows = attempt(load_examples, config.dataset, config.task, config.strategy)
     eval_rows = attempt(load_examples, config.eval_dataset, config.task, config.strategy) if config.eval_dataset else []
     opened = attempt(_open_model, config)
-    if config.init_adapter:
-        attempt(adapter_spec, config)
     if problems:
         raise UserError.many(problems)
     return _tokenise(config, plan, opened, train_rows, eval_rows)
@@ -80,12 +80,18 @@ def _open_model(config: TrainingConfig):
 
 
 def adapter_spec(config: TrainingConfig) -> LoraSpec:
-    """The run's LoRA: the configuration's, or the initial adapter's where there is one (its shape is given)."""
+    """The run's LoRA."""
     targets = None if config.target_modules == "all-linear" else tuple(config.target_modules)
-    asked = LoraSpec(config.lora_r, config.lora_alpha, config.lora_dropout, targets, config.use_rslora)
+    return LoraSpec(config.lora_r, config.lora_alpha, config.lora_dropout, targets, config.use_rslora)
+
+
+def with_init_adapter(config: TrainingConfig) -> TrainingConfig:
+    """The configuration with rank, alpha and targets of its initial adapter, which has them already.
+
+    Raises ConfigError where the user wrote another rank or alpha."""
     if not config.init_adapter:
-        return asked
-    found, _ = read_adapter_config(Path(config.init_adapter).expanduser())
+        return config
+    asked, (found, _) = adapter_spec(config), read_adapter_config(Path(config.init_adapter).expanduser())
     written = {key for key, source in config.provenance.items() if source.startswith(("file", "override"))}
     clashes = [
         f"{key}: {getattr(asked, own)!r} differs from {getattr(found, own)!r} in init_adapter {config.init_adapter!r}; "
@@ -95,7 +101,15 @@ def adapter_spec(config: TrainingConfig) -> LoraSpec:
     ]
     if clashes:
         raise ConfigError(*clashes)
-    return LoraSpec(found.rank, found.alpha, config.lora_dropout, found.targets, found.use_rslora)
+    targets = "all-linear" if found.targets is None else found.targets
+    alpha, use_rslora = found.alpha, found.use_rslora
+    if not float(alpha).is_integer():  # as we write an rsLoRA adapter: alpha·√rank with the plain scaling
+        alpha, use_rslora = round(alpha / math.sqrt(found.rank), 6), not use_rslora
+    if not float(alpha).is_integer():
+        raise ConfigError(f"init_adapter: {config.init_adapter!r} has lora_alpha {found.alpha}; it must be an integer")
+    shape = {"lora_r": found.rank, "lora_alpha": int(alpha), "target_modules": targets, "use_rslora": use_rslora}
+    sources = {**config.provenance, **dict.fromkeys(shape, "init_adapter")}
+    return replace(config, **shape, provenance=sources)
 
 
 def _tokenise(config, plan, opened, train_rows, eval_rows) -> Prepared:

@@ -27,7 +27,6 @@ from mini_forge.training.memory import keep_freed_memory
 from mini_forge.training.optim import (
     load_optimizer_state,
     make_optimizer,
-    optimizer_notes,
     optimizer_state,
     parameter_groups,
 )
@@ -69,6 +68,7 @@ def train(
         report(f"{folder.path}: this run is finished; nothing to do")
         return RunResult(folder.path, folder.metrics(), load_model(folder.path))
     prepared = prepare(config)
+    config = prepared.config
     keep_freed_memory()
     torch.manual_seed(config.seed)
     lora = adapter_spec(config)
@@ -262,7 +262,7 @@ def _describe(prepared: Prepared, model: Decoder, loop: Loop, report):
         f"data: {len(prepared.train)} rows, {stats.tokens:,} tokens, {stats.trained_tokens:,} trained on{evaluation}; "
         f"{loop.settings.total_steps} steps, {loop.settings.steps_per_epoch} an epoch"
     )
-    for note in [*prepared.notes, *optimizer_notes(config.optim, plan.device)]:
+    for note in prepared.notes:
         report(f"note: {note}")
 
 

@@ -1,7 +1,6 @@
 """Use a trained run or a plain model: the same template, system prompt and precision it was trained with."""
 
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from mini_forge.data.tasks import Example, load_examples
 from mini_forge.data.tokenizer import Tokenizer, load_tokenizer
 from mini_forge.errors import ConfigError
 from mini_forge.inference.evaluate import evaluate_generation, evaluate_loss
-from mini_forge.inference.generate import TextStream, generate
+from mini_forge.inference.generate import TextStream, generate, spelled_end, until
 from mini_forge.io.models import base_of, is_adapter, load_model
 from mini_forge.io.runs import CONFIG_FILE
 from mini_forge.model.decoder import Decoder
@@ -36,6 +35,7 @@ class Session:
         record = Path(path).expanduser() / CONFIG_FILE
         config = TrainingConfig.from_file(record) if record.is_file() else None
         if config is not None:
+            config = replace(config, device=device)  # where it is used, not where it was trained
             plan = resolve(config, detect_machine(device))
             options = {"nested": plan.nested, "compute_dtype": getattr(torch, plan.compute_dtype)}
             model = load_model(path, getattr(torch, plan.dtype), plan.device, plan.quantization, **options)
@@ -60,17 +60,21 @@ class Session:
         needs_bos = self.tokenizer.adds_bos and (not ids or ids[0] != self.tokenizer.bos_id)
         return [self.tokenizer.bos_id, *ids] if needs_bos else ids
 
-    def print_reply(self, text: str, raw: bool = False, write=sys.stdout.write, **sampling):
-        """Stream the model's continuation of one prompt, with a final line break."""
-        stream = TextStream(self.tokenizer)
+    def print_reply(self, text: str, raw: bool = False, write=print, **sampling):
+        """Stream the model's continuation of one prompt, with a final line break. `write` is called as `print`."""
+        end = spelled_end(self.template, self.tokenizer)
+        stream = TextStream(self.tokenizer, end)
         ids = self.prompt_ids(text, raw)
         limit = self.model.spec.max_positions
         if len(ids) >= limit:
             raise ConfigError(f"--prompt: {len(ids)} tokens; the model has {limit} positions; shorten the prompt")
         sampling["max_new_tokens"] = min(sampling["max_new_tokens"], limit - len(ids))
         stops = self.template.stop_ids(self.tokenizer)
-        generate(self.model, [ids], stop_ids=stops, on_token=lambda _, i: write(stream.push(i)), **sampling)
-        write(stream.finish() + "\n")
+        generate(
+            self.model, [ids], stop_ids=stops, allowed=until(end, self.tokenizer),
+            on_token=lambda _, token: write(stream.push(token), end="", flush=True), **sampling,
+        )  # fmt: skip
+        write(stream.finish())
 
 
 def evaluate_run(

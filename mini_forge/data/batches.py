@@ -7,7 +7,7 @@ model's loss cannot depend on it).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -58,10 +58,11 @@ class Batch:
     document: torch.Tensor  # 0, 0, …, 1, 1, …
     documents: int
     tokens: int
+    lines: tuple[int, ...]  # of the dataset file, to name a document that does harm
 
     def to(self, device) -> "Batch":
-        tensors = (self.input_ids, self.targets, self.position, self.document)
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors), self.documents, self.tokens)
+        names = ("input_ids", "targets", "position", "document")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 def tokenize(
@@ -105,7 +106,8 @@ def collate(documents: Sequence[Document]) -> Batch:
     position = np.concatenate([np.arange(length) for length in lengths])
     index = np.repeat(np.arange(len(documents)), lengths)
     rows = (torch.from_numpy(row.astype(np.int64))[None] for row in (ids, targets, position, index))
-    return Batch(*rows, documents=len(documents), tokens=len(ids))
+    lines = tuple(document.line for document in documents)
+    return Batch(*rows, documents=len(documents), tokens=len(ids), lines=lines)
 
 
 def split(n: int, eval_split: float, seed: int) -> tuple[list[int], list[int]]:

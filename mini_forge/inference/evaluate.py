@@ -75,25 +75,19 @@ def evaluate_generation(
     examples."""
     if not examples:
         raise DataError("evaluation: no rows to generate from; give a dataset with at least one")
-    score, has_context = SCORES[task], task == "extractive-question-answering"
+    score = SCORES[task]
     limit = SAMPLES if limit is None and score is None else limit
     asked = [example for example in examples if example.text is None][:limit]
-    is_extractive = constrained and has_context and bool(asked)
-    opening = template.opening if is_extractive and template.opening.strip() else ""
+    is_held = constrained and task == "extractive-question-answering"
+    opening = template.opening if is_held and template.opening.strip() else ""  # the model shall not have to spell it
     room = _room(model, max_new_tokens)
     prompts = [_prompt(example, template, tokenizer, system_prompt, opening, room) for example in asked]
-    tokens = TokenBytes(tokenizer) if is_extractive else None
+    answer = (_held_answers if is_held else _free_answers)(model, tokenizer, template, max_new_tokens)
     answers = [""] * len(asked)
     order = sorted(range(len(asked)), key=lambda i: len(prompts[i].ids), reverse=True)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        ids = [prompts[i].ids for i in chosen]
-        if tokens is not None:
-            contexts = [asked[i].context for i in chosen]
-            texts = _extract(model, tokenizer, template, ids, contexts, tokens, max_new_tokens)
-        else:
-            texts = _answer(model, tokenizer, template, ids, max_new_tokens)
-        for i, text in zip(chosen, texts, strict=True):
+        for i, text in zip(chosen, answer([prompts[i].ids for i in chosen], [asked[i] for i in chosen]), strict=True):
             answers[i] = text
     scored = [score(answer, example.reference) if score else {} for answer, example in zip(answers, asked, strict=True)]
     predictions = [
@@ -142,6 +136,9 @@ def format_table(metrics: dict) -> str:
     return "\n".join(f"{name:<{left}}  {value:>{right}}" for name, value in shown.items())
 
 
+Answers = Callable[[list[list[int]], list[Example]], list[str]]  # prompts' ids, their examples → what is answered
+
+
 @dataclass(frozen=True)
 class _Prompt:
     text: str
@@ -169,23 +166,30 @@ def _prompt(example, template: Template, tokenizer: Tokenizer, system_prompt, op
     return _Prompt(text, kept, len(kept) < len(ids))
 
 
-def _answer(model, tokenizer: Tokenizer, template: Template, ids: list[list[int]], max_new_tokens: int) -> list[str]:
-    """Free greedy generation, without thinking and end token."""
+def _free_answers(model, tokenizer: Tokenizer, template: Template, max_new_tokens: int) -> Answers:
+    """Greedy generation, without thinking and end token."""
     allowed = until(spelled_end(template, tokenizer), tokenizer)
     stops = template.stop_ids(tokenizer)
-    rows = generate(model, ids, max_new_tokens=max_new_tokens, stop_ids=stops, allowed=allowed)
-    return [template.answer(tokenizer.decode(row, skip_special=False)) for row in rows]
+
+    def answers(ids, _examples):
+        rows = generate(model, ids, max_new_tokens=max_new_tokens, stop_ids=stops, allowed=allowed)
+        return [template.answer(tokenizer.decode(row, skip_special=False)) for row in rows]
+
+    return answers
 
 
-def _extract(
-    model, tokenizer: Tokenizer, template: Template, ids, contexts: list[str], tokens: TokenBytes, max_new_tokens: int
-) -> list[str]:
-    """Greedy generation held to spans of the contexts. An end that is no single token is told by its first."""
+def _held_answers(model, tokenizer: Tokenizer, template: Template, max_new_tokens: int) -> Answers:
+    """Greedy generation of spans of the examples' contexts. An end that is no single token is told by its first."""
     end = spelled_end(template, tokenizer)
     stops = [*template.stop_ids(tokenizer), *(tokenizer.encode(end)[:1] if end else [])]
-    spans = [ContextSpans(context, tokens, stops, max_new_tokens) for context in contexts]
-    rows = generate(
-        model, ids, max_new_tokens=max_new_tokens, stop_ids=stops,
-        allowed=lambda row, new_tokens: spans[row].allowed(new_tokens),
-    )  # fmt: skip
-    return [span.text(row) for span, row in zip(spans, rows, strict=True)]
+    tokens = TokenBytes(tokenizer)
+
+    def answers(ids, examples):
+        spans = [ContextSpans(example.context, tokens, stops, max_new_tokens) for example in examples]
+        rows = generate(
+            model, ids, max_new_tokens=max_new_tokens, stop_ids=stops,
+            allowed=lambda row, new_tokens: spans[row].allowed(new_tokens),
+        )  # fmt: skip
+        return [span.text(row) for span, row in zip(spans, rows, strict=True)]
+
+    return answers

@@ -32,7 +32,8 @@ def generate(
     prompts: token ids, of any lengths. `allowed(row, new_tokens)` gives the ids that may come next, None for all of
     them, an empty list to end the row. `on_token(row, id)` is called for each new token as it is made. `generator`
     may live on another device than the model. Rows that have ended are computed along but ignored, so no row's draws
-    depend on when another ends. Raises ConfigError for an option out of range, CheckpointError for non-finite logits."""
+    depend on when another ends. Raises ConfigError for an option out of range, CheckpointError for logits that are not
+    finite."""
     check_sampling(max_new_tokens, temperature, top_k, top_p)
     if any(len(prompt) == 0 for prompt in prompts):
         raise ConfigError("prompt: has no tokens; give at least one")
@@ -59,7 +60,11 @@ def generate(
 
 
 def sample(
-    logits: torch.Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None
+    logits: torch.Tensor,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """One id per row of softmax(logits / temperature), or the likeliest one where temperature is 0.
 

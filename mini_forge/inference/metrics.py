@@ -25,8 +25,8 @@ class Score(NamedTuple):
 def rouge(prediction: str, reference: str) -> dict[str, Score]:
     """ROUGE-1, -2 and -L (Lin 2004, sections 2 and 3.1), as the `rouge_score` package counts them, without stemming.
 
-    Words are runs of a-z and 0-9 of the lowercased text; n-grams count as often as they occur in both texts; L is the
-    longest common subsequence of the whole texts."""
+    Words are runs of a-z and 0-9 of the lowercased text (other alphabets count for nothing); n-grams count as often
+    as they occur in both texts; L is the longest common subsequence of the whole texts."""
     predicted, expected = _words(prediction), _words(reference)
     scores = {f"rouge{n}": _overlap(_ngrams(predicted, n), _ngrams(expected, n)) for n in (1, 2)}
     scores["rougeL"] = Score.of(lcs_length(predicted, expected), len(predicted), len(expected))

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -160,8 +161,14 @@ def set_rng_state(state: dict):
 
 
 def load_state(path: Path) -> dict:
-    """A `trainer_state.pt` of ours. Read with weights_only: it holds tensors and plain values, and can run no code."""
+    """A `trainer_state.pt` of ours. Read with weights_only: it holds tensors and plain values, and can run no code.
+
+    torch saves a zip archive, whose checksums tell a damaged file before anything of it is used."""
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path}: unreadable checkpoint ({error}); delete its folder to resume before it") from None
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, zipfile.BadZipFile) as error:
+        damaged = str(error)
+    if damaged is not None:
+        raise CheckpointError(f"{path}: unreadable checkpoint ({damaged}); delete its folder to resume before it")
+    return torch.load(path, weights_only=True, map_location="cpu")

@@ -1,0 +1,137 @@
+"""The command line: every command on a real run, the form of errors, exit codes."""
+
+import json
+
+import pytest
+import torch
+
+import mini_forge
+from mini_forge.cli import main
+from tests.test_run import damaged
+from tests.tiny import write_rows
+
+
+@pytest.fixture
+def config(tiny, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", 20)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({
+        "task": "text-generation", "model_name": str(tiny), "dataset": str(rows), "compute_specs": "low_end",
+        "use_4bit": False, "output_dir": str(tmp_path / "run"), "max_steps": 3, "lora_r": 4, "optim": "adamw_torch",
+    }))  # fmt: skip
+    return path
+
+
+@pytest.fixture
+def trained(config, tmp_path):
+    assert main(["train", str(config)]) == 0
+    return tmp_path / "run"
+
+
+def test_train_prints_its_ops_data_and_metrics(config, tmp_path, capsys):
+    assert main(["train", str(config), "--set", "max_steps=2", "--output-dir", str(tmp_path / "other")]) == 0
+    out = capsys.readouterr().out
+    assert "ops: plain" in out
+    assert "step 2  epoch" in out
+    assert f"adapter saved in {tmp_path / 'other'}" in out
+    assert json.loads((tmp_path / "other" / "training_config.json").read_text())["max_steps"] == 2
+
+
+def test_set_takes_json_or_a_bare_string(config, tmp_path):
+    arguments = ["train", str(config), "--set", "optim=sgd", "--set", 'target_modules=["q_proj"]', "--set", "lora_r=2"]
+    assert main(arguments) == 0
+    record = json.loads((tmp_path / "run" / "training_config.json").read_text())
+    assert (record["optim"], record["target_modules"], record["lora_r"]) == ("sgd", ["q_proj"], 2)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["train"], "error: arguments: the following arguments are required: CONFIG"),
+    (["fly"], "error: arguments: argument COMMAND: invalid choice"),
+    (["train", "CONFIG", "--set", "novalue"], "must be KEY=VALUE"),
+    (["train", "CONFIG", "--set", "lora_rr=2"], "lora_rr"),
+    (["train", "CONFIG", "--set", "lora_r=0"], "lora_r"),
+    (["train", "CONFIG", "--resume", "--overwrite"], "contradict"),
+    (["train", "/absent.json"], "/absent.json"),
+    (["train", "CONFIG", "--dataset", "/absent.jsonl"], "/absent.jsonl"),
+    (["check", "CONFIG", "--set", "model_name=/absent"], "model_name: '/absent' is not a folder"),
+    (["eval", "/absent"], "/absent"),
+    (["eval", "MODEL"], "--dataset"),
+    (["generate", "/absent", "--prompt", "x"], "/absent"),
+    (["generate", "MODEL", "--prompt", "x", "--max-new-tokens", "0"], "must be at least 1"),
+    (["merge", "MODEL", "/tmp/never"], "no adapter_config.json"),
+])  # fmt: skip
+def test_wrong_input_is_one_line_and_exit_2(config, tiny, capsys, arguments, message):
+    arguments = [{"CONFIG": str(config), "MODEL": str(tiny)}.get(a, a) for a in arguments]
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert all(line.startswith("error: ") for line in lines)
+    assert message in lines[0]
+
+
+def test_each_problem_has_its_own_line(config, capsys):
+    assert main(["train", str(config), "--set", "lora_r=0", "--set", "optim=magic", "--set", "warmup_ratio=3"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert [line.split(":")[1].strip() for line in lines] == ["lora_r", "warmup_ratio", "optim"] or len(lines) == 3
+
+
+def test_failed_training_is_exit_1(config, tmp_path, capsys):
+    broken = damaged(tmp_path)
+    assert main(["train", str(config), "--set", f"model_name={broken}", "--set", "eval_split=0"]) == 1
+    assert "the loss is nan" in capsys.readouterr().err
+
+
+def test_check_shows_sources_statistics_and_an_example(config, tmp_path, capsys):
+    assert main(["check", str(config), "--set", "lora_alpha=9"]) == 0
+    out = capsys.readouterr().out
+    assert "(profile low_end)" in out and "(file)" in out and "(override)" in out
+    assert "trained_share" in out
+    assert "⟦= " in out and "<|im_end|>⟧" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_as_json(config, capsys):
+    assert main(["check", str(config), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["config"]["lora_r"] == {"value": 4, "from": "file"}
+    assert report["dataset"]["rows"] == 16
+    assert report["steps"]["total"] == 3
+
+
+def test_eval_writes_metrics_and_predictions(trained, tmp_path, capsys):
+    assert main(["eval", str(trained), "--max-new-tokens", "8"]) == 0
+    metrics = json.loads((trained / "eval.json").read_text())
+    logged = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert metrics["eval_loss"] == pytest.approx([m["eval_loss"] for m in logged if "eval_loss" in m][-1], rel=1e-5)
+    assert "eval_perplexity" in capsys.readouterr().out
+    first = json.loads((trained / "predictions.jsonl").read_text().splitlines()[0])
+    assert first.keys() >= {"prompt", "prediction", "reference"}
+    other = write_rows(tmp_path / "more.jsonl", 3)
+    assert main(["eval", str(trained), "--dataset", str(other), "--limit", "2", "--max-new-tokens", "4"]) == 0
+    assert json.loads((trained / "eval.json").read_text())["rows"] == 2
+
+
+def test_generate_uses_the_template_and_repeats_itself(trained, capsys):
+    for _ in range(2):
+        assert main(["generate", str(trained), "--prompt", "1 + 1", "--max-new-tokens", "8"]) == 0
+    out = capsys.readouterr().out
+    half = len(out) // 2
+    assert out[:half] == out[half:]
+    assert main(["generate", str(trained), "--prompt", "x", "--max-new-tokens", "5", "--temperature", "1"]) == 0
+
+
+def test_chat_answers_and_leaves(trained, capsys, monkeypatch):
+    lines = iter(["hello", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda *_: next(lines))
+    assert main(["chat", str(trained), "--max-new-tokens", "4"]) == 0
+
+
+def test_merge_writes_a_model(trained, tmp_path, capsys):
+    assert main(["merge", str(trained), str(tmp_path / "merged")]) == 0
+    ids = torch.arange(7)[None]
+    torch.testing.assert_close(mini_forge.load_model(tmp_path / "merged").logits(ids),
+                               mini_forge.load_model(trained).logits(ids), rtol=1e-4, atol=1e-4)  # fmt: skip
+
+
+def test_schema_is_json(capsys):
+    assert main(["schema"]) == 0
+    assert "lora_rank" in json.loads(capsys.readouterr().out)["properties"]

@@ -1,0 +1,330 @@
+"""The main job, whole: what a run leaves, and that stopping and going on changes no bit of it."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import mini_forge
+from mini_forge.cli import main
+from mini_forge.errors import ConfigError, TrainingError, UserError
+from tests.tiny import write_checkpoint, write_rows
+
+CONTRACT_KEYS = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second",
+                 "peak_memory_bytes", "seconds"}  # fmt: skip
+TIMINGS = ("seconds", "tokens_per_second", "peak_memory_bytes", "eval_seconds")
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return write_rows(tmp_path / "rows.jsonl", 20)
+
+
+@pytest.fixture
+def settings(tiny, rows, tmp_path):
+    return {
+        "task": "text-generation", "model_name": str(tiny), "dataset": str(rows), "compute_specs": "low_end",
+        "use_4bit": False, "output_dir": str(tmp_path / "run"), "max_steps": 4, "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2, "learning_rate": 1e-2, "logging_steps": 1, "lora_r": 4, "optim": "adamw_torch",
+        "gradient_checkpointing": False,
+    }  # fmt: skip
+
+
+def run(settings, resume=False, overwrite=False, on_metrics=None, **changes):
+    lines = []
+    config = mini_forge.TrainingConfig.from_dict({**settings, **changes})
+    result = mini_forge.train(config, resume=resume, overwrite=overwrite, report=lines.append, on_metrics=on_metrics)
+    return result, lines
+
+
+def steps(metrics):
+    return [{k: v for k, v in m.items() if k not in TIMINGS} for m in metrics]
+
+
+def adapter(folder):
+    return load_file(Path(folder) / "adapter_model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_leaves_what_the_contract_says(settings):
+    result, lines = run(settings)
+    left = {p.name for p in result.output_dir.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json",
+            "training_config.json", "metrics.jsonl", "summary.json", "README.md", "checkpoints"} <= left  # fmt: skip
+    training = [m for m in result.metrics if "loss" in m]
+    assert [m["step"] for m in training] == [1, 2, 3, 4]
+    assert all(m.keys() >= CONTRACT_KEYS for m in training)
+    assert [m["step"] for m in result.metrics if "eval_loss" in m] == [0, 4]
+    assert mini_forge.TrainingConfig.from_file(result.output_dir / "training_config.json").lora_r == 4
+    assert json.loads((result.output_dir / "summary.json").read_text())["status"] == "finished"
+    assert any(line.startswith("ops: plain") for line in lines)
+    ids = torch.arange(9)[None]
+    assert torch.equal(mini_forge.load_model(result.output_dir).logits(ids), result.model.logits(ids))
+
+
+def test_training_lowers_the_held_out_loss(settings):
+    result, _ = run(settings, max_steps=25)
+    before, after = (m["eval_loss"] for m in result.metrics if "eval_loss" in m)
+    assert after < before - 0.5
+
+
+@pytest.mark.parametrize("changes", [
+    {"use_4bit": True}, {"use_4bit": True, "use_nested_quant": True, "bnb_4bit_quant_type": "fp4"}, {"use_8bit": True},
+    {"optim": "sgd"}, {"optim": "adamw_8bit"}, {"optim": "paged_adamw_8bit"}, {"optim": "paged_adamw_32bit"},
+    {"lr_scheduler_type": "polynomial"}, {"packing": True, "max_seq_length": 96}, {"gradient_checkpointing": True},
+    {"neftune_noise_alpha": 5.0}, {"fp16": True}, {"bf16": True}, {"train_on_prompt": True}, {"use_rslora": True},
+    {"provider": "unsloth", "max_seq_length": 128}, {"target_modules": ["q_proj", "v_proj"]}, {"chat_template": "llama"},
+], ids=str)  # fmt: skip
+def test_every_way_of_training_learns(settings, changes):
+    settings["learning_rate"] = 0.5 if changes.get("optim") == "sgd" else 1e-2
+    result, _ = run(settings, max_steps=8, max_grad_norm=1.0, **changes)
+    before, after = (m["eval_loss"] for m in result.metrics if "eval_loss" in m)
+    assert after < before
+
+
+def test_accumulation_equals_one_large_batch(settings):
+    common = {"eval_split": 0, "lora_dropout": 0, "group_by_length": False, "num_train_epochs": 3, "max_steps": -1}
+    one, _ = run(settings, output_dir=settings["output_dir"] + "1", per_device_train_batch_size=20,
+                 gradient_accumulation_steps=1, **common)  # fmt: skip
+    two, _ = run(settings, output_dir=settings["output_dir"] + "2", per_device_train_batch_size=3,
+                 gradient_accumulation_steps=7, **common)  # fmt: skip
+    for a, b in zip(one.metrics, two.metrics, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["tokens"] == b["tokens"]
+
+
+def test_the_last_short_window_is_trained_with_its_own_count(settings):
+    """20 rows, batch 2, accumulation 4: windows of 8, 8 and 4 rows; each epoch counts every token once."""
+    result, _ = run(settings, gradient_accumulation_steps=4, eval_split=0, num_train_epochs=2, max_steps=-1)
+    assert [m["step"] for m in result.metrics] == [1, 2, 3, 4, 5, 6]
+    tokens = [m["tokens"] for m in result.metrics]
+    assert tokens[5] == 2 * tokens[2]
+
+
+HARD = {"lora_dropout": 0.2, "group_by_length": True, "optim": "adamw_8bit", "max_steps": 10, "eval_steps": 4,
+        "save_strategy": "steps", "save_steps": 5, "lora_r": 64, "neftune_noise_alpha": 3.0}  # fmt: skip
+
+
+class Killed(BaseException):
+    """Stands for a kill -9: nothing in the program may catch it."""
+
+
+def test_ten_steps_are_five_a_kill_and_five_more_bit_for_bit(settings, tmp_path):
+    whole, _ = run(settings, **HARD)
+
+    def die(record):
+        if record["step"] == 7:
+            raise Killed
+
+    other = {**settings, "output_dir": str(tmp_path / "killed")}
+    with pytest.raises(Killed):
+        run(other, on_metrics=die, **HARD)
+    resumed, lines = run(other, resume=True, **HARD)
+    assert any("resuming from" in line and "step-5" in line for line in lines)
+    assert same(adapter(whole.output_dir), adapter(resumed.output_dir))
+    assert steps(whole.metrics) == steps(resumed.metrics)
+
+
+def test_fp16_resumes_with_its_scale(settings, tmp_path):
+    extra = {"fp16": True, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    whole, _ = run(settings, **extra)
+
+    def die(record):
+        if record.get("loss") and record["step"] == 4:
+            raise Killed
+
+    other = {**settings, "output_dir": str(tmp_path / "killed")}
+    with pytest.raises(Killed):
+        run(other, on_metrics=die, **extra)
+    resumed, _ = run(other, resume=True, **extra)
+    assert same(adapter(whole.output_dir), adapter(resumed.output_dir))
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_leaves_and_the_run_goes_on(settings, tmp_path, number, code):
+    extra = {**HARD, "max_steps": 60, "save_steps": 1000}
+    whole, _ = run(settings, **extra)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**settings, **extra, "output_dir": str(tmp_path / "stopped")}))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-m", "mini_forge", "train", str(config)], env=environment,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    metrics = tmp_path / "stopped" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and '"step": 3,' in metrics.read_text()):
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, (out, err)
+    assert "Traceback" not in err
+    assert "--resume" in out
+    assert main(["train", str(config), "--resume"]) == 0
+    assert same(adapter(whole.output_dir), adapter(tmp_path / "stopped"))
+
+
+def test_resume_without_a_checkpoint_starts_and_says_so(settings):
+    result, lines = run(settings, resume=True)
+    assert any("no checkpoint to resume from; starting from the beginning" in line for line in lines)
+    assert len(result.metrics) == 6
+
+
+def test_resuming_a_finished_run_changes_nothing(settings):
+    result, _ = run(settings)
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in result.output_dir.rglob("*") if p.is_file()}
+    _, lines = run(settings, resume=True)
+    assert any("finished; nothing to do" in line for line in lines)
+    assert before == {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in result.output_dir.rglob("*") if p.is_file()}
+
+
+def test_resuming_with_another_configuration_is_refused(settings):
+    def die(record):
+        if record["step"] == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(settings, on_metrics=die, save_strategy="steps", save_steps=1)
+    with pytest.raises(ConfigError, match="learning_rate: 0.5 differs from 0.01"):
+        run(settings, resume=True, save_strategy="steps", save_steps=1, learning_rate=0.5)
+
+
+def test_half_written_checkpoints_are_swept_and_broken_ones_named(settings):
+    def die(record):
+        if record["step"] == 3:
+            raise Killed
+
+    extra = {"save_strategy": "steps", "save_steps": 1}
+    with pytest.raises(Killed):
+        run(settings, on_metrics=die, **extra)
+    checkpoints = Path(settings["output_dir"]) / "checkpoints"
+    (checkpoints / ".tmp-step-9").mkdir()
+    (checkpoints / "step-2" / "trainer_state.pt").write_bytes(b"half")
+    with pytest.raises(UserError, match="step-2.*unreadable checkpoint"):
+        run(settings, resume=True, **extra)
+    assert not (checkpoints / ".tmp-step-9").exists()
+
+
+def test_a_run_that_is_there_is_not_harmed(settings, tmp_path):
+    result, _ = run(settings)
+    stamp = (result.output_dir / "adapter_model.safetensors").stat().st_mtime_ns
+    with pytest.raises(ConfigError, match="holds a run already; add --resume"):
+        run(settings)
+    assert (result.output_dir / "adapter_model.safetensors").stat().st_mtime_ns == stamp
+    run(settings, overwrite=True)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("precious")
+    with pytest.raises(ConfigError, match="holds files that are not a run's"):
+        run(settings, overwrite=True, output_dir=str(tmp_path / "home"))
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "precious"
+
+
+def test_wrong_input_leaves_an_old_run_alone_even_with_overwrite(settings, tmp_path):
+    result, _ = run(settings)
+    (tmp_path / "bad.jsonl").write_text('{"input": "x"}\n')
+    with pytest.raises(UserError):
+        run(settings, overwrite=True, dataset=str(tmp_path / "bad.jsonl"))
+    assert (result.output_dir / "adapter_model.safetensors").exists()
+
+
+def test_save_total_limit_keeps_the_newest(settings):
+    result, _ = run(settings, save_strategy="steps", save_steps=1, save_total_limit=2)
+    assert sorted(p.name for p in (result.output_dir / "checkpoints").iterdir()) == ["step-2", "step-3"]
+
+
+def damaged(tmp_path):
+    folder = write_checkpoint(tmp_path / "damaged")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(settings, tmp_path):
+    with pytest.raises(TrainingError, match=r"step 1: the loss is nan.*dataset lines.*no checkpoint was saved yet"):
+        run(settings, model_name=str(damaged(tmp_path)), eval_split=0)
+
+
+def test_the_last_good_checkpoint_is_named(settings, monkeypatch):
+    from mini_forge.training.losses import LossSum
+    from mini_forge.training.sft import SFT, sft_loss
+
+    seen = []
+
+    def sometimes_nan(model, batch):
+        seen.append(batch)
+        loss = sft_loss(model, batch)
+        return loss if len(seen) <= 6 else LossSum(loss.total * float("nan"), loss.count)
+
+    monkeypatch.setattr("mini_forge.run.OBJECTIVES", {"sft": type(SFT)(sometimes_nan, SFT.count)})
+    with pytest.raises(TrainingError, match=r"step 4: the loss is nan.*last good checkpoint: .*step-3"):
+        run(settings, eval_split=0, save_strategy="steps", save_steps=1)
+
+
+def test_early_stopping_and_the_best_checkpoint(settings, tmp_path):
+    """Held-out answers are of other characters than trained ones: their loss falls with the end token, then rises."""
+    lines = [json.dumps({"input": f"{i} + {i}", "output": "zebra"}) for i in range(4)]
+    (tmp_path / "other.jsonl").write_text("\n".join(lines))
+    result, lines = run(settings, learning_rate=0.03, max_steps=60, eval_steps=1, early_stopping_patience=3,
+                        load_best_model_at_end=True, lr_scheduler_type="constant", max_grad_norm=0, lora_dropout=0,
+                        eval_dataset=str(tmp_path / "other.jsonl"))  # fmt: skip
+    losses = [m["eval_loss"] for m in result.metrics if "eval_loss" in m]
+    best = min(range(len(losses)), key=losses.__getitem__)
+    assert len(losses) == best + 1 + 3
+    summary = json.loads((result.output_dir / "summary.json").read_text())
+    assert summary["stopped_early"] and summary["best_step"] == best
+    assert any(f"the best evaluation was at step {best}" in line for line in lines)
+    assert same(adapter(result.output_dir), adapter(result.output_dir / "checkpoints" / f"step-{best}"))
+
+
+def test_an_initial_adapter_is_where_training_starts(settings, tmp_path):
+    first, _ = run(settings)
+    again = {**settings, "output_dir": str(tmp_path / "again"), "init_adapter": str(first.output_dir)}
+    second, _ = run(again)
+    end = [m["eval_loss"] for m in first.metrics if "eval_loss" in m][-1]
+    start = [m["eval_loss"] for m in second.metrics if "eval_loss" in m][0]
+    assert start == pytest.approx(end, rel=1e-6)
+    with pytest.raises(UserError, match="lora_r: 5 differs from 4 in init_adapter"):
+        run(again, lora_r=5, overwrite=True)
+    del again["lora_r"]
+    third, _ = run(again, overwrite=True)
+    assert mini_forge.TrainingConfig.from_file(third.output_dir / "training_config.json").lora_r == 4
+
+
+def test_an_rslora_run_can_start_another(settings, tmp_path):
+    first, _ = run(settings, use_rslora=True, lora_r=8)
+    again = {**settings, "output_dir": str(tmp_path / "again"), "init_adapter": str(first.output_dir)}
+    del again["lora_r"]
+    second, _ = run(again)
+    end = [m["eval_loss"] for m in first.metrics if "eval_loss" in m][-1]
+    assert [m["eval_loss"] for m in second.metrics if "eval_loss" in m][0] == pytest.approx(end, rel=1e-5)
+
+
+def test_one_row_trains_with_a_warning(settings, tmp_path):
+    one = write_rows(tmp_path / "one.jsonl", 1)
+    result, lines = run(settings, dataset=str(one))
+    assert any("only 1 rows" in line for line in lines)
+    assert math.isfinite(result.metrics[-1]["loss"])
+
+
+def test_strategies_not_in_this_release_are_refused(settings):
+    with pytest.raises(UserError, match="strategy: 'dpo' is not available in this release; available: sft, qlora"):
+        run(settings, strategy="dpo")
+
+
+def test_all_faults_are_told_at_once(settings, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"input": "x"}\n{broken\n')
+    with pytest.raises(UserError) as raised:
+        run(settings, dataset=str(tmp_path / "bad.jsonl"), model_name=str(tmp_path / "nowhere"))
+    text = "\n".join(raised.value.problems)
+    assert "bad.jsonl:1:" in text and "bad.jsonl:2:" in text and "nowhere" in text
