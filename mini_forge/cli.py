@@ -15,7 +15,9 @@ from mini_forge.errors import ConfigError, TrainingError, UserError
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(f"arguments: {message}; see `mini-forge {self.prog.partition(' ')[2]} --help`".replace("  ", " "))
+        raise UserError(
+            f"arguments: {message}; see `mini-forge {self.prog.partition(' ')[2]} --help`".replace("  ", " ")
+        )
 
 
 def _setting(text: str) -> tuple[str, object]:
@@ -165,7 +167,7 @@ def _chat(options):
     from mini_forge.use import Session
 
     session = Session.open(options.model, system_prompt=options.system)
-    chat_loop(session.model, session.tokenizer, session.template, session.system_prompt, **_sampling(options))
+    chat_loop(session.model, session.tokenizer, session.template, session.system_prompt, input, **_sampling(options))
 
 
 def _sampling(options) -> dict:

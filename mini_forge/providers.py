@@ -29,7 +29,7 @@ def plain() -> Provider:
 
 
 def fused() -> Provider:
-    """LoRA projections and the loss head have hand-written gradients in every provider; this adds the functions between."""
+    """LoRA products and the loss head have hand-written gradients everywhere; this adds what lies between."""
     ops = replace(
         PLAIN, name="fused (rms_norm, apply_rope, swiglu)", rms_norm=rms_norm, apply_rope=apply_rope, swiglu=swiglu
     )

@@ -60,8 +60,8 @@ def train(
     """Fine-tune as `config` says; leaves a run folder and returns a RunResult.
 
     resume: go on from the run's last checkpoint. overwrite: replace a run that is there. `report` takes lines for a
-    person, `on_start` the first step and the number of steps, `on_metrics` each record of metrics.jsonl. Raises UserError before anything is written, TrainingError when
-    training fails, Interrupted after a signal."""
+    person, `on_start` the first step and the number of steps, `on_metrics` each record of metrics.jsonl. Raises UserError before
+    anything is written, TrainingError when training fails, Interrupted after a signal."""
     folder = RunFolder(config.output_dir)
     folder.check_usable(resume=resume, overwrite=overwrite)
     if resume and folder.is_finished():
@@ -255,7 +255,9 @@ def _describe(prepared: Prepared, model: Decoder, loop: Loop, report):
     trainable = sum(p.numel() for p in loop.parameters)
     stored = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     storage = plan.quantization or plan.dtype
-    report(f"model: {config.model_name}, {stored / 2**20:.0f} MiB on {plan.device} ({storage}, training in {plan.dtype})")
+    report(
+        f"model: {config.model_name}, {stored / 2**20:.0f} MiB on {plan.device} ({storage}, training in {plan.dtype})"
+    )
     report(f"adapter: {trainable:,} trained parameters, template: {prepared.template.name}")
     evaluation = f", {len(prepared.eval)} to evaluate on" if prepared.eval else ""
     report(
@@ -291,9 +293,7 @@ def _run(prepared: Prepared, model: Decoder, lora: LoraSpec, folder: RunFolder, 
 
 def _reason(error: Exception, config: TrainingConfig) -> str:
     if isinstance(error, torch.OutOfMemoryError):
-        return (
-            "out of memory; lower per_device_train_batch_size or max_seq_length, or set gradient_checkpointing or use_4bit"
-        )
+        return "out of memory; lower per_device_train_batch_size or max_seq_length, or use gradient_checkpointing or 4 bits"
     return str(error)
 
 

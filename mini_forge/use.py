@@ -45,7 +45,9 @@ class Session:
             model = load_model(path, dtype, machine.device)
         own = is_adapter(path) and (Path(path).expanduser() / "tokenizer.json").is_file()
         tokenizer = load_tokenizer(path if own else base_of(path))
-        chosen = (config.chat_template, config.model_name, config.task) if config else (None, str(path), "text-generation")
+        chosen = (
+            (config.chat_template, config.model_name, config.task) if config else (None, str(path), "text-generation")
+        )
         template = choose_template(chosen[0], chosen[1], tokenizer, chosen[2])
         if system_prompt is None and config is not None:
             system_prompt = config.system_prompt
@@ -78,7 +80,12 @@ class Session:
 
 
 def evaluate_run(
-    path: str, *, dataset: str | None = None, limit: int | None = None, constrained: bool = True, max_new_tokens: int = 128
+    path: str,
+    *,
+    dataset: str | None = None,
+    limit: int | None = None,
+    constrained: bool = True,
+    max_new_tokens: int = 128,
 ) -> tuple[dict, list[dict]]:
     """Metrics and predictions of a run or adapter on a dataset: loss and perplexity, and the task's own scores.
 

@@ -2,7 +2,16 @@ import numpy as np
 import pytest
 import torch
 
-from mini_forge.data.batches import Document, collate, group_lengths, plan_epoch, show_example, split, tokenize
+from mini_forge.data.batches import (
+    Document,
+    _touches,
+    collate,
+    group_lengths,
+    plan_epoch,
+    show_example,
+    split,
+    tokenize,
+)
 from mini_forge.data.chat import choose_template
 from mini_forge.data.tasks import Example
 from mini_forge.errors import DataError
@@ -63,11 +72,11 @@ def test_the_end_token_is_trained_on_though_padding_and_eos_are_the_same_token(t
     assert (batch.targets == 2).sum() == 1  # and the end of the user's turn, the same token, is not
 
 
-def test_a_token_that_straddles_the_boundary_is_trained_on(tokenizer):
-    plain = choose_template(None, "m", tokenizer, "text-generation")
-    document, _ = only([example("hello", "hello")], plain, tokenizer)
-    first = int(np.argmax(document.is_trained))
-    assert tokenizer.decode(document.ids[first : first + 1]) == " hello"
+def test_a_token_that_straddles_a_boundary_is_trained_on():
+    # characters 0-2, 2-5, none before 5, 5-8 and a response at 3-6
+    offsets = np.array([[0, 2], [2, 5], [5, 5], [5, 8], [8, 9]])
+    assert _touches(offsets, [(3, 6)]).tolist() == [False, True, True, True, False]
+    assert _touches(offsets, [(0, 2), (8, 9)]).tolist() == [True, False, False, False, True]
 
 
 def test_every_assistant_turn_is_trained_on(tokenizer, chatml):

@@ -138,6 +138,7 @@ def test_bos_stands_once_before_every_text_of_a_tokenizer_that_adds_one(name, tm
     ("model", "name"),
     [
         ("openai/gpt-oss-20b", "harmony"),
+        ("openai/another", "harmony"),
         ("unsloth/GPT-OSS-20b", "harmony"),
         ("Qwen/Qwen3-8B", "chatml"),
         ("meta-Llama/x", "llama"),
@@ -208,6 +209,8 @@ STRICT = """{{ bos_token }}{% for m in messages %}
 NO_END = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}" + (
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
+OPEN = """{% for m in messages %}{{ '<|start|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.last %}
+{{- '<think></think>' }}{% endif %}{{ m.content }}{% endfor %}{{ '<|start|>assistant\n' if add_generation_prompt }}"""
 NO_CUE = "{% for m in messages %}{{ '<|start|>' + m.role + '\n' + m.content + '<|end|>\n' }}{% endfor %}"
 
 
@@ -251,6 +254,11 @@ NO_CUE = "{% for m in messages %}{{ '<|start|>' + m.role + '\n' + m.content + '<
         (FORGETFUL, turns("u", "<b>", "v", "b"), "<|start|>u<|message|>⟦<b><|end|>⟧<|start|>v<|message|>⟦b<|end|>⟧"),
         (STRICT, turns("u", "a", "v", "b"), "[INST] u [/INST]⟦ a<|return|>⟧[INST] v [/INST]⟦ b<|return|>⟧"),
         (NO_END, turns("u", "a", "v", "b"), "user: u\nassistant:⟦ a⟧\nuser: v\nassistant:⟦ b<|return|>⟧"),
+        (
+            OPEN,
+            turns("u", "a", "v", "b"),
+            "<|start|>user\nu<|start|>assistant\n⟦a⟧<|start|>user\nv<|start|>assistant\n⟦<think></think>b<|return|>⟧",
+        ),
         (NO_CUE, turns("u", "a"), "<|start|>user\nu<|end|>\n<|start|>assistant\n⟦a<|end|>⟧"),
     ],
 )
@@ -317,7 +325,8 @@ GROW = "{%% set ns = namespace(s='ab') %%}{%% for i in range(99) %%}%s{%% endfor
     "source",
     [
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{% for i in range(99999) if range(99999) | map('string') | join == 'x' %}{% endfor %}",
+        "{% set r = range(9999) %}{% for i in r %}{% for j in r %}{% for k in r %}{% endfor %}{% endfor %}{% endfor %}",
+        "{% set r = range(99999) %}{% for i in r if r | map('string') | join == 'x' %}{% endfor %}",
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     ],
 )
@@ -345,11 +354,11 @@ def test_a_template_that_does_not_end_is_stopped_in_any_thread(source, monkeypat
         "{{ 'x' * 10**9 }}",
         "{{ [0] * 10**9 }}",
         "{% set n = 7 ** 900 %}{{ n ** n }}",
-        "{{ 'x' | center(1000000000) }}",
-        "{{ 'x'.ljust(1000000000) }}",
-        "{{ '%1000000000d' % 1 }}",
-        "{{ '%1000000000d' | format(1) }}",
-        "{{ '{:1000000000}'.format(1) }}",
+        "{{ 'x' | center(10000000000000) }}",
+        "{{ 'x'.ljust(10000000000000) }}",
+        "{{ '%10000000000000d' % 1 }}",
+        "{{ '%10000000000000d' | format(1) }}",
+        "{{ '{:10000000000000}'.format(1) }}",
         GROW % "{% set ns.s = ns.s + ns.s %}",
         GROW % "{% set ns.s = ns.s ~ ns.s %}",
         GROW % "{% set ns.s %}{{ ns.s }}{{ ns.s }}{% endset %}",

@@ -1,4 +1,4 @@
-"""The decoder's own promises: documents are isolated, windows and caches are exact, options do what they are named for."""
+"""The decoder's own promises: documents are isolated, windows and caches are exact, options do as they are named."""
 
 import math
 
@@ -101,7 +101,9 @@ def test_cached_steps_equal_one_pass_for_rows_of_unequal_length(changes):
     position = torch.arange(7).expand(2, 7)
     hidden = model(ids[:, :7], position=position, cache=cache)  # row 1's last three are pads to be overwritten
     for row in range(2):
-        torch.testing.assert_close(model.head(hidden[row, : lengths[row]]), full[row, : lengths[row]], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            model.head(hidden[row, : lengths[row]]), full[row, : lengths[row]], rtol=1e-4, atol=1e-4
+        )
     for step in range(5):
         at = (lengths + step)[:, None]
         new = model.head(model(ids.gather(1, at), position=at, cache=cache))

@@ -113,8 +113,9 @@ def test_the_mode_is_restored_after_an_error_and_gradients_are_off_inside():
 
 
 def test_greedy_generation_leaves_the_global_random_state_alone():
+    model = random_model()
     before = torch.get_rng_state()
-    generate(random_model(), [[1, 2], [3]], max_new_tokens=3)
+    generate(model, [[1, 2], [3]], max_new_tokens=3)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -185,7 +186,7 @@ def test_top_p_keeps_the_fewest_that_hold_so_much(top_p, kept):
 
 
 def test_top_p_counts_what_top_k_left():
-    """Top 3 leaves 4, 3, 2 of 9; the first two hold 7/9 = 0.78, so top_p 0.75 keeps two (of all it would keep three)."""
+    """Top 3 leaves 4, 3, 2 of 9; the first two hold 7/9 = 0.78, so top_p 0.75 keeps two, not three as of all."""
     expected = torch.tensor([0, 4 / 7, 0, 3 / 7])
     assert torch.allclose(frequencies(LOGITS, temperature=1.0, top_k=3, top_p=0.75), expected, atol=0.015)
 
@@ -342,12 +343,13 @@ def test_ctrl_c_in_a_reply_leaves_cleanly(tmp_path):
 
     def write(text="", end="\n", flush=False):
         terminal.write(text, end)
-        if flush and terminal.text.endswith("h"):
+        if flush and text:
             raise KeyboardInterrupt
 
     template = choose_template("chatml", "some", tokenizer, "text-generation")
     chat_loop(model, tokenizer, template, None, terminal.read, write, max_new_tokens=5)
-    assert terminal.lines == ["never read"] and terminal.text.endswith("h\n")
+    begun = tokenizer.decode(tokenizer.encode("hey")[:1])
+    assert terminal.lines == ["never read"] and terminal.text.endswith(f"\n{begun}\n")
 
 
 def test_chat_drops_the_oldest_turns_and_says_so(tmp_path):

@@ -21,10 +21,10 @@ def room_of(dotted: str) -> str:
 
 def imports(path: Path):
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("mini_forge"):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "mini_forge":
             yield from [node.module] if node.module != "mini_forge" else [f"mini_forge.{a.name}" for a in node.names]
         elif isinstance(node, ast.Import):
-            yield from (a.name for a in node.names if a.name.startswith("mini_forge"))
+            yield from (a.name for a in node.names if a.name.split(".")[0] == "mini_forge")
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))

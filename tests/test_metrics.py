@@ -70,7 +70,7 @@ def test_rouge_by_hand():
 
 
 def test_repeated_words_count_as_often_as_both_have_them():
-    """"no no no" against "no yes no": 2 of 3 either way; the pairs "no no" ×2 and "no yes", "yes no": none."""
+    """ "no no no" against "no yes no": 2 of 3 either way; the pairs "no no" ×2 and "no yes", "yes no": none."""
     scores = rouge("no no no", "no yes no")
     assert scores["rouge1"] == pytest.approx((2 / 3, 2 / 3, 2 / 3))
     assert scores["rouge2"] == Score(0.0, 0.0, 0.0)
@@ -111,7 +111,7 @@ def test_exact_match_takes_any_gold_answer():
 
 
 def test_answer_f1_is_the_best_over_gold_answers():
-    """"in Paris France" against "Paris": 1 common word of 3 and 1, F1 = 2/4; against "paris, france": 2·2/5."""
+    """ "in Paris France" against "Paris": 1 common word of 3 and 1, F1 = 2/4; against "paris, france": 2·2/5."""
     assert answer_f1("in Paris France", ["Paris"]) == pytest.approx(1 / 2)
     assert answer_f1("in Paris France", ["Paris", "paris, france", "Rome"]) == pytest.approx(4 / 5)
     assert answer_f1("Berlin", ["Paris"]) == 0.0

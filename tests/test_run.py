@@ -33,7 +33,8 @@ def settings(tiny, rows, tmp_path):
     return {
         "task": "text-generation", "model_name": str(tiny), "dataset": str(rows), "compute_specs": "low_end",
         "use_4bit": False, "output_dir": str(tmp_path / "run"), "max_steps": 4, "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2, "learning_rate": 1e-2, "logging_steps": 1, "lora_r": 4, "optim": "adamw_torch",
+        "gradient_accumulation_steps": 2, "learning_rate": 1e-2, "logging_steps": 1, "lora_r": 4,
+        "optim": "adamw_torch",
         "gradient_checkpointing": False,
     }  # fmt: skip
 
@@ -84,7 +85,8 @@ def test_training_lowers_the_held_out_loss(settings):
     {"optim": "sgd"}, {"optim": "adamw_8bit"}, {"optim": "paged_adamw_8bit"}, {"optim": "paged_adamw_32bit"},
     {"lr_scheduler_type": "polynomial"}, {"packing": True, "max_seq_length": 96}, {"gradient_checkpointing": True},
     {"neftune_noise_alpha": 5.0}, {"fp16": True}, {"bf16": True}, {"train_on_prompt": True}, {"use_rslora": True},
-    {"provider": "unsloth", "max_seq_length": 128}, {"target_modules": ["q_proj", "v_proj"]}, {"chat_template": "llama"},
+    {"provider": "unsloth", "max_seq_length": 128}, {"target_modules": ["q_proj", "v_proj"]},
+    {"chat_template": "llama"},
 ], ids=str)  # fmt: skip
 def test_every_way_of_training_learns(settings, changes):
     settings["learning_rate"] = 0.5 if changes.get("optim") == "sgd" else 1e-2

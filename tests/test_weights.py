@@ -120,7 +120,7 @@ def test_a_hub_id_is_found_in_the_local_cache(tmp_path, monkeypatch, tiny):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     from huggingface_hub import _snapshot_download
 
-    assert _snapshot_download.constants.HF_HUB_CACHE == str(tmp_path / "hub")
+    assert str(tmp_path / "hub") == _snapshot_download.constants.HF_HUB_CACHE
     assert (resolve_model("some/model") / "config.json").exists()
 
 

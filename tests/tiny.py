@@ -69,6 +69,9 @@ def write_checkpoint(folder: Path, seed: int = 0, **changes) -> Path:
 
 def write_rows(path: Path, count: int = 12) -> Path:
     """Rows of unequal lengths: sums to work out."""
-    rows = [{"input": f"{i} + {i * i}" + " please" * (i % 4), "output": f"= {i + i * i}" * (1 + i % 3)} for i in range(count)]
+    rows = [
+        {"input": f"{i} + {i * i}" + " please" * (i % 4), "output": f"= {i + i * i}" * (1 + i % 3)}
+        for i in range(count)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

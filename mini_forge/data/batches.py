@@ -2,8 +2,8 @@
 
 A batch is one row of whole documents, end to end, with no padding: `document` says which one a token belongs to and
 `position` where in it, and nothing looks across documents. Targets are the inputs moved one on, so a document of L
-tokens is L - 1 inputs; its first token is never a target, and nothing behind the last trained token is kept (a causal
-model's loss cannot depend on it).
+tokens is L - 1 inputs and its first token is never a target. A document ends with its last trained token (a causal
+model's loss cannot depend on what follows), because a rendered example does.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ _ENCODED_AT_ONCE = 4096  # texts: enough for all cores, and offsets of a whole d
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """One example as tokens, cut to length and behind its last trained token."""
+    """One example as tokens, cut to length."""
 
     ids: np.ndarray  # (L,) int32, L >= 2
     is_trained: np.ndarray  # (L,) bool; the first is False, the last True
@@ -86,16 +86,15 @@ def tokenize(
             is_trained = np.ones(len(ids), dtype=bool) if train_on_prompt else _touches(offsets, rendered[i].trained)
             is_trained[:1] = False  # nothing precedes it to predict it from
             keep = _keep(is_trained, max_length, len(ids) > 0 and ids[0] == tokenizer.bos_id)
-            was_cut = len(keep) < np.flatnonzero(is_trained)[-1:].sum() + 1
             is_trained = is_trained[keep]
             is_trained[:1] = False  # the cut may have gone through an earlier response
             if is_trained.any():
                 documents.append(Document(ids[keep], is_trained, examples[i].line))
-                truncated += was_cut
+                truncated += len(keep) < len(ids)
     tokens = sum(len(document.ids) for document in documents)
     trained = sum(int(document.is_trained.sum()) for document in documents)
     kept = len(documents)
-    return documents, TokenStats(len(rendered), kept, len(rendered) - kept, int(truncated), tokens, trained)
+    return documents, TokenStats(len(rendered), kept, len(rendered) - kept, truncated, tokens, trained)
 
 
 def collate(documents: Sequence[Document]) -> Batch:
@@ -190,13 +189,12 @@ def _touches(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarra
 
 
 def _keep(is_trained: np.ndarray, max_length: int | None, begins_with_bos: bool) -> np.ndarray:
-    """The indices of the tokens to keep: up to the last trained one, and at most `max_length`.
+    """The indices of the tokens to keep, at most `max_length` of a text that ends with a response.
 
     The excess is taken from what precedes the last response, at its left but behind a BOS, down to the one token that
     predicts the response's first; what is still too much, from the response's right end."""
-    length = int(np.flatnonzero(is_trained)[-1]) + 1 if is_trained.any() else 0
+    length = len(is_trained)
     excess = max(0, length - (max_length or length))
-    context = length - int(np.argmax(~is_trained[:length][::-1])) if length else 0  # tokens before the last response
-    left = min(excess, max(0, context - 1))
+    left = min(excess, np.flatnonzero(~is_trained).max(initial=0))  # all but one of the tokens before the last response
     first = int(begins_with_bos)
     return np.r_[0:first, first + left : length][:max_length]

@@ -91,7 +91,8 @@ _MARK = "\ue000response\ue001"  # private-use characters: no template and hardly
 
 @dataclass(frozen=True)
 class Rendered:
-    """One example as text. `trained` are (start, end) character spans; `prompt` is the text before the last of them."""
+    """One example as text, up to the end of its last response. `trained` are the responses' (start, end) in characters,
+    `prompt` is the text before the last of them."""
 
     text: str
     trained: list[tuple[int, int]]
@@ -195,8 +196,7 @@ class Template:
 
     def _around(self, messages: tuple[dict, ...], turn: int, tools) -> tuple[str, str]:
         """What the template spells before and after the content of one turn, if that content were `_MARK`."""
-        thinking = (messages[turn].get("content") or "").rpartition("</think>")
-        marked = {**messages[turn], "content": "".join(thinking[:2]) + _MARK}
+        marked = {**messages[turn], "content": _MARK}
         text = self._spell((*messages[:turn], marked, *messages[turn + 1 :]), tools, False)
         before, mark, after = text.partition(_MARK)
         if not mark:
@@ -229,7 +229,7 @@ def choose_template(
         source = tokenizer.chat_template
         if source is None:
             raise CheckpointError(
-                f"{tokenizer.path}: chat_template is \"model\", but this checkpoint has no chat template of its own; "
+                f'{tokenizer.path}: chat_template is "model", but this checkpoint has no chat template of its own; '
                 f"use one of {', '.join(FORMATS)}, or leave chat_template out"
             )
     else:

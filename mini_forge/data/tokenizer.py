@@ -180,7 +180,7 @@ def _chat_template(path: Path, config: dict) -> str | None:
         named = {entry["name"]: entry["template"] for entry in template}
         if "default" not in named:
             raise CheckpointError(
-                f"{path / 'tokenizer_config.json'}: chat_template names {', '.join(named)} but no \"default\"; "
+                f'{path / "tokenizer_config.json"}: chat_template names {", ".join(named)} but no "default"; '
                 "put the one to use into chat_template.jinja"
             )
         return named["default"]

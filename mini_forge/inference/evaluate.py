@@ -179,10 +179,9 @@ def _free_answers(model, tokenizer: Tokenizer, template: Template, max_new_token
 
 
 def _held_answers(model, tokenizer: Tokenizer, template: Template, max_new_tokens: int) -> Answers:
-    """Greedy generation of spans of the examples' contexts. An end that is no single token is told by its first."""
-    end = spelled_end(template, tokenizer)
-    stops = [*template.stop_ids(tokenizer), *(tokenizer.encode(end)[:1] if end else [])]
+    """Greedy generation of spans of the examples' contexts."""
     tokens = TokenBytes(tokenizer)
+    stops = [*template.stop_ids(tokenizer), *_beginnings(spelled_end(template, tokenizer), tokenizer, tokens)]
 
     def answers(ids, examples):
         spans = [ContextSpans(example.context, tokens, stops, max_new_tokens) for example in examples]
@@ -193,3 +192,9 @@ def _held_answers(model, tokenizer: Tokenizer, template: Template, max_new_token
         return [span.text(row) for span, row in zip(spans, rows, strict=True)]
 
     return answers
+
+
+def _beginnings(end: str, tokenizer: Tokenizer, tokens: TokenBytes) -> list[int]:
+    """Every token with which an end that is not a single token can begin; whichever comes tells that it follows."""
+    specials = [tokenizer.token_id(special) for special in tokenizer.special_tokens if end.startswith(special)]
+    return [*specials, *(i for i, spelling in tokens.spelling.items() if end.encode().startswith(spelling))]

@@ -23,7 +23,9 @@ def base_of(path: str | Path) -> Path:
         return resolve_model(str(path))
     name = read_adapter_config(Path(path).expanduser())[1]
     if not name:
-        raise CheckpointError(f"{path}/adapter_config.json: base_model_name_or_path is empty; name the base model there")
+        raise CheckpointError(
+            f"{path}/adapter_config.json: base_model_name_or_path is empty; name the base model there"
+        )
     return resolve_model(name)
 
 
@@ -40,7 +42,7 @@ def load_model(
     """A decoder ready to use, in eval mode; with its LoRA layers in place if `path` is a run or adapter folder.
 
     dtype: of the weights that are not quantized (None: as stored). quantization: None, "nf4", "fp4" or "int8" for the
-    base's linear layers. Raises CheckpointError for a folder that is not sound, ConfigError for another quantization."""
+    base's linear layers. Raises CheckpointError for an unsound folder, ConfigError for another quantization."""
     if quantization not in QUANTIZATIONS:
         raise ConfigError(f"quantization: {quantization!r} must be one of {', '.join(map(repr, QUANTIZATIONS))}")
     options = {"nested": nested, "compute_dtype": compute_dtype, "ops": ops}

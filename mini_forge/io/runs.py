@@ -108,7 +108,7 @@ class RunFolder:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
     def save_checkpoint(self, step: int, write, keep: int | None, protected: int | None) -> Path:
-        """Make checkpoint `step` from what `write(folder)` leaves; then drop all but the newest `keep` and `protected`."""
+        """Make checkpoint `step` of what `write(folder)` leaves; drop all but the newest `keep` and `protected`."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         temporary = self.checkpoints / f"{TEMPORARY}step-{step}"
         shutil.rmtree(temporary, ignore_errors=True)

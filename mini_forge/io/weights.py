@@ -33,7 +33,7 @@ BNB_SUFFIXES = (
 
 
 def resolve_model(name: str) -> Path:
-    """The folder of a model: `name` itself if it is one, else a hub ID looked up in the local cache, else downloaded."""
+    """The folder of a model: `name` itself if it is one, else a hub ID in the local cache, else downloaded."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -259,7 +259,9 @@ class Storage:
     def _replace(self, model: Decoder, name: str, dense: nn.Linear, quantized: nn.Module):
         shape = (quantized.out_features, quantized.in_features)
         if shape != tuple(dense.weight.shape):
-            raise CheckpointError(f"{name}.weight: stored as {list(shape)}, config.json asks {list(dense.weight.shape)}")
+            raise CheckpointError(
+                f"{name}.weight: stored as {list(shape)}, config.json asks {list(dense.weight.shape)}"
+            )
         quantized.bias = dense.bias  # filled now or later: `place` finds it under the same name
         model.set_submodule(name, quantized)
 

@@ -26,7 +26,7 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """Everything the decoder needs to know of a checkpoint. Options are named for what they do, not for who uses them."""
+    """Everything the decoder needs to know of a checkpoint. Options are named for what they do."""
 
     vocab_size: int
     hidden_size: int

@@ -21,7 +21,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate channel pairs (i, i + C/2) of every head by its position's angle. RoFormer (2104.09864) Eq. 34, half layout.
+    """Rotate channel pairs (i, i + C/2) of every head by its position's angle. RoFormer 2104.09864 Eq. 34, halves.
 
     x (N, H, C); cos, sin (N, C) in x's dtype, both halves equal. Returns (N, H, C)."""
     first, second = x.chunk(2, dim=-1)
@@ -74,12 +74,12 @@ def _varlen_attention(query, key, value, documents: Documents, window: int | Non
     longest, starts = documents.longest, documents.starts
     reach = (-1, 0) if window is None else (window - 1, 0)
     grouped = query.shape[1] != key.shape[1]
-    return varlen_attn(
-        query, key, value, starts, starts, longest, longest, window_size=reach, enable_gqa=grouped
-    )
+    return varlen_attn(query, key, value, starts, starts, longest, longest, window_size=reach, enable_gqa=grouped)
 
 
-def cached_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attends: torch.Tensor) -> torch.Tensor:
+def cached_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attends: torch.Tensor
+) -> torch.Tensor:
     """Attention of new tokens over a key/value cache.
 
     query (B, T, H, C), key and value (B, S, K, C), attends (B, T, S) bool, True where a query may look.

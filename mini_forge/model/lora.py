@@ -165,7 +165,7 @@ def target_names(model: nn.Module, targets: tuple[str, ...] | None) -> list[str]
 
 
 def inject(model: nn.Module, spec: LoraSpec, generator: torch.Generator | None = None) -> list[str]:
-    """Freeze the model and wrap its target layers in LoRALinear, in place. Returns the wrapped names, in model order."""
+    """Freeze the model and wrap its target layers in LoRALinear, in place. Returns the wrapped names, in order."""
     model.requires_grad_(False)
     names = target_names(model, spec.targets)
     for name in names:

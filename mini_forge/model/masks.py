@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True)
 class Documents:
-    """Boundaries of the documents in the flattened stream: `lengths` in tokens, `starts` (P + 1,) int32 on the device."""
+    """Boundaries of the documents in the flattened stream: `lengths` in tokens, `starts` (P + 1,) int32 on device."""
 
     lengths: list[int]
     starts: torch.Tensor
@@ -35,7 +35,7 @@ class Documents:
         return cls([b - a for a, b in zip(edges, edges[1:], strict=False)], starts)
 
     def use_varlen(self, query: torch.Tensor) -> bool:
-        """Whether the one-kernel CUDA path applies: it exists for 16-bit types only; elsewhere SDPA runs per document."""
+        """Whether the one-kernel CUDA path applies: it has 16-bit types only; elsewhere SDPA runs per document."""
         return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
 
     def window_mask(self, length: int, window: int) -> torch.Tensor:

@@ -30,6 +30,7 @@ __all__ = [
     "quantize_8bit",
 ]  # fmt: skip
 
+
 class Linear4bit(nn.Module):
     """A frozen linear layer stored in 4 bits: y = x Wᵀ + b, computed in `compute_dtype`, returned in x's dtype.
 

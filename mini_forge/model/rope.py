@@ -1,6 +1,6 @@
 """Rotary position embedding: frequencies and their long-context scalings.
 
-Angles of position p: p · inv_freq (C/2,), RoFormer (2104.09864) Eq. 15. Scalings change inv_freq, once, at construction;
+Angles of position p: p · inv_freq (C/2,), RoFormer (2104.09864) Eq. 15. Scalings change inv_freq, at construction;
 YaRN also scales cos and sin by a constant. All frequencies are float32: bfloat16 cannot tell position 257 from 256.
 """
 

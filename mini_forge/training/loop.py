@@ -135,7 +135,7 @@ class Loop:
             self._log_window(learning_rate, norm)
 
     def _accumulate(self, batches) -> tuple[float, int, dict]:
-        """Backward through every microbatch, each divided by the whole step's count. Returns summed loss and metrics."""
+        """Backward through every microbatch, each divided by the whole step's count. Returns the sums."""
         count = sum(self.count(batch) for batch in batches)
         total, metrics = 0.0, {}
         for batch in batches:
@@ -166,7 +166,7 @@ class Loop:
             self.progress.skipped_steps = 0 if math.isfinite(norm) else self.progress.skipped_steps + 1
             if self.progress.skipped_steps >= MAX_SKIPPED_STEPS:
                 raise TrainingError(
-                    f"step {self.progress.step + 1}: {MAX_SKIPPED_STEPS} steps in a row had no finite gradient in fp16; "
+                    f"step {self.progress.step + 1}: {MAX_SKIPPED_STEPS} steps in a row had no finite fp16 gradient; "
                     "use bf16 or float32"
                 )
         elif not math.isfinite(norm):

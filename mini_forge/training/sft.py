@@ -6,7 +6,7 @@ from mini_forge.training.losses import LossSum, Objective, token_nll
 
 
 def sft_loss(model: Decoder, batch: Batch) -> LossSum:
-    """Summed negative log-likelihood, in nats, of the batch's trained-on tokens. The head runs on those tokens alone."""
+    """Summed negative log-likelihood, in nats, of the batch's trained-on tokens. The head runs on them alone."""
     hidden = model(batch.input_ids, batch.position, batch.document).flatten(0, 1)
     targets = batch.targets.flatten()
     is_trained = (targets != -100).nonzero().squeeze(-1)
