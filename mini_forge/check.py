@@ -5,9 +5,12 @@ machine, dataset statistics, and one example with its trained-on tokens marked.
 """
 
 from mini_forge.config import TrainingConfig
+from mini_forge.config_json import read_object
 from mini_forge.data.batches import show_example
+from mini_forge.data.tasks import TASKS, load_examples
+from mini_forge.errors import ConfigError, DataError
 from mini_forge.io.runs import RunFolder
-from mini_forge.prepare import adapter_spec, prepare
+from mini_forge.prepare import Prepared, adapter_spec, prepare
 from mini_forge.providers import PROVIDERS
 from mini_forge.run import EpochPlan, loop_settings
 
@@ -35,6 +38,7 @@ def check(config: TrainingConfig) -> dict:
             "evaluation_rows": len(prepared.eval),
             "max_length": prepared.max_length,
             "template": prepared.template.name,
+            "end_token_trained": _end_tokens(prepared),
         },
         "steps": {
             "total": settings.total_steps,
@@ -44,6 +48,24 @@ def check(config: TrainingConfig) -> dict:
         "example": show_example(prepared.train[0], prepared.tokenizer),
         "notes": notes,
     }
+
+
+def dataset_problems(path: str, overrides: dict) -> list[str]:
+    """What is wrong with the dataset of a configuration that has faults itself, so that both are told at once.
+
+    Nothing, where the configuration is too broken to say what its dataset and task are."""
+    try:
+        keys = {**read_object(path), **overrides}
+    except ConfigError:
+        return []
+    task, dataset = keys.get("task", "text-generation"), keys.get("dataset")
+    if task not in TASKS or not isinstance(dataset, str) or not dataset.strip():
+        return []
+    try:
+        load_examples(dataset, task, keys.get("strategy", "sft"))
+    except DataError as error:
+        return error.problems
+    return []
 
 
 def _statistics(stats) -> dict:
@@ -56,6 +78,13 @@ def _statistics(stats) -> dict:
         "trained_tokens": stats.trained_tokens,
         "trained_share": round(stats.trained_tokens / max(stats.tokens, 1), 4),
     }
+
+
+def _end_tokens(prepared: Prepared) -> str:
+    """How many rows train on an end token last; the others were cut, or their template has none that is one token."""
+    stops = set(prepared.template.stop_ids(prepared.tokenizer))
+    ended = sum(int(document.ids[-1]) in stops for document in prepared.train)
+    return f"{ended}/{len(prepared.train)}"
 
 
 def _folder_notes(config: TrainingConfig) -> list[str]:

@@ -105,16 +105,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
 
+def overrides(options) -> dict:
+    """The keys that the command line sets."""
+    named = {"dataset": options.dataset, "output_dir": options.output_dir}
+    return {**dict(options.settings), **{key: value for key, value in named.items() if value is not None}}
+
+
 def load_config(options):
     """The configuration file with the command line's settings on top."""
     from mini_forge.config import TrainingConfig
 
-    overrides = dict(options.settings)
-    if options.dataset is not None:
-        overrides["dataset"] = options.dataset
-    if options.output_dir is not None:
-        overrides["output_dir"] = options.output_dir
-    return TrainingConfig.from_file(options.config, **overrides)
+    return TrainingConfig.from_file(options.config, **overrides(options))
 
 
 def _train(options):
@@ -128,7 +129,7 @@ def _train(options):
     with ProgressDisplay() as display:
         try:
             result = train(config, resume=options.resume, overwrite=options.overwrite, report=display.line,
-                           on_metrics=display.metrics, on_start=display.start)  # fmt: skip
+                           on_metrics=display.metrics, on_step=display.step)  # fmt: skip
         except Interrupted as stopped:
             display.close()
             raise SystemExit(128 + stopped.signal_number) from None
@@ -136,9 +137,13 @@ def _train(options):
 
 
 def _check(options):
-    from mini_forge.check import check, format_report
+    from mini_forge.check import check, dataset_problems, format_report
 
-    report = check(load_config(options))
+    try:
+        config = load_config(options)
+    except ConfigError as error:
+        raise UserError(*error.problems, *dataset_problems(options.config, overrides(options))) from None
+    report = check(config)
     print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else format_report(report))
 
 

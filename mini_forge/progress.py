@@ -18,9 +18,12 @@ class ProgressDisplay:
     def __exit__(self, *exception):
         self.close()
 
-    def start(self, step: int, total_steps: int):
-        if self.stream.isatty():
-            self.bar = tqdm(total=total_steps, initial=step, unit="step", file=self.stream, dynamic_ncols=True)
+    def step(self, done: int, total: int):
+        """Move the bar; the first call makes it."""
+        if self.bar is None and self.stream.isatty():
+            self.bar = tqdm(total=total, initial=done, unit="step", file=self.stream, dynamic_ncols=True)
+        elif self.bar is not None:
+            self.bar.update(done - self.bar.n)
 
     def close(self):
         if self.bar is not None:
@@ -32,10 +35,6 @@ class ProgressDisplay:
             print(text, file=self.stream, flush=True)
         else:
             self.bar.write(text, file=self.stream)
-
-    def step(self, step: int):
-        if self.bar is not None:
-            self.bar.update(step - self.bar.n)
 
     def metrics(self, record: dict):
         """One record of metrics.jsonl, short."""
@@ -52,6 +51,4 @@ class ProgressDisplay:
                 f"{k} {v:.4f}" for k, v in record.items() if k.startswith("eval_") and isinstance(v, float)
             )
             text = f"step {record['step']}  {numbers}"
-        if self.bar is not None:
-            self.step(record["step"])
         self.line(text)

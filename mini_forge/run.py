@@ -55,12 +55,12 @@ def train(
     overwrite: bool = False,
     report: Callable[[str], None] = print,
     on_metrics: Callable[[dict], None] | None = None,
-    on_start: Callable[[int, int], None] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> RunResult:
     """Fine-tune as `config` says; leaves a run folder and returns a RunResult.
 
     resume: go on from the run's last checkpoint. overwrite: replace a run that is there. `report` takes lines for a
-    person, `on_start` the first step and the number of steps, `on_metrics` each record of metrics.jsonl. Raises UserError before
+    person, `on_step` steps done and all, `on_metrics` each record of metrics.jsonl. Raises UserError before
     anything is written, TrainingError when training fails, Interrupted after a signal."""
     folder = RunFolder(config.output_dir)
     folder.check_usable(resume=resume, overwrite=overwrite)
@@ -77,12 +77,10 @@ def train(
         resume = _check_resume(folder, config, report)
     if not resume:
         folder.start(config.to_dict())
-    loop = build_loop(prepared, model, lora, folder, on_metrics)
+    loop = build_loop(prepared, model, lora, folder, on_metrics, on_step)
     if resume:
         _restore(folder, loop, model, report)
     _describe(prepared, model, loop, report)
-    if on_start is not None:
-        on_start(loop.progress.step, loop.settings.total_steps)
     return _run(prepared, model, lora, folder, loop, report)
 
 
@@ -145,7 +143,9 @@ class EpochPlan:
         return self._cache["steps"]
 
 
-def build_loop(prepared: Prepared, model: Decoder, lora: LoraSpec, folder: RunFolder, on_metrics=None) -> Loop:
+def build_loop(
+    prepared: Prepared, model: Decoder, lora: LoraSpec, folder: RunFolder, on_metrics=None, on_step=None
+) -> Loop:
     config, plan = prepared.config, prepared.plan
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = make_optimizer(
@@ -187,6 +187,7 @@ def build_loop(prepared: Prepared, model: Decoder, lora: LoraSpec, folder: RunFo
         evaluate=evaluate if prepared.eval else None,
         save=save,
         log=log,
+        on_step=on_step or (lambda step, total: None),
     )
     return loop
 
@@ -293,7 +294,7 @@ def _run(prepared: Prepared, model: Decoder, lora: LoraSpec, folder: RunFolder, 
 
 def _reason(error: Exception, config: TrainingConfig) -> str:
     if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory; lower per_device_train_batch_size or max_seq_length, or use gradient_checkpointing or 4 bits"
+        return "out of memory; lower per_device_train_batch_size or max_seq_length, or store in 4 bits"
     return str(error)
 
 

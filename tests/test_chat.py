@@ -193,6 +193,10 @@ THINKING = """{%- set ns = namespace(last=0) %}
 {{- '<|start|>' + m.role + '\n' + content + '<|end|>\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"""
+# asks for an answer without thinking
+BRIEF = THINKING.removesuffix("'<|start|>assistant\n' }}{% endif %}") + (
+    "'<|start|>assistant\n<think>\n\n</think>\n\n' }}{% endif %}"
+)
 # a channel the model writes itself, and another end token for the last response
 CHANNELS = """{%- for m in messages %}{{ '<|start|>' + m.role }}
 {%- if m.role == 'assistant' %}{{ '<|channel|>final' }}{% endif %}{{ '<|message|>' + m.content }}
@@ -244,6 +248,17 @@ NO_CUE = "{% for m in messages %}{{ '<|start|>' + m.role + '\n' + m.content + '<
             THINKING,
             (turns("u")[0], {"role": "assistant", "content": "a", "thinking": "x"}),
             "<|start|>user\nu<|end|>\n<|start|>assistant\n⟦<think>\nx\n</think>\n\na<|end|>⟧",
+        ),
+        (
+            BRIEF,
+            turns("u", "a", "v", "b"),
+            "<|start|>user\nu<|end|>\n<|start|>assistant\n⟦a<|end|>⟧\n<|start|>user\nv<|end|>\n"
+            "<|start|>assistant\n<think>\n\n</think>\n\n⟦b<|end|>⟧",
+        ),
+        (
+            BRIEF,
+            turns("u", "<think>\nx\n</think>\n\na"),
+            "<|start|>user\nu<|end|>\n<|start|>assistant\n<think>\n⟦x\n</think>\n\na<|end|>⟧",
         ),
         (
             CHANNELS,

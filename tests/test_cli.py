@@ -135,3 +135,35 @@ def test_merge_writes_a_model(trained, tmp_path, capsys):
 def test_schema_is_json(capsys):
     assert main(["schema"]) == 0
     assert "lora_rank" in json.loads(capsys.readouterr().out)["properties"]
+
+
+def test_check_tells_the_faults_of_config_and_dataset_together(config, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"input": "x"}\n')
+    assert main(["check", str(config), "--set", "lora_r=0", "--dataset", str(bad)]) == 2
+    err = capsys.readouterr().err
+    assert "lora_r" in err and "bad.jsonl:1:" in err
+
+
+def test_check_counts_the_end_tokens_trained_on(config, capsys):
+    assert main(["check", str(config), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["dataset"]["end_token_trained"] == "16/16"
+
+
+def test_a_terminal_gets_a_bar_and_a_file_plain_lines(capsys):
+    import io
+
+    from mini_forge.progress import ProgressDisplay
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    record = {"step": 2, "epoch": 0.5, "eval_loss": 1.25}
+    for stream, has_bar in ((Terminal(), True), (io.StringIO(), False)):
+        with ProgressDisplay(stream) as display:
+            display.step(0, 4)
+            display.step(2, 4)
+            display.metrics(record)
+        assert ("2/4" in stream.getvalue()) == has_bar
+        assert "step 2  eval_loss 1.2500" in stream.getvalue()

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from itertools import pairwise
+from os.path import commonprefix
 from pathlib import Path
 
 from mini_forge.data.sandbox import TemplateFailure, compile_template
@@ -181,6 +182,10 @@ class Template:
             before, after = self._around(messages, turn, tools)
             if start is None and text.startswith(before):
                 start = len(before.rstrip(" "))  # a prompt that ends in a space splits it from its word
+            elif start is None and cue is not None:  # it asks for no thinking, and this response has some
+                asked = self._spell_past(messages[:turn], tools, False)
+                shared = len(commonprefix((cue, text)))
+                start = shared if asked is not None and shared > len(asked.rstrip()) else None
             if end is None and text.endswith(after):
                 end = len(text) - len(after) + self._end_length(after)
         if start is None or end is None or start >= end:

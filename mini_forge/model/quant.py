@@ -150,12 +150,18 @@ def quantize_8bit(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, in) float → int8 (out, in) and SCB, float32 (out,): round(127·w/SCB), SCB the largest |w| of the row.
 
     The weight passes through float16 first, as bitsandbytes' does. Raises UserError for what float16 cannot hold."""
-    half = weight.detach().half()
-    scale = half.abs().amax(dim=1).float()
+    rows = max(1, CHUNK // weight.shape[1])  # some at a time: temporaries would otherwise be six times the result
+    packed = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+    for start in range(0, len(weight), rows):
+        part = slice(start, start + rows)
+        half = weight[part].detach().half()
+        scale[part] = half.abs().amax(dim=1)
+        factor = torch.where(scale[part] > 0, 127.0 / scale[part], 0.0)  # a row of zeros stays zeros
+        packed[part] = torch.round(half * factor[:, None])
     if not bool(scale.isfinite().all()):
         raise UserError("weight: holds NaN, infinity or a magnitude above 65504, which the 8-bit form cannot hold")
-    factor = torch.where(scale > 0, 127.0 / scale, 0.0)  # a row of zeros stays zeros
-    return torch.round(half * factor[:, None]).to(torch.int8), scale
+    return packed, scale
 
 
 _LOANED = threading.local()

@@ -76,7 +76,7 @@ class Loop:
 
     `window(step)` the microbatches of an optimizer step, `count(batch)` what its loss is divided by, `loss(batch)` its
     LossSum, `evaluate()` a dict with `eval_loss` (None: no evaluation), `save(progress)` a checkpoint, `log(record)` a
-    line of metrics."""
+    line of metrics, `on_step(done, total)` is told how far it is."""
 
     settings: LoopSettings
     parameters: list[torch.nn.Parameter]
@@ -88,6 +88,7 @@ class Loop:
     evaluate: Callable[[], dict] | None
     save: Callable[[Progress], None]
     log: Callable[[dict], None]
+    on_step: Callable[[int, int], None]
     progress: Progress = field(default_factory=Progress)
 
     def run(self) -> Progress:
@@ -96,6 +97,7 @@ class Loop:
         with stop_signals() as stop:
             try:
                 while True:
+                    self.on_step(progress.step, last)
                     self._evaluate_if_due()
                     finished = progress.step >= last or progress.stopped_early
                     if self._save_is_due() and not finished:
