@@ -12,14 +12,13 @@ from mini_forge.errors import ConfigError, DataError
 from mini_forge.io.runs import RunFolder
 from mini_forge.prepare import Prepared, adapter_spec, prepare
 from mini_forge.providers import PROVIDERS
-from mini_forge.run import EpochPlan, loop_settings
+from mini_forge.run import loop_settings, windows
 
 
 def check(config: TrainingConfig) -> dict:
     """The report; raises UserError with every problem found."""
     prepared = prepare(config)
-    epochs = EpochPlan(prepared, prepared.plan.device, {})
-    settings = loop_settings(config, epochs.steps_per_epoch, has_eval=bool(prepared.eval))
+    settings = loop_settings(config, windows(prepared).steps_per_epoch, has_eval=bool(prepared.eval))
     config = prepared.config
     lora = adapter_spec(config)
     notes = [*prepared.notes, *_folder_notes(config)]

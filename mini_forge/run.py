@@ -1,7 +1,7 @@
 """`train(config)`: the one place that wires configuration, data, model, objective, loop and run folder together."""
 
-import math
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 
 from mini_forge import __version__
 from mini_forge.config import TrainingConfig
-from mini_forge.data.batches import Batch, collate, plan_epoch
+from mini_forge.data.batches import Batch
 from mini_forge.errors import ConfigError, TrainingError
 from mini_forge.inference.evaluate import evaluate_loss
 from mini_forge.io.adapters import fill_adapter, save_adapter
@@ -32,6 +32,7 @@ from mini_forge.training.optim import (
 )
 from mini_forge.training.schedule import warmup_steps
 from mini_forge.training.sft import SFT
+from mini_forge.training.windows import Windows
 
 OBJECTIVES = {"sft": SFT, "qlora": SFT}
 # Keys that may change between a run and its resumption, because no step depends on them.
@@ -79,7 +80,7 @@ def train(
         folder.start(config.to_dict())
     loop = build_loop(prepared, model, lora, folder, on_metrics, on_step)
     if resume:
-        _restore(folder, loop, model, report)
+        _restore(folder, loop, model, prepared, report)
     _describe(prepared, model, loop, report)
     return _run(prepared, model, lora, folder, loop, report)
 
@@ -106,41 +107,13 @@ def build_model(prepared: Prepared, lora: LoraSpec, report=print) -> Decoder:
     return model.train()
 
 
-@dataclass(frozen=True)
-class EpochPlan:
-    """Which documents make up each optimizer step: a pure function of the step, so resuming needs only its number."""
-
-    prepared: Prepared
-    device: str
-    _cache: dict
-
-    def microbatches(self, epoch: int) -> list[list[int]]:
-        if epoch not in self._cache:
-            config = self.prepared.config
-            lengths = [len(document.ids) for document in self.prepared.train]
-            self._cache.clear()
-            self._cache[epoch] = plan_epoch(
-                lengths, config.per_device_train_batch_size, config.gradient_accumulation_steps,
-                config.group_by_length, config.packing, self.prepared.max_length, config.seed, epoch,
-            )  # fmt: skip
-        return self._cache[epoch]
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.microbatches(0)) / self.prepared.config.gradient_accumulation_steps)
-
-    def window(self, step: int) -> list[Batch]:
-        """The microbatches of optimizer step `step`; the last window of an epoch may be short, and is trained whole."""
-        epoch, index = divmod(step, self.steps_per_epoch_of_run)
-        size = self.prepared.config.gradient_accumulation_steps
-        chosen = self.microbatches(epoch)[index * size : (index + 1) * size]
-        return [collate([self.prepared.train[i] for i in batch]) for batch in chosen]
-
-    @property
-    def steps_per_epoch_of_run(self) -> int:
-        if "steps" not in self._cache:
-            self._cache["steps"] = self.steps_per_epoch
-        return self._cache["steps"]
+def windows(prepared: Prepared) -> Windows:
+    """The run's training documents, cut into optimizer steps."""
+    config = prepared.config
+    return Windows(
+        prepared.train, config.per_device_train_batch_size, config.gradient_accumulation_steps, config.group_by_length,
+        config.packing, prepared.max_length, config.seed,
+    )  # fmt: skip
 
 
 def build_loop(
@@ -152,9 +125,9 @@ def build_loop(
         config.optim, parameter_groups(trainable, config.weight_decay), config.learning_rate, config.weight_decay,
         plan.device,
     )  # fmt: skip
-    epochs = EpochPlan(prepared, plan.device, {})
-    settings = loop_settings(config, epochs.steps_per_epoch, has_eval=bool(prepared.eval))
-    objective = OBJECTIVES[config.strategy]
+    window = windows(prepared)
+    settings = loop_settings(config, window.steps_per_epoch, has_eval=bool(prepared.eval))
+    objective, fingerprint = OBJECTIVES[config.strategy], data_fingerprint(prepared)
 
     def save(progress):
         keep_best = progress.best_step if config.load_best_model_at_end else None
@@ -162,7 +135,7 @@ def build_loop(
 
     def write_checkpoint(target: Path):
         save_adapter(target, model, lora, _base_name(prepared))
-        state = {"loop": loop.state(), "optimizer": optimizer_state(optimizer), "rng": rng_state()}
+        state = {"loop": loop.state(), "optimizer": optimizer_state(optimizer), "rng": rng_state(), "data": fingerprint}
         torch.save(state, target / "trainer_state.pt")
 
     def log(record):
@@ -181,7 +154,7 @@ def build_loop(
         parameters=[p for _, p in trainable],
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(plan.device) if plan.use_scaler else None,
-        window=epochs.window,
+        window=window,
         count=objective.count,
         loss=lambda batch: objective.loss(model, batch.to(plan.device)),
         evaluate=evaluate if prepared.eval else None,
@@ -239,10 +212,23 @@ def _check_resume(folder: RunFolder, config: TrainingConfig, report) -> bool:
     return True
 
 
-def _restore(folder: RunFolder, loop: Loop, model: Decoder, report):
+def data_fingerprint(prepared: Prepared) -> int:
+    """A checksum of every token trained on, by which a resumed run knows that its data are the same."""
+    checksum = 0
+    for document in prepared.train:
+        checksum = zlib.crc32(document.is_trained.tobytes(), zlib.crc32(document.ids.tobytes(), checksum))
+    return checksum
+
+
+def _restore(folder: RunFolder, loop: Loop, model: Decoder, prepared: Prepared, report):
     step = folder.steps()[-1]
     source = folder.checkpoint(step)
     state = load_state(source / "trainer_state.pt")
+    if state["data"] != data_fingerprint(prepared):
+        raise ConfigError(
+            f"dataset: {prepared.config.dataset!r} (or the tokenizer) has changed since {source} was saved, so its "
+            "place in the data means nothing; put it back, or start another run with init_adapter"
+        )
     fill_adapter(model, source)
     load_optimizer_state(loop.optimizer, state["optimizer"])
     loop.restore(state["loop"])
@@ -286,6 +272,8 @@ def _run(prepared: Prepared, model: Decoder, lora: LoraSpec, folder: RunFolder, 
     model.eval()
     save_adapter(folder.path, model, lora, _base_name(prepared))
     prepared.tokenizer.save(folder.path)
+    # The very template of the training, whoever reads this folder: it may not be the checkpoint's own.
+    write_atomic(folder.path / "chat_template.jinja", prepared.template.source)
     summary = summarise(prepared, loop, folder.metrics())
     write_atomic(folder.path / "README.md", model_card(config.to_dict(), summary, _base_name(prepared)))
     write_json(folder.path / "summary.json", summary)  # last: its presence says that all else is in place

@@ -8,7 +8,7 @@ import torch
 from mini_forge.config import TrainingConfig, detect_machine, resolve
 from mini_forge.data.batches import split, tokenize
 from mini_forge.data.chat import Template, choose_template
-from mini_forge.data.tasks import Example, load_examples
+from mini_forge.data.tasks import Example, load_examples, user_message
 from mini_forge.data.tokenizer import Tokenizer, load_tokenizer
 from mini_forge.errors import ConfigError
 from mini_forge.inference.evaluate import evaluate_generation, evaluate_loss
@@ -57,7 +57,8 @@ class Session:
         """Token ids of a user's message in the template, or of the text as it is."""
         if not raw:
             system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-            text = self.template.render_prompt([*system, {"role": "user", "content": text}])
+            task = self.config.task if self.config else "text-generation"
+            text = self.template.render_prompt([*system, user_message(task, text)])
         ids = self.tokenizer.encode(text)
         needs_bos = self.tokenizer.adds_bos and (not ids or ids[0] != self.tokenizer.bos_id)
         return [self.tokenizer.bos_id, *ids] if needs_bos else ids

@@ -154,3 +154,8 @@ def test_an_adapter_without_a_base_says_so(run):
     (run / "adapter_config.json").write_text(json.dumps({**record, "base_model_name_or_path": ""}))
     with pytest.raises(CheckpointError, match="base_model_name_or_path is empty"):
         mini_forge.load_model(run)
+
+
+def test_files_have_the_users_own_permissions(run, tmp_path):
+    (tmp_path / "plain").write_text("")
+    assert (run / "adapter_model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -76,6 +76,7 @@ def test_a_token_that_straddles_a_boundary_is_trained_on():
     # characters 0-2, 2-5, none before 5, 5-8 and a response at 3-6
     offsets = np.array([[0, 2], [2, 5], [5, 5], [5, 8], [8, 9]])
     assert _touches(offsets, [(3, 6)]).tolist() == [False, True, True, True, False]
+    assert _touches(offsets, [(5, 8)]).tolist() == [False, False, True, True, False]
     assert _touches(offsets, [(0, 2), (8, 9)]).tolist() == [True, False, False, False, True]
 
 

@@ -91,6 +91,19 @@ def test_loss_is_measured_without_dropout_and_gradients_and_the_mode_is_restored
     assert model.training and model.dropout.training
 
 
+def test_batches_are_put_on_the_device_that_is_named():
+    model, documents = two_documents()
+    seen = []
+
+    def nll(_, batch):
+        seen.append(batch.targets.device.type)
+        return torch.tensor(1.0), 1
+
+    evaluate_loss(model, documents, nll, batch_size=2)
+    evaluate_loss(model, documents, nll, batch_size=2, device="meta")
+    assert seen == ["cpu", "meta"]
+
+
 def test_no_documents_are_an_error():
     with pytest.raises(DataError, match="no rows to evaluate on"):
         evaluate_loss(two_documents()[0], [], table_nll, batch_size=1)
@@ -247,6 +260,7 @@ def test_white_space_before_the_end_token_closes_the_answer(tmp_path):
     assert spans.allowed([*paris, *newline]) == [STOP] and spans.allowed([*paris, *space]) == [STOP]
     assert spans.text([*paris, *newline]) == "Paris"
     assert spans.allowed([*paris, *newline, *newline]) == []
+    assert newline[0] in spans_of(tokenizer, "(Paris) is", limit=len(paris) + 1).allowed(paris)
     closed = spans.allowed([*tokenizer.encode("(Paris)"), *space])
     assert STOP in closed and tokenizer.encode("i")[0] in closed
 
@@ -270,6 +284,7 @@ def test_a_stop_id_that_spells_text_stays_a_stop(tmp_path):
         ("e\u0301a b", {0, 5}, {4, 6}),
         (" x ", {1}, {2}),
         ("3D2", {0}, {3}),
+        ("कि x", {0, 7}, {6, 8}),  # a vowel sign belongs to its consonant
     ],
 )
 def test_spans_begin_and_end_at_the_edges_of_words(context, starts, ends):
@@ -359,13 +374,32 @@ def test_the_gold_answer_can_be_spelled_in_every_format(tokenizer):
         rendered = template.render(example)
         prompt, whole = tokenizer.encode(rendered.prompt), tokenizer.encode(rendered.text)
         assert whole[: len(prompt)] == prompt
-        model = says(len(prompt), whole[len(prompt) :], tokenizer.vocab_size)
+        model = says(len(prompt), whole[len(prompt) :], tokenizer.vocab_size, {tokenizer.eos_id: -5.0})
         for constrained in (True, False):
             metrics, [row] = evaluate_generation(
                 model, tokenizer, template, [example], task, constrained=constrained, max_new_tokens=len(whole)
             )
             assert (name, row["prediction"]) == (name, "Paris (France)")
             assert metrics["exact_match"] == 1.0
+            assert int(model.calls[-1][1].max()) < len(whole)  # it went no further than the end
+
+
+def test_an_end_of_two_tokens_is_told_by_its_first(tmp_path):
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|endoftext|><|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = byte_level(tmp_path, chat_template=source)
+    task = "extractive-question-answering"
+    template = choose_template("model", "some", tokenizer, task)
+    [example] = questions(("He lives in Paris now.", "Paris"))
+    length = prompt_length(tokenizer, template, example)
+    unliked = dict.fromkeys([tokenizer.eos_id, *tokenizer.encode("\n")], -5.0)  # other ways to end here
+    for constrained, wish in ((True, "Paris<|endoftext|>"), (False, "Paris<|endoftext|><|im_end|>")):
+        model = says(length, tokenizer.encode(wish), tokenizer.vocab_size, unliked)
+        options = {"constrained": constrained, "max_new_tokens": 20}
+        _, [row] = evaluate_generation(model, tokenizer, template, [example], task, **options)
+        assert row["prediction"] == "Paris"
 
 
 def test_a_templates_thinking_is_given_and_not_taken_for_the_answer(tmp_path):

@@ -368,7 +368,8 @@ def test_chat_refuses_a_message_longer_than_the_model_and_goes_on(tmp_path):
     model = echo(tokenizer, "hey", max_positions=60)
     terminal = chat_with(tokenizer, model, "x " * 60, "one", max_new_tokens=20)
     assert "the model has 60: shorten it" in terminal.text
-    assert len(prefills(model)) == 1 and "x x" not in spelled(tokenizer, model, prefills(model)[0])
+    [only] = prefills(model)
+    assert spelled(tokenizer, model, only) == "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n"
     assert "hey" in terminal.text
 
 
@@ -390,6 +391,18 @@ def test_chat_shows_no_space_before_and_no_spelled_end_behind_a_reply(tmp_path):
     model = says(len(tokenizer.encode(prompt)), script, tokenizer.vocab_size)
     terminal = chat_with(tokenizer, model, "hello", template=template, max_new_tokens=len(script))
     assert terminal.text.splitlines()[1] == "four"
+    unread = len(tokenizer.encode(" and on"))
+    assert len(model.calls) == 1 + len(script) - unread  # the prompt and each token up to the end, none behind it
+
+
+def test_chat_shows_what_only_began_like_the_end(tmp_path):
+    tokenizer = byte_level(tmp_path)
+    template = choose_template("harmony", "some", tokenizer, "text-generation")
+    prompt = template.render_prompt([{"role": "user", "content": "hello"}])
+    script = tokenizer.encode("four<|en")
+    model = says(len(tokenizer.encode(prompt)), script, tokenizer.vocab_size)
+    terminal = chat_with(tokenizer, model, "hello", template=template, max_new_tokens=len(script))
+    assert terminal.text.splitlines()[1] == "four<|en"
 
 
 def test_chat_checks_its_options_before_it_reads():

@@ -99,6 +99,7 @@ def test_lcs_length_equals_the_table_of_the_textbook():
         ("U.S.A.", "usa"),
         ("the-a", "thea"),  # punctuation goes first, as in SQuAD's script
         ("A", ""),
+        ("x—the—y", "x— —y"),  # an article leaves a gap
     ],
 )
 def test_answers_are_normalised_as_squads_script_does(text, expected):

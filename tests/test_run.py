@@ -74,6 +74,13 @@ def test_a_run_leaves_what_the_contract_says(settings):
     assert torch.equal(mini_forge.load_model(result.output_dir).logits(ids), result.model.logits(ids))
 
 
+def test_the_saved_template_is_the_one_trained_with(settings):
+    result, _ = run(settings, chat_template="llama")
+    ours = mini_forge.load_tokenizer(result.output_dir)
+    assert "[INST]" in ours.chat_template
+    assert "<|im_start|>" in mini_forge.load_tokenizer(settings["model_name"]).chat_template
+
+
 def test_training_lowers_the_held_out_loss(settings):
     result, _ = run(settings, max_steps=25)
     before, after = (m["eval_loss"] for m in result.metrics if "eval_loss" in m)
@@ -199,6 +206,19 @@ def test_resuming_with_another_configuration_is_refused(settings):
         run(settings, on_metrics=die, save_strategy="steps", save_steps=1)
     with pytest.raises(ConfigError, match="learning_rate: 0.5 differs from 0.01"):
         run(settings, resume=True, save_strategy="steps", save_steps=1, learning_rate=0.5)
+
+
+def test_resuming_on_changed_data_is_refused(settings, rows):
+    def die(record):
+        if record["step"] == 3:
+            raise Killed
+
+    extra = {"save_strategy": "steps", "save_steps": 1}
+    with pytest.raises(Killed):
+        run(settings, on_metrics=die, **extra)
+    rows.write_text(rows.read_text().replace("please", "kindly"))
+    with pytest.raises(ConfigError, match="dataset: .* has changed since"):
+        run(settings, resume=True, **extra)
 
 
 def test_half_written_checkpoints_are_swept_and_broken_ones_named(settings):

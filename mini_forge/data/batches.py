@@ -84,10 +84,9 @@ def tokenize(
         encoded = tokenizer.encode_batch([rendered[i].text for i in part])
         for i, (ids, offsets) in zip(part, encoded, strict=True):
             is_trained = np.ones(len(ids), dtype=bool) if train_on_prompt else _touches(offsets, rendered[i].trained)
-            is_trained[:1] = False  # nothing precedes it to predict it from
             keep = _keep(is_trained, max_length, len(ids) > 0 and ids[0] == tokenizer.bos_id)
             is_trained = is_trained[keep]
-            is_trained[:1] = False  # the cut may have gone through an earlier response
+            is_trained[:1] = False  # nothing precedes it to predict it from
             if is_trained.any():
                 documents.append(Document(ids[keep], is_trained, examples[i].line))
                 truncated += len(keep) < len(ids)

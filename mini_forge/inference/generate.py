@@ -49,8 +49,6 @@ def generate(
             logits = _finite(model.head(hidden))
             if allowed is not None:
                 _restrict(logits, rows, running, allowed)
-            if not running:
-                break
             ids = sample(logits, temperature, top_k, top_p, generator)
             _take(ids.tolist(), rows, running, stops, on_token)
             if not running or step == max_new_tokens - 1:

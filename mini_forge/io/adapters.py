@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from mini_forge.errors import CheckpointError
-from mini_forge.io.weights import read_json
+from mini_forge.io.weights import read_json, write_safetensors
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.lora import LoraSpec, inject, lora_layers
 
+WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # Fields of adapter_config.json that change the mathematics, with the values under which they do not.
 NEUTRAL = {
@@ -34,7 +35,8 @@ def save_adapter(folder: Path, model: Decoder, spec: LoraSpec, base_name: str):
     for name, layer in layers.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().float().cpu().contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().float().cpu().contiguous()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    write_safetensors(folder / WEIGHTS_FILE, entries, tensors.values())
     record = _config_record(spec, sorted({name.rsplit(".", 1)[-1] for name in layers}), base_name)
     (folder / "adapter_config.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
 
@@ -99,7 +101,7 @@ def load_adapter(model: Decoder, folder: Path, spec: LoraSpec | None = None) -> 
 
 def fill_adapter(model: Decoder, folder: Path):
     """Copy the folder's adapter tensors into a model that has LoRA layers already."""
-    path = folder / "adapter_model.safetensors"
+    path = folder / WEIGHTS_FILE
     if not path.exists():
         raise CheckpointError(f"{path}: file not found; an adapter folder needs it (pickled adapters are refused)")
     try:

@@ -16,10 +16,9 @@ from mini_forge.errors import CheckpointError, ConfigError
 from mini_forge.io.adapters import PREFIX, read_adapter_config
 from mini_forge.io.models import base_of, is_adapter
 from mini_forge.io.runs import TEMPORARY, publish_folder
-from mini_forge.io.weights import BNB_SUFFIXES, DTYPES, Checkpoint, read_json, weight_files
+from mini_forge.io.weights import BNB_SUFFIXES, Checkpoint, read_json, weight_files, write_safetensors
 from mini_forge.model.quant import Linear4bit, Linear8bit
 
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 COPIED = ("generation_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "LICENSE")
 
 
@@ -99,21 +98,6 @@ def _merged(checkpoint: Checkpoint, name: str, factors) -> torch.Tensor:
     if (B.shape[0], A.shape[1]) != tuple(weight.shape):
         raise CheckpointError(f"{name}: the adapter is {(B.shape[0], A.shape[1])}, the weight {tuple(weight.shape)}")
     return (weight.float() + scaling * (B.float() @ A.float())).to(weight.dtype)
-
-
-def write_safetensors(path: Path, entries: list[tuple[str, torch.dtype, tuple[int, ...]]], tensors):
-    """A safetensors file from tensors that are made one at a time, in the order of `entries` (name, dtype, shape)."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, dtype, shape in entries:
-        size = dtype.itemsize * torch.Size(shape).numel()
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
 
 
 def _write_records(checkpoint: Checkpoint, run: Path, out: Path):

@@ -24,6 +24,7 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LIMIT_BYTES = 100_000_000  # the format's own bound
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # old checkpoints store these derived values
 BNB_SUFFIXES = (
@@ -163,6 +164,21 @@ def weight_files(folder: Path) -> list[Path]:
             "convert them to safetensors"
         )
     raise CheckpointError(f"{folder}: no .safetensors file; is this a model folder?")
+
+
+def write_safetensors(path: Path, entries: list[tuple[str, torch.dtype, tuple[int, ...]]], tensors):
+    """A safetensors file from tensors that are made one at a time, in the order of `entries` (name, dtype, shape)."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, dtype, shape in entries:
+        size = dtype.itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
 
 
 def load_base(
