@@ -151,6 +151,8 @@ def _eval(options):
     from mini_forge.inference.evaluate import format_table, write_eval
     from mini_forge.use import evaluate_run
 
+    if not Path(options.run).expanduser().is_dir():
+        raise ConfigError(f"arguments: {options.run!r} is not a folder; eval takes a run, adapter or model folder")
     metrics, predictions = evaluate_run(
         options.run, dataset=options.dataset, limit=options.limit, constrained=not options.free,
         max_new_tokens=options.max_new_tokens,

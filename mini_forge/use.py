@@ -55,13 +55,13 @@ class Session:
 
     def prompt_ids(self, text: str, raw: bool = False) -> list[int]:
         """Token ids of a user's message in the template, or of the text as it is."""
-        if not raw:
-            system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-            task = self.config.task if self.config else "text-generation"
-            text = self.template.render_prompt([*system, user_message(task, text)])
-        ids = self.tokenizer.encode(text)
-        needs_bos = self.tokenizer.adds_bos and (not ids or ids[0] != self.tokenizer.bos_id)
-        return [self.tokenizer.bos_id, *ids] if needs_bos else ids
+        if raw:
+            ids = self.tokenizer.encode(text)
+            needs_bos = self.tokenizer.adds_bos and ids[:1] != [self.tokenizer.bos_id]
+            return [self.tokenizer.bos_id, *ids] if needs_bos else ids
+        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        task = self.config.task if self.config else "text-generation"
+        return self.tokenizer.encode(self.template.render_prompt([*system, user_message(task, text)]))
 
     def print_reply(self, text: str, raw: bool = False, write=print, **sampling):
         """Stream the model's continuation of one prompt, with a final line break. `write` is called as `print`."""

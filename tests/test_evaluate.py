@@ -394,9 +394,9 @@ def test_an_end_of_two_tokens_is_told_by_its_first(tmp_path):
     template = choose_template("model", "some", tokenizer, task)
     [example] = questions(("He lives in Paris now.", "Paris"))
     length = prompt_length(tokenizer, template, example)
-    unliked = dict.fromkeys([tokenizer.eos_id, *tokenizer.encode("\n")], -5.0)  # other ways to end here
+    likes = dict.fromkeys(tokenizer.encode(" now."), 1.0)  # better than any other way to end
     for constrained, wish in ((True, "Paris<|endoftext|>"), (False, "Paris<|endoftext|><|im_end|>")):
-        model = says(length, tokenizer.encode(wish), tokenizer.vocab_size, unliked)
+        model = says(length, tokenizer.encode(wish), tokenizer.vocab_size, likes)
         options = {"constrained": constrained, "max_new_tokens": 20}
         _, [row] = evaluate_generation(model, tokenizer, template, [example], task, **options)
         assert row["prediction"] == "Paris"
