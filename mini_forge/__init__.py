@@ -22,7 +22,7 @@ _WHERE = {
     "RunResult": "run",
     "load_model": "io.models",
     "merge_adapter": "io.merge",
-    "load_tokenizer": "data.tokenizer",
+    "load_tokenizer": "io.models",
     "pack": "data.packing",
     "collate": "data.batches",
     "Decoder": "model.decoder",
@@ -42,10 +42,14 @@ _WHERE = {
     "warmup_steps": "training.schedule",
 }
 
-__all__ = ["__version__", *_WHERE]  # noqa: PLE0604
+_MODULES = {"packing": "data.packing", "schedules": "training.schedule"}
+
+__all__ = ["__version__", *_WHERE, *_MODULES]  # noqa: PLE0604
 
 
 def __getattr__(name: str):
+    if name in _MODULES:
+        return import_module(f"mini_forge.{_MODULES[name]}")
     if name not in _WHERE:
         raise AttributeError(f"module 'mini_forge' has no attribute {name!r}")
     return getattr(import_module(f"mini_forge.{_WHERE[name]}"), name)

@@ -4,6 +4,8 @@ The report is a plain dict (printed as JSON with --json): resolved values and wh
 machine, dataset statistics, and one example with its trained-on tokens marked.
 """
 
+from pathlib import Path
+
 from mini_forge.config import TrainingConfig
 from mini_forge.config_json import read_object
 from mini_forge.data.batches import show_example
@@ -15,13 +17,13 @@ from mini_forge.providers import PROVIDERS
 from mini_forge.run import loop_settings, windows
 
 
-def check(config: TrainingConfig) -> dict:
-    """The report; raises UserError with every problem found."""
+def check(config: TrainingConfig, *, resume: bool = False, overwrite: bool = False) -> dict:
+    """The report of what `train` with the same arguments would do; raises UserError with every problem found."""
     prepared = prepare(config)
     settings = loop_settings(config, windows(prepared).steps_per_epoch, has_eval=bool(prepared.eval))
     config = prepared.config
     lora = adapter_spec(config)
-    notes = [*prepared.notes, *_folder_notes(config)]
+    notes = [*prepared.notes, *_folder_notes(config, resume, overwrite)]
     return {
         "config": {k: {"value": v, "from": config.provenance.get(k, "default")} for k, v in config.to_dict().items()},
         "machine": {
@@ -58,8 +60,10 @@ def dataset_problems(path: str, overrides: dict) -> list[str]:
     except ConfigError:
         return []
     task, dataset = keys.get("task", "text-generation"), keys.get("dataset")
-    if task not in TASKS or not isinstance(dataset, str) or not dataset.strip():
+    if not isinstance(task, str) or task not in TASKS or not isinstance(dataset, str) or not dataset.strip():
         return []
+    beside = Path(path).parent / dataset
+    dataset = str(beside) if not Path(dataset).exists() and beside.exists() else dataset
     try:
         load_examples(dataset, task, keys.get("strategy", "sft"))
     except DataError as error:
@@ -86,10 +90,11 @@ def _end_tokens(prepared: Prepared) -> str:
     return f"{ended}/{len(prepared.train)}"
 
 
-def _folder_notes(config: TrainingConfig) -> list[str]:
-    folder = RunFolder(config.output_dir)
-    if folder.path.exists() and any(folder.path.iterdir()):
-        return [f"output_dir {str(folder.path)!r} is not empty: train will ask for --resume or --overwrite"]
+def _folder_notes(config: TrainingConfig, resume: bool, overwrite: bool) -> list[str]:
+    try:
+        RunFolder(config.output_dir).check_usable(resume=resume, overwrite=overwrite)
+    except ConfigError as error:
+        return [f"train will refuse: {problem}" for problem in error.problems]
     return []
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from mini_forge import __version__
-from mini_forge.errors import ConfigError, TrainingError, UserError
+from mini_forge.errors import ConfigError, TrainingError, UserError, is_out_of_memory
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("eval", help="a run's metrics on a dataset")
     command.add_argument("run", metavar="RUN_OR_ADAPTER")
-    command.add_argument("--dataset", metavar="FILE", help="default: the rows the run held out, else its eval_dataset")
+    command.add_argument("--dataset", metavar="FILE", help="default: the run's eval_dataset, else the rows it held out")
     command.add_argument("--limit", metavar="N", type=_positive, help="only the first N rows")
     command.add_argument("--free", action="store_true", help="extractive QA: generate freely, not only context spans")
     command.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N")
@@ -95,7 +95,9 @@ def main(arguments: list[str] | None = None) -> int:
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise  # our own mistake: its traceback is wanted
         print("error: out of memory; use a smaller batch, shorter sequences or 4-bit weights", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -143,7 +145,7 @@ def _check(options):
         config = load_config(options)
     except ConfigError as error:
         raise UserError(*error.problems, *dataset_problems(options.config, overrides(options))) from None
-    report = check(config)
+    report = check(config, resume=options.resume, overwrite=options.overwrite)
     print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else format_report(report))
 
 

@@ -12,10 +12,6 @@ class UserError(ValueError):
         super().__init__("\n".join(problems))
         self.problems = list(problems)
 
-    @classmethod
-    def many(cls, problems: list[str]) -> "UserError":
-        return cls(*problems)
-
 
 class ConfigError(UserError):
     """A configuration key, value or combination is wrong."""
@@ -31,3 +27,9 @@ class CheckpointError(UserError):
 
 class TrainingError(RuntimeError):
     """Training started and could not go on; the message names the last good checkpoint."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is a lack of memory, on whichever device: torch's CPU allocator raises a bare RuntimeError."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text

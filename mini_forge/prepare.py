@@ -4,20 +4,23 @@
 """
 
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mini_forge.config import Plan, TrainingConfig, detect_machine, resolve
+import torch
+
+from mini_forge.config import PATHS, Plan, TrainingConfig, detect_machine, resolve
 from mini_forge.data.batches import Document, TokenStats, split, tokenize
 from mini_forge.data.chat import Template, choose_template
 from mini_forge.data.tasks import Example, load_examples
 from mini_forge.data.tokenizer import Tokenizer, load_tokenizer
-from mini_forge.errors import ConfigError, DataError, UserError
+from mini_forge.errors import CheckpointError, ConfigError, DataError, UserError
 from mini_forge.io.adapters import read_adapter_config
-from mini_forge.io.weights import read_json, resolve_model
-from mini_forge.model.decoder import DecoderSpec
+from mini_forge.io.weights import read_json, resolve_model, weight_files
+from mini_forge.model.decoder import Decoder, DecoderSpec
 from mini_forge.model.families import decoder_spec
-from mini_forge.model.lora import LoraSpec
+from mini_forge.model.lora import LoraSpec, target_names
 
 AVAILABLE_STRATEGIES = ("sft", "qlora")
 
@@ -53,6 +56,7 @@ def prepare(config: TrainingConfig) -> Prepared:
             problems.extend(error.problems)
             return None
 
+    config = with_absolute_paths(config)
     config = attempt(with_init_adapter, config) or config
     attempt(check_strategy, config)
     plan = attempt(lambda: resolve(config, detect_machine(config.device)))
@@ -60,8 +64,15 @@ def prepare(config: TrainingConfig) -> Prepared:
     eval_rows = attempt(load_examples, config.eval_dataset, config.task, config.strategy) if config.eval_dataset else []
     opened = attempt(_open_model, config)
     if problems:
-        raise UserError.many(problems)
+        raise UserError(*problems)
     return _tokenise(config, plan, opened, train_rows, eval_rows)
+
+
+def with_absolute_paths(config: TrainingConfig) -> TrainingConfig:
+    """The configuration with the local files it names given from the root, so that the run can be used anywhere."""
+    named = {name: getattr(config, name) for name in PATHS}
+    local = {name: os.path.abspath(value) for name, value in named.items() if value and os.path.exists(value)}
+    return replace(config, **local)
 
 
 def check_strategy(config: TrainingConfig):
@@ -76,6 +87,9 @@ def _open_model(config: TrainingConfig):
     folder = resolve_model(config.model_name)
     spec = decoder_spec(read_json(folder / "config.json"))
     tokenizer = load_tokenizer(folder)
+    weight_files(folder)
+    with torch.device("meta"):  # the names of the layers, without their weights
+        target_names(Decoder(spec), adapter_spec(config).targets)
     return folder, spec, tokenizer, choose_template(config.chat_template, config.model_name, tokenizer, config.task)
 
 
@@ -92,15 +106,6 @@ def with_init_adapter(config: TrainingConfig) -> TrainingConfig:
     if not config.init_adapter:
         return config
     asked, (found, _) = adapter_spec(config), read_adapter_config(Path(config.init_adapter).expanduser())
-    written = {key for key, source in config.provenance.items() if source.startswith(("file", "override"))}
-    clashes = [
-        f"{key}: {getattr(asked, own)!r} differs from {getattr(found, own)!r} in init_adapter {config.init_adapter!r}; "
-        f"leave {key} out, or give the adapter's value"
-        for key, own in (("lora_r", "rank"), ("lora_alpha", "alpha"))
-        if key in written and getattr(asked, own) != getattr(found, own)
-    ]
-    if clashes:
-        raise ConfigError(*clashes)
     targets = "all-linear" if found.targets is None else found.targets
     alpha, use_rslora = found.alpha, found.use_rslora
     if not float(alpha).is_integer():  # as we write an rsLoRA adapter: alpha·√rank with the plain scaling
@@ -108,6 +113,17 @@ def with_init_adapter(config: TrainingConfig) -> TrainingConfig:
     if not float(alpha).is_integer():
         raise ConfigError(f"init_adapter: {config.init_adapter!r} has lora_alpha {found.alpha}; it must be an integer")
     shape = {"lora_r": found.rank, "lora_alpha": int(alpha), "target_modules": targets, "use_rslora": use_rslora}
+    written = {key for key, source in config.provenance.items() if source.startswith(("file", "override"))}
+    same_scaling = math.isclose(asked.scaling, found.scaling, rel_tol=1e-6)
+    clashes = [
+        f"{key}: {getattr(config, key)!r} differs from {value!r} in init_adapter {config.init_adapter!r}; "
+        f"leave {key} out, or give the adapter's value"
+        for key, value in shape.items()
+        if key in written and getattr(config, key) != value
+        if not (key in ("lora_alpha", "use_rslora") and same_scaling)
+    ]
+    if clashes:
+        raise ConfigError(*clashes)
     sources = {**config.provenance, **dict.fromkeys(shape, "init_adapter")}
     return replace(config, **shape, provenance=sources)
 
@@ -128,6 +144,12 @@ def _tokenise(config, plan, opened, train_rows, eval_rows) -> Prepared:
     options = (template, tokenizer, limit, config.train_on_prompt, config.system_prompt)
     train, train_stats = tokenize(train_rows, *options)
     evaluation, eval_stats = tokenize(eval_rows, *options) if eval_rows else ([], None)
+    highest = max((int(document.ids.max()) for document in [*train, *evaluation]), default=0)
+    if highest >= spec.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has a token {highest}, the model only {spec.vocab_size} embeddings; "
+            "they do not belong together"
+        )
     if not train:
         raise DataError(
             f"{config.dataset}: no row has a token to train on within max_seq_length {limit}; raise max_seq_length"

@@ -1,5 +1,6 @@
 """What a person sees while training: a bar with the latest numbers on a terminal, plain lines elsewhere."""
 
+import os
 import sys
 
 from tqdm import tqdm
@@ -31,10 +32,13 @@ class ProgressDisplay:
             self.bar = None
 
     def line(self, text: str):
-        if self.bar is None:
-            print(text, file=self.stream, flush=True)
-        else:
-            self.bar.write(text, file=self.stream)
+        try:
+            if self.bar is None:
+                print(text, file=self.stream, flush=True)
+            else:
+                self.bar.write(text, file=self.stream)
+        except BrokenPipeError:  # the reader left, as `| head` does; the training goes on
+            self.bar, self.stream = None, open(os.devnull, "w")  # noqa: SIM115
 
     def metrics(self, record: dict):
         """One record of metrics.jsonl, short."""

@@ -1,28 +1,28 @@
 """`train(config)`: the one place that wires configuration, data, model, objective, loop and run folder together."""
 
+import io
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from mini_forge import __version__
 from mini_forge.config import TrainingConfig
-from mini_forge.data.batches import Batch
-from mini_forge.errors import ConfigError, TrainingError
+from mini_forge.errors import ConfigError, TrainingError, is_out_of_memory
 from mini_forge.inference.evaluate import evaluate_loss
 from mini_forge.io.adapters import fill_adapter, save_adapter
 from mini_forge.io.card import model_card
 from mini_forge.io.models import load_model
-from mini_forge.io.runs import RunFolder, load_state, rng_state, set_rng_state, write_atomic, write_json
+from mini_forge.io.runs import RunFolder, load_state, rng_state, set_rng_state, write_json
 from mini_forge.io.weights import load_base
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.lora import LoraSpec, inject
 from mini_forge.prepare import Prepared, adapter_spec, prepare
 from mini_forge.providers import PROVIDERS
-from mini_forge.training.loop import Interrupted, Loop, LoopSettings, peak_memory_bytes
+from mini_forge.training.loop import Interrupted, Loop, LoopSettings, peak_memory_bytes, stop_signals
 from mini_forge.training.memory import keep_freed_memory
 from mini_forge.training.optim import (
     load_optimizer_state,
@@ -42,11 +42,18 @@ FREE_ON_RESUME = ("output_dir", "comment", "notes", "logging_steps", "save_steps
 
 @dataclass
 class RunResult:
-    """What a run leaves: its folder, the lines of metrics.jsonl, and the trained model in memory."""
+    """What a run leaves: its folder and the lines of metrics.jsonl."""
 
     output_dir: Path
     metrics: list[dict]
-    model: Decoder
+    _model: Decoder | None = field(default=None, repr=False)
+
+    @property
+    def model(self) -> Decoder:
+        """The trained model; read from the folder where this call did not train it."""
+        if self._model is None:
+            self._model = load_model(self.output_dir)
+        return self._model
 
 
 def train(
@@ -67,7 +74,7 @@ def train(
     folder.check_usable(resume=resume, overwrite=overwrite)
     if resume and folder.is_finished():
         report(f"{folder.path}: this run is finished; nothing to do")
-        return RunResult(folder.path, folder.metrics(), load_model(folder.path))
+        return RunResult(folder.path, folder.metrics())
     prepared = prepare(config)
     config = prepared.config
     keep_freed_memory()
@@ -76,9 +83,9 @@ def train(
     model = build_model(prepared, lora, report)
     if resume:
         resume = _check_resume(folder, config, report)
-    if not resume:
-        folder.start(config.to_dict())
     loop = build_loop(prepared, model, lora, folder, on_metrics, on_step)
+    if not resume:  # nothing on disk is touched before this line
+        folder.start(config.to_dict())
     if resume:
         _restore(folder, loop, model, prepared, report)
     _describe(prepared, model, loop, report)
@@ -136,7 +143,9 @@ def build_loop(
     def write_checkpoint(target: Path):
         save_adapter(target, model, lora, _base_name(prepared))
         state = {"loop": loop.state(), "optimizer": optimizer_state(optimizer), "rng": rng_state(), "data": fingerprint}
-        torch.save(state, target / "trainer_state.pt")
+        buffer = io.BytesIO()  # written by us: torch.save tells of a full disk as a bare RuntimeError
+        torch.save(state, buffer)
+        (target / "trainer_state.pt").write_bytes(buffer.getbuffer())
 
     def log(record):
         folder.append_metrics(record)
@@ -146,7 +155,7 @@ def build_loop(
     def evaluate():
         began = time.perf_counter()
         batch_size = config.per_device_eval_batch_size
-        result = evaluate_loss(model, prepared.eval, lambda m, b: sum_and_count(objective, m, b), batch_size=batch_size)
+        result = evaluate_loss(model, prepared.eval, objective.total_and_count, batch_size=batch_size)
         return {**result, "eval_seconds": round(time.perf_counter() - began, 3)}
 
     loop = Loop(
@@ -163,12 +172,6 @@ def build_loop(
         on_step=on_step or (lambda step, total: None),
     )
     return loop
-
-
-def sum_and_count(objective, model: Decoder, batch: Batch) -> tuple[torch.Tensor, int]:
-    """The form in which evaluation takes a loss."""
-    loss = objective.loss(model, batch.to(model.device))
-    return loss.total, loss.count
 
 
 def loop_settings(config: TrainingConfig, steps_per_epoch: int, has_eval: bool) -> LoopSettings:
@@ -256,33 +259,45 @@ def _describe(prepared: Prepared, model: Decoder, loop: Loop, report):
 
 
 def _run(prepared: Prepared, model: Decoder, lora: LoraSpec, folder: RunFolder, loop: Loop, report) -> RunResult:
-    config = prepared.config
     try:
-        progress = loop.run()
+        loop.run()
+        with stop_signals() as stop:  # a signal waits until the files are whole
+            stop.hold(lambda: _finish(prepared, model, lora, folder, loop, report))
     except Interrupted as stopped:
         report(f"stopped by {stopped} at step {loop.progress.step}; go on with --resume")
         raise
-    except (TrainingError, torch.OutOfMemoryError, OSError) as error:
+    except (TrainingError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, TrainingError) and not is_out_of_memory(error):
+            raise  # our own mistake: its traceback is wanted
         steps = folder.steps()
         good = f"last good checkpoint: {folder.checkpoint(steps[-1])}" if steps else "no checkpoint was saved yet"
-        raise TrainingError(f"{_reason(error, config)}; {good}") from error
+        raise TrainingError(f"{_reason(error)}; {good}") from error
+    return RunResult(folder.path, folder.metrics(), model)
+
+
+def _finish(prepared: Prepared, model: Decoder, lora: LoraSpec, folder: RunFolder, loop: Loop, report):
+    """Leave the adapter and its companions in the run's folder."""
+    config, progress = prepared.config, loop.progress
     if config.load_best_model_at_end and progress.best_step is not None and progress.best_step != progress.step:
         fill_adapter(model, folder.checkpoint(progress.best_step))
         report(f"the best evaluation was at step {progress.best_step}: its adapter is kept")
     model.eval()
-    save_adapter(folder.path, model, lora, _base_name(prepared))
-    prepared.tokenizer.save(folder.path)
-    # The very template of the training, whoever reads this folder: it may not be the checkpoint's own.
-    write_atomic(folder.path / "chat_template.jinja", prepared.template.source)
     summary = summarise(prepared, loop, folder.metrics())
-    write_atomic(folder.path / "README.md", model_card(config.to_dict(), summary, _base_name(prepared)))
+
+    def write(target: Path):
+        save_adapter(target, model, lora, _base_name(prepared))
+        prepared.tokenizer.save(target)
+        # The very template of the training, whoever reads this folder: it may not be the checkpoint's own.
+        (target / "chat_template.jinja").write_text(prepared.template.source, encoding="utf-8", newline="")
+        (target / "README.md").write_text(model_card(config.to_dict(), summary, _base_name(prepared)), encoding="utf-8")
+
+    folder.publish(write)
     write_json(folder.path / "summary.json", summary)  # last: its presence says that all else is in place
-    return RunResult(folder.path, folder.metrics(), model)
 
 
-def _reason(error: Exception, config: TrainingConfig) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory; lower per_device_train_batch_size or max_seq_length, or store in 4 bits"
+def _reason(error: Exception) -> str:
+    if is_out_of_memory(error):
+        return "out of memory; lower per_device_train_batch_size or max_seq_length, or set gradient_checkpointing"
     return str(error)
 
 
@@ -304,10 +319,10 @@ def summarise(prepared: Prepared, loop: Loop, metrics: list[dict]) -> dict:
         "tokens": progress.tokens,
         "trained_tokens": progress.trained_tokens,
         "seconds": round(progress.seconds, 3),
-        "tokens_per_second": round(progress.tokens / max(progress.seconds, 1e-9), 2),
+        "tokens_per_second": round(progress.tokens / max(progress.step_seconds, 1e-9), 2),
         "peak_memory_bytes": peak_memory_bytes(loop.parameters[0].device),
         "trained_parameters": sum(p.numel() for p in loop.parameters),
-        "rows": stats.rows,
+        "rows": stats.kept,
         "rows_truncated": stats.truncated,
         "rows_dropped": stats.dropped,
         "template": prepared.template.name,

@@ -9,14 +9,14 @@ from mini_forge.config import TrainingConfig, detect_machine, resolve
 from mini_forge.data.batches import split, tokenize
 from mini_forge.data.chat import Template, choose_template
 from mini_forge.data.tasks import Example, load_examples, user_message
-from mini_forge.data.tokenizer import Tokenizer, load_tokenizer
+from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.errors import ConfigError
 from mini_forge.inference.evaluate import evaluate_generation, evaluate_loss
 from mini_forge.inference.generate import TextStream, generate, spelled_end, until
-from mini_forge.io.models import base_of, is_adapter, load_model
+from mini_forge.io.models import load_model, load_tokenizer
 from mini_forge.io.runs import CONFIG_FILE
 from mini_forge.model.decoder import Decoder
-from mini_forge.training.sft import sft_loss
+from mini_forge.training.sft import SFT
 
 
 @dataclass
@@ -43,8 +43,7 @@ class Session:
             machine = detect_machine(device)
             dtype = torch.bfloat16 if machine.device == "cuda" and machine.has_bf16 else torch.float32
             model = load_model(path, dtype, machine.device)
-        own = is_adapter(path) and (Path(path).expanduser() / "tokenizer.json").is_file()
-        tokenizer = load_tokenizer(path if own else base_of(path))
+        tokenizer = load_tokenizer(path)
         chosen = (
             (config.chat_template, config.model_name, config.task) if config else (None, str(path), "text-generation")
         )
@@ -100,19 +99,14 @@ def evaluate_run(
         examples, session.template, session.tokenizer, length, bool(config and config.train_on_prompt),
         session.system_prompt,
     )  # fmt: skip
-    device = session.model.device
     metrics = {"rows": len(examples), "rows_dropped": stats.dropped}
-    metrics |= evaluate_loss(session.model, documents, lambda model, batch: _sum_and_count(sft_loss(model, batch)),
-                             batch_size=config.per_device_eval_batch_size if config else 1, device=device)  # fmt: skip
+    metrics |= evaluate_loss(session.model, documents, SFT.total_and_count,
+                             batch_size=config.per_device_eval_batch_size if config else 1)  # fmt: skip
     scores, predictions = evaluate_generation(
         session.model, session.tokenizer, session.template, examples, config.task if config else "text-generation",
         max_new_tokens=max_new_tokens, constrained=constrained, system_prompt=session.system_prompt,
     )  # fmt: skip
     return metrics | scores, predictions
-
-
-def _sum_and_count(loss):
-    return loss.total, loss.count
 
 
 def _evaluation_examples(config: TrainingConfig | None, dataset: str | None) -> list[Example]:

@@ -1,6 +1,8 @@
 """The command line: every command on a real run, the form of errors, exit codes."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -167,3 +169,36 @@ def test_a_terminal_gets_a_bar_and_a_file_plain_lines(capsys):
             display.metrics(record)
         assert ("2/4" in stream.getvalue()) == has_bar
         assert "step 2  eval_loss 1.2500" in stream.getvalue()
+
+
+def test_a_reader_that_leaves_does_not_end_the_training(config, tmp_path):
+    command = f"{sys.executable} -m mini_forge train {config} | head -1"
+    subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], check=True, capture_output=True)
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("breakage, message", [
+    (lambda run: (run / "adapter_model.safetensors").write_bytes(b"x"), "broken safetensors"),
+    (lambda run: (run / "adapter_model.safetensors").unlink(), "file not found"),
+])  # fmt: skip
+def test_merging_a_broken_adapter_is_one_line(trained, tmp_path, capsys, breakage, message):
+    breakage(trained)
+    assert main(["merge", str(trained), str(tmp_path / "merged")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_merging_below_a_file_is_one_line(trained, tmp_path, capsys):
+    assert main(["merge", str(trained), str(tmp_path / "rows.jsonl" / "merged")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_check_of_a_task_of_the_wrong_kind(config, capsys):
+    assert main(["check", str(config), "--set", 'task=["x"]']) == 2
+    assert "task" in capsys.readouterr().err
+
+
+def test_an_adapter_without_tokenizer_files_has_its_bases(trained):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (trained / name).unlink()
+    assert mini_forge.load_tokenizer(trained).encode("a") == [*mini_forge.load_tokenizer(trained).encode("a")]

@@ -12,7 +12,6 @@ from mini_forge.training.optim import (
     clip_grad_norm,
     load_optimizer_state,
     make_optimizer,
-    optimizer_notes,
     optimizer_state,
     parameter_groups,
 )
@@ -145,12 +144,6 @@ def test_unknown_names_and_devices_without_a_kernel_are_config_errors():
         make_optimizer("adam", parameters(), 1e-3, 0.0, "cpu")
     with pytest.raises(ConfigError, match="8-bit states need cpu or cuda, not mps"):
         make_optimizer("adamw_8bit", parameters(), 1e-3, 0.0, "mps")
-
-
-def test_notes_say_that_paged_means_plain_without_a_gpu():
-    assert optimizer_notes("adamw_8bit", "cpu") == optimizer_notes("paged_adamw_8bit", "cuda") == []
-    assert "paged_adamw_32bit on cpu is plain adamw_torch" in optimizer_notes("paged_adamw_32bit", "cpu")[0]
-    assert "paged_adamw_8bit on mps is plain adamw_8bit" in optimizer_notes("paged_adamw_8bit", "mps")[0]
 
 
 def test_no_decay_for_biases_norms_and_nothing_at_all_for_frozen_parameters():

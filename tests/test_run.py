@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import mini_forge
 from mini_forge.cli import main
 from mini_forge.errors import ConfigError, TrainingError, UserError
+from mini_forge.io.runs import RunFolder
 from tests.tiny import write_checkpoint, write_rows
 
 CONTRACT_KEYS = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second",
@@ -261,7 +263,7 @@ def test_wrong_input_leaves_an_old_run_alone_even_with_overwrite(settings, tmp_p
 
 def test_save_total_limit_keeps_the_newest(settings):
     result, _ = run(settings, save_strategy="steps", save_steps=1, save_total_limit=2)
-    assert sorted(p.name for p in (result.output_dir / "checkpoints").iterdir()) == ["step-2", "step-3"]
+    assert sorted(p.name for p in (result.output_dir / "checkpoints").iterdir()) == ["step-3", "step-4"]
 
 
 def damaged(tmp_path):
@@ -350,3 +352,165 @@ def test_all_faults_are_told_at_once(settings, tmp_path):
         run(settings, dataset=str(tmp_path / "bad.jsonl"), model_name=str(tmp_path / "nowhere"))
     text = "\n".join(raised.value.problems)
     assert "bad.jsonl:1:" in text and "bad.jsonl:2:" in text and "nowhere" in text
+
+
+def test_resume_never_touches_a_folder_that_is_not_a_run(settings, tmp_path):
+    home = tmp_path / "home"
+    (home / "checkpoints" / "mine").mkdir(parents=True)
+    (home / ".tmp-notes").write_text("precious")
+    with pytest.raises(ConfigError, match="holds files that are not a run's"):
+        run(settings, resume=True, output_dir=str(home))
+    assert (home / "checkpoints" / "mine").exists() and (home / ".tmp-notes").read_text() == "precious"
+
+
+def test_a_kill_while_a_checkpoint_is_replaced_keeps_the_old_one(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+
+    def write(text):
+        return lambda target: (target / "state").write_text(text)
+
+    folder.save_checkpoint(2, write("first"), keep=1, protected=None)
+    rename = os.rename
+
+    def die_at_the_second(source, target, calls=[]):  # noqa: B006
+        calls.append(source)
+        if len(calls) == 2:
+            raise Killed
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", die_at_the_second)
+    with pytest.raises(Killed):
+        folder.save_checkpoint(2, write("second"), keep=1, protected=None)
+    monkeypatch.undo()
+    folder.sweep()
+    assert folder.steps() == [2]
+    assert (folder.checkpoint(2) / "state").read_text() == "first"
+
+
+def test_a_step_is_saved_once_and_the_last_one_is(settings):
+    result, _ = run(settings, save_strategy="epoch", num_train_epochs=1, max_steps=-1, load_best_model_at_end=True)
+    assert (result.output_dir / "checkpoints" / "step-4").exists()
+
+
+def test_an_error_in_the_optimizer_leaves_the_old_run(settings, monkeypatch):
+    result, _ = run(settings)
+
+    def refuse(*_):
+        raise ConfigError("optim: no")
+
+    monkeypatch.setattr("mini_forge.run.make_optimizer", refuse)
+    with pytest.raises(ConfigError):
+        run(settings, overwrite=True)
+    assert (result.output_dir / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("error", [
+    OSError(28, "No space left on device"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
+    torch.OutOfMemoryError("CUDA out of memory."),
+], ids=["disk", "cpu memory", "cuda memory"])  # fmt: skip
+def test_lack_of_disk_or_memory_is_a_training_error(settings, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("mini_forge.run.torch.save", fail)
+    with pytest.raises(TrainingError, match="No space left|out of memory.*no checkpoint was saved yet"):
+        run(settings, save_strategy="steps", save_steps=1)
+
+
+def test_an_unwritable_output_folder_is_told_before_anything_is_loaded(settings):
+    with pytest.raises(ConfigError, match="output_dir: '/dev/null' is a file"):
+        run(settings, output_dir="/dev/null/run")
+
+
+def test_a_tokenizer_larger_than_the_model_is_told(settings, tmp_path):
+    small = write_checkpoint(tmp_path / "small", vocab_size=50)
+    with pytest.raises(UserError, match="the model only 50 embeddings"):
+        run(settings, model_name=str(small))
+
+
+def test_unknown_targets_and_missing_weights_are_told_before_loading(settings, tmp_path):
+    with pytest.raises(UserError, match="target_modules: 'nope' names no linear layer"):
+        run(settings, target_modules=["nope"])
+    bare = write_checkpoint(tmp_path / "bare")
+    (bare / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no .safetensors file"):
+        run(settings, model_name=str(bare))
+
+
+@pytest.mark.parametrize("changes", [
+    {"num_hidden_layers": "2"}, {"num_attention_heads": 0}, {"rope_scaling": "x"}, {"hidden_size": None},
+], ids=str)  # fmt: skip
+def test_values_of_the_wrong_kind_in_a_model_config_are_told(settings, tmp_path, tiny, changes):
+    record = {**json.loads((tiny / "config.json").read_text()), **changes}
+    shutil.copytree(tiny, tmp_path / "odd")
+    (tmp_path / "odd" / "config.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="config.json"):
+        run(settings, model_name=str(tmp_path / "odd"))
+
+
+def test_seconds_are_wall_time_since_the_first_step_began(settings, monkeypatch):
+    from mini_forge.inference.evaluate import evaluate_loss
+
+    def slow(*arguments, **options):
+        time.sleep(0.3)
+        return evaluate_loss(*arguments, **options)
+
+    monkeypatch.setattr("mini_forge.run.evaluate_loss", slow)
+    result, _ = run(settings, eval_steps=1)
+    training = [m["seconds"] for m in result.metrics if "loss" in m]
+    assert training[3] - training[0] > 0.9  # three evaluations lie between
+    assert training[0] < 0.3 + 1  # the one before the first step does not count
+
+
+def test_a_run_can_be_evaluated_from_another_folder(settings, rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(rows.parent)
+    result, _ = run(settings, dataset="rows.jsonl")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["eval", str(result.output_dir), "--max-new-tokens", "2"]) == 0
+
+
+def test_a_finished_run_needs_no_base_to_be_resumed(settings, tmp_path, tiny):
+    base = shutil.copytree(tiny, tmp_path / "base")
+    run(settings, model_name=str(base))
+    shutil.rmtree(base)
+    _, lines = run(settings, resume=True, model_name=str(base))
+    assert any("nothing to do" in line for line in lines)
+
+
+def test_a_recorded_config_trains_again(settings, tmp_path):
+    first, _ = run(settings, use_rslora=True, lora_r=8)
+    start = {**settings, "output_dir": str(tmp_path / "b"), "init_adapter": str(first.output_dir)}
+    del start["lora_r"]
+    second, _ = run(start)
+    record = json.loads((second.output_dir / "training_config.json").read_text())
+    run(record, output_dir=str(tmp_path / "c"))
+
+
+def test_a_second_signal_at_once_changes_nothing():
+    from mini_forge.training.loop import Interrupted, StopSignals
+
+    stop = StopSignals()
+
+    def twice():
+        stop(signal.SIGTERM, None)
+        stop(signal.SIGTERM, None)
+
+    with pytest.raises(Interrupted) as raised:
+        stop.hold(twice)
+    assert raised.value.signal_number == signal.SIGTERM
+    stop(signal.SIGTERM, None)  # while the checkpoint is saved
+    stop._first_time -= 10
+    with pytest.raises(SystemExit) as left:
+        stop(signal.SIGTERM, None)
+    assert left.value.code == 143
+
+
+def test_the_last_partial_window_is_logged_when_a_run_stops_early(settings, tmp_path):
+    (tmp_path / "other.jsonl").write_text(json.dumps({"input": "1", "output": "zebra"}))
+    result, _ = run(settings, learning_rate=0.05, max_steps=60, eval_steps=1, early_stopping_patience=2,
+                    logging_steps=50, lr_scheduler_type="constant", max_grad_norm=0,
+                    eval_dataset=str(tmp_path / "other.jsonl"))  # fmt: skip
+    last = max(m["step"] for m in result.metrics if "eval_loss" in m)
+    assert [m["step"] for m in result.metrics if "loss" in m] == [1, last]

@@ -79,12 +79,13 @@ def read_adapter_config(folder: Path) -> tuple[LoraSpec, str]:
     targets = record.get("target_modules")
     if isinstance(targets, str) and targets != "all-linear":
         raise CheckpointError(f"{path}: target_modules {targets!r} is a pattern; a list of module names is needed")
-    if not isinstance(record.get("r"), int) or not isinstance(record.get("lora_alpha"), int | float):
-        raise CheckpointError(f"{path}: needs numbers `r` and `lora_alpha`")
+    rank, alpha, dropout = record.get("r"), record.get("lora_alpha"), record.get("lora_dropout") or 0.0
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+        raise CheckpointError(f"{path}: needs numbers `r` (at least 1) and `lora_alpha`")
     spec = LoraSpec(
-        rank=record["r"],
-        alpha=record["lora_alpha"],
-        dropout=record.get("lora_dropout", 0.0),
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
         targets=None if targets == "all-linear" else tuple(targets or ()),
         use_rslora=bool(record.get("use_rslora", False)),
     )
@@ -99,15 +100,20 @@ def load_adapter(model: Decoder, folder: Path, spec: LoraSpec | None = None) -> 
     return spec
 
 
-def fill_adapter(model: Decoder, folder: Path):
-    """Copy the folder's adapter tensors into a model that has LoRA layers already."""
+def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The adapter's tensors by PEFT's names. Raises CheckpointError for an absent or broken file."""
     path = folder / WEIGHTS_FILE
     if not path.exists():
         raise CheckpointError(f"{path}: file not found; an adapter folder needs it (pickled adapters are refused)")
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: broken safetensors file ({error})") from None
+
+
+def fill_adapter(model: Decoder, folder: Path):
+    """Copy the folder's adapter tensors into a model that has LoRA layers already."""
+    path, tensors = folder / WEIGHTS_FILE, read_adapter_tensors(folder)
     places = {}
     for name, layer in lora_layers(model):
         places[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A

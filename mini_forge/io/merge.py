@@ -10,10 +10,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from mini_forge.errors import CheckpointError, ConfigError
-from mini_forge.io.adapters import PREFIX, read_adapter_config
+from mini_forge.io.adapters import PREFIX, read_adapter_config, read_adapter_tensors
 from mini_forge.io.models import base_of, is_adapter
 from mini_forge.io.runs import TEMPORARY, publish_folder
 from mini_forge.io.weights import BNB_SUFFIXES, Checkpoint, read_json, weight_files, write_safetensors
@@ -32,24 +31,35 @@ def merge_adapter(run: str | Path, out: str | Path) -> Path:
     base = base_of(run)
     checkpoint = Checkpoint(base)
     deltas = _factors(run, checkpoint)
+    try:
+        _write_merged(checkpoint, run, deltas, out)
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be written ({error.strerror}); name another folder") from None
+    return out
+
+
+def _write_merged(checkpoint: Checkpoint, run: Path, deltas: dict, out: Path):
     temporary = out.with_name(TEMPORARY + out.name)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    for file in weight_files(base):
-        names = [n for n, e in checkpoint.entries.items() if e.file == file and not _is_companion(n)]
-        write_safetensors(temporary / file.name, [_dense_entry(checkpoint, n) for n in names],
-                          (_merged(checkpoint, n, deltas.get(n)) for n in names))  # fmt: skip
-    _write_records(checkpoint, run, temporary)
-    if out.exists():
-        out.rmdir()
-    publish_folder(temporary, out)
-    return out
+    try:
+        for file in weight_files(checkpoint.folder):
+            names = [n for n, e in checkpoint.entries.items() if e.file == file and not _is_companion(n)]
+            entries = [_dense_entry(checkpoint, n) for n in names]
+            tensors = (_merged(checkpoint, n, deltas.get(n)) for n in names)
+            write_safetensors(temporary / file.name, entries, tensors)
+        _write_records(checkpoint, run, temporary)
+        if out.exists():
+            out.rmdir()
+        publish_folder(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _factors(run: Path, checkpoint: Checkpoint) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
     """For each base weight that has an adapter: its factors A, B and scaling. Every factor must find its weight."""
     spec, _ = read_adapter_config(run)
-    tensors = load_file(run / "adapter_model.safetensors")
+    tensors = read_adapter_tensors(run)
     factors = {}
     for key in tensors:
         if not key.endswith(".lora_A.weight"):
@@ -58,6 +68,8 @@ def _factors(run: Path, checkpoint: Checkpoint) -> dict[str, tuple[torch.Tensor,
         name = stem.removeprefix(PREFIX) + ".weight"
         if name not in checkpoint.entries:
             raise CheckpointError(f"{run}: the adapter's {stem} has no weight {name!r} in {checkpoint.folder}")
+        if f"{stem}.lora_B.weight" not in tensors:
+            raise CheckpointError(f"{run}: the adapter has {key} but no {stem}.lora_B.weight")
         factors[name] = (tensors[key], tensors[f"{stem}.lora_B.weight"], spec.scaling)
     return factors
 

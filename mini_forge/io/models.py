@@ -4,6 +4,8 @@ from pathlib import Path
 
 import torch
 
+from mini_forge.data.tokenizer import Tokenizer
+from mini_forge.data.tokenizer import load_tokenizer as read_tokenizer
 from mini_forge.errors import CheckpointError, ConfigError
 from mini_forge.io.adapters import load_adapter, read_adapter_config
 from mini_forge.io.weights import load_base, resolve_model
@@ -27,6 +29,12 @@ def base_of(path: str | Path) -> Path:
             f"{path}/adapter_config.json: base_model_name_or_path is empty; name the base model there"
         )
     return resolve_model(name)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a run, adapter or model folder, or hub ID; an adapter without one has its base's."""
+    folder = Path(path).expanduser()
+    return read_tokenizer(folder if (folder / "tokenizer.json").is_file() else base_of(path))
 
 
 def load_model(

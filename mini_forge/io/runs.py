@@ -18,7 +18,7 @@ import torch
 from mini_forge.errors import CheckpointError, ConfigError
 from mini_forge.io.weights import read_json
 
-TEMPORARY = ".tmp-"
+TEMPORARY, REPLACED = ".tmp-", ".old-"
 CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = "training_config.json", "metrics.jsonl", "summary.json"
 
 
@@ -43,10 +43,12 @@ def publish_folder(temporary: Path, final: Path):
             with file.open("rb+") as handle:
                 os.fsync(handle.fileno())
     _sync_folder(temporary)
+    old = final.with_name(REPLACED + final.name)
     if final.exists():
-        shutil.rmtree(final)
+        os.rename(final, old)  # if the next rename never comes, `RunFolder.sweep` takes this one back
     os.rename(temporary, final)
     _sync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync_folder(folder: Path):
@@ -66,14 +68,16 @@ class RunFolder:
 
     def check_usable(self, *, resume: bool, overwrite: bool):
         """Raise ConfigError if training here would harm what is there; touches nothing."""
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"output_dir: {str(self.path)!r} is a file; name a folder")
-        if not self.path.exists() or not any(self.path.iterdir()) or resume:
+        nearest = next(folder for folder in (self.path, *self.path.absolute().parents) if os.path.lexists(folder))
+        if not nearest.is_dir():
+            raise ConfigError(f"output_dir: {str(nearest)!r} is a file; name a folder")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise ConfigError(f"output_dir: {str(nearest)!r} may not be written to; name another folder")
+        if nearest != self.path or not any(self.path.iterdir()):
             return
-        is_run = (self.path / CONFIG_FILE).exists()
-        if not is_run:
+        if not (self.path / CONFIG_FILE).exists():
             raise ConfigError(f"output_dir: {str(self.path)!r} holds files that are not a run's; name another folder")
-        if not overwrite:
+        if not (resume or overwrite):
             raise ConfigError(
                 f"output_dir: {str(self.path)!r} holds a run already; add --resume to go on with it, "
                 "--overwrite to replace it, or name another folder"
@@ -81,7 +85,10 @@ class RunFolder:
 
     def start(self, config: dict):
         """A fresh run: remove what an earlier run left here (only a run's own files) and record the configuration."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output_dir: {str(self.path)!r} cannot be made ({error.strerror})") from None
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         for name in (METRICS_FILE, SUMMARY_FILE, "adapter_model.safetensors", "adapter_config.json", "eval.json",
                      "predictions.jsonl"):  # fmt: skip
@@ -103,7 +110,10 @@ class RunFolder:
         return self.checkpoints / f"step-{step}"
 
     def sweep(self):
-        """Remove what a killed run left half-written."""
+        """Remove what a killed run left half-written, and take back a checkpoint it was about to replace."""
+        for old in self.checkpoints.glob(REPLACED + "*"):
+            name = self.checkpoints / old.name.removeprefix(REPLACED)
+            shutil.rmtree(old) if name.exists() else os.rename(old, name)
         for leftover in [*self.path.glob(TEMPORARY + "*"), *self.checkpoints.glob(TEMPORARY + "*")]:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
@@ -117,9 +127,24 @@ class RunFolder:
         publish_folder(temporary, self.checkpoint(step))
         old = self.steps()[:-keep] if keep else []
         for other in old:
-            if other != protected:
-                shutil.rmtree(self.checkpoint(other))
+            if other != protected:  # renamed first: a kill half-way must not leave half a checkpoint under its name
+                doomed = self.checkpoints / f"{TEMPORARY}step-{other}"
+                os.rename(self.checkpoint(other), doomed)
+                shutil.rmtree(doomed)
         return self.checkpoint(step)
+
+    def publish(self, write):
+        """Put what `write(folder)` makes into the run's folder: each file whole, none before all are written."""
+        temporary = self.path / f"{TEMPORARY}final"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        write(temporary)
+        for file in sorted(temporary.iterdir()):
+            with file.open("rb+") as handle:
+                os.fsync(handle.fileno())
+            os.replace(file, self.path / file.name)
+        temporary.rmdir()
+        _sync_folder(self.path)
 
     def append_metrics(self, record: dict):
         with (self.path / METRICS_FILE).open("a", encoding="utf-8") as file:

@@ -36,7 +36,11 @@ class Documents:
 
     def use_varlen(self, query: torch.Tensor) -> bool:
         """Whether the one-kernel CUDA path applies: it has 16-bit types only; elsewhere SDPA runs per document."""
-        return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+        if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+            return False
+        # FlashAttention-2: Ampere or later, head widths up to 256 in steps of 8
+        is_recent = torch.cuda.get_device_capability(query.device)[0] >= 8
+        return is_recent and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
 
     def window_mask(self, length: int, window: int) -> torch.Tensor:
         """(L, L) bool, True where key j is in query i's window: 0 <= i - j < window. Made once per length."""

@@ -6,7 +6,6 @@ from batch to `LossSum`.
 """
 
 import math
-import resource
 import signal
 import sys
 import time
@@ -21,6 +20,7 @@ from mini_forge.training.losses import LossSum
 from mini_forge.training.optim import clip_grad_norm
 from mini_forge.training.schedule import lr_at
 
+PATIENCE_SECONDS = 2.0
 MAX_SKIPPED_STEPS = 50  # float16: so many steps in a row without a finite gradient cannot be cured by a smaller scale
 
 
@@ -56,7 +56,8 @@ class Progress:
     step: int = 0
     tokens: int = 0
     trained_tokens: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # wall time since the first step began, evaluations and checkpoints included
+    step_seconds: float = 0.0  # wall time within steps
     window_loss: float = 0.0
     window_count: int = 0
     window_tokens: int = 0
@@ -90,6 +91,9 @@ class Loop:
     log: Callable[[dict], None]
     on_step: Callable[[int, int], None]
     progress: Progress = field(default_factory=Progress)
+    _began: float | None = None  # on the process's clock, when the first step began
+    _saved_step: int = -1
+    _last_update: tuple[float, float] = (0.0, 0.0)  # learning rate and gradient norm
 
     def run(self) -> Progress:
         """Train to the end. Raises Interrupted after saving on SIGINT or SIGTERM, TrainingError when training fails."""
@@ -100,19 +104,28 @@ class Loop:
                     self.on_step(progress.step, last)
                     self._evaluate_if_due()
                     finished = progress.step >= last or progress.stopped_early
-                    if self._save_is_due() and not finished:
-                        stop.hold(lambda: self.save(progress))
+                    if finished and progress.window_count:
+                        self._log_window()
+                    if self._save_is_due(finished):
+                        stop.hold(self._save_once)
                     if finished:
                         return progress
                     stop.hold(self._step)
             except Interrupted:
-                stop.ignore()
-                self.save(progress)
+                self._save_once()
                 raise
+
+    def _save_once(self):
+        """A checkpoint of this step, unless it has one."""
+        if self._saved_step != self.progress.step:
+            self.save(self.progress)
+            self._saved_step = self.progress.step
 
     def _step(self):
         progress, settings = self.progress, self.settings
         began = time.perf_counter()
+        if self._began is None:
+            self._began = began - progress.seconds
         batches = self.window(progress.step)
         learning_rate = lr_at(
             settings.schedule, progress.step, settings.total_steps, settings.warmup_steps, settings.learning_rate
@@ -120,21 +133,22 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         loss, count, metrics = self._accumulate(batches)
-        norm = self._update()
+        self._last_update = learning_rate, self._update()
         progress.step += 1
-        seconds = time.perf_counter() - began
+        now = time.perf_counter()
         tokens = sum(batch.tokens for batch in batches)
-        progress.seconds += seconds
+        progress.seconds = now - self._began
+        progress.step_seconds += now - began
         progress.tokens += tokens
         progress.trained_tokens += count
         progress.window_loss += loss
         progress.window_count += count
         progress.window_tokens += tokens
-        progress.window_seconds += seconds
+        progress.window_seconds += now - began
         for name, value in metrics.items():
             progress.window_metrics[name] = progress.window_metrics.get(name, 0.0) + value
         if progress.step == 1 or progress.step % settings.logging_steps == 0 or progress.step == settings.total_steps:
-            self._log_window(learning_rate, norm)
+            self._log_window()
 
     def _accumulate(self, batches) -> tuple[float, int, dict]:
         """Backward through every microbatch, each divided by the whole step's count. Returns the sums."""
@@ -181,8 +195,8 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=False)  # the same memory again: fresh pages cost more than zeroing
         return norm
 
-    def _log_window(self, learning_rate: float, norm: float):
-        progress = self.progress
+    def _log_window(self):
+        progress, (learning_rate, norm) = self.progress, self._last_update
         record = {
             "step": progress.step,
             "epoch": round(progress.step / self.settings.steps_per_epoch, 4),
@@ -214,15 +228,15 @@ class Loop:
             progress.best_loss, progress.best_step = record["eval_loss"], step
             progress.evaluations_without_gain = 0
             if settings.keep_best:
-                self.save(progress)
+                self._save_once()
         else:
             progress.evaluations_without_gain += 1
             if settings.patience and progress.evaluations_without_gain >= settings.patience:
                 progress.stopped_early = True
 
-    def _save_is_due(self) -> bool:
+    def _save_is_due(self, finished: bool) -> bool:
         step, every = self.progress.step, self.settings.save_steps
-        return bool(every) and step > 0 and step % every == 0
+        return bool(every) and step > 0 and (finished or step % every == 0)
 
     def state(self) -> dict:
         """Progress and scaler, as plain values; the checkpoint's other half is adapter, optimizer and generators."""
@@ -230,26 +244,28 @@ class Loop:
 
     def restore(self, state: dict):
         self.progress = Progress(**state["progress"])
+        self._saved_step = self.progress.step
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
 
 
 class StopSignals:
-    """Turns SIGINT and SIGTERM into `Interrupted`, at once, or after what `hold` runs: a step is never cut in two."""
+    """Turns SIGINT and SIGTERM into `Interrupted`, at once, or after what `hold` runs: a step is never cut in two.
+
+    Wrappers often deliver a signal twice, so a second one counts only some seconds later; it leaves without saving."""
 
     def __init__(self):
-        self._holding, self._pending, self._ignoring = False, None, False
+        self._holding, self._first, self._first_time = False, None, 0.0
 
     def __call__(self, number, frame):
-        if self._ignoring:
+        if self._first is not None:
+            if time.monotonic() - self._first_time > PATIENCE_SECONDS:
+                raise SystemExit(128 + number)  # the last checkpoint stands
             return
-        if self._holding:
-            if self._pending is not None:
-                raise KeyboardInterrupt  # asked twice: leave now, the last checkpoint stands
-            self._pending = number
-            print("stopping after this step …", file=sys.stderr)
-        else:
+        self._first, self._first_time = number, time.monotonic()
+        if not self._holding:
             raise Interrupted(number)
+        print("stopping after this step …", file=sys.stderr)
 
     def hold(self, action: Callable[[], None]):
         self._holding = True
@@ -257,11 +273,8 @@ class StopSignals:
             action()
         finally:
             self._holding = False
-        if self._pending is not None:
-            raise Interrupted(self._pending)
-
-    def ignore(self):
-        self._ignoring = True
+        if self._first is not None:
+            raise Interrupted(self._first)
 
 
 @contextmanager
@@ -283,5 +296,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory used so far: on CUDA what torch allocated there, elsewhere the process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

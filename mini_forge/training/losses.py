@@ -29,6 +29,11 @@ class Objective:
     loss: Callable[..., LossSum]
     count: Callable[..., int]
 
+    def total_and_count(self, model, batch) -> tuple[torch.Tensor, int]:
+        """The form in which evaluation takes a loss; the batch is brought to the model's device."""
+        loss = self.loss(model, batch.to(model.device))
+        return loss.total, loss.count
+
 
 def token_nll(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """-log softmax(hidden Wᵀ)[target] of each token, in nats; the (N, V) logits never exist, only chunks of them.

@@ -27,20 +27,12 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer `name`, a key of OPTIMIZERS, over parameters or parameter groups that lie on `device`.
 
-    weight_decay is for parameters of groups that do not say (see `parameter_groups`). `optimizer_notes` tells what is
-    different on this device. Raises ConfigError for an unknown name, or 8-bit states where no kernel has them."""
+    weight_decay is for parameters of groups that do not say (see `parameter_groups`). Paged states need a GPU to page
+    from; elsewhere a paged optimizer is its plain counterpart, as the run's first lines say. Raises ConfigError
+    for an unknown name, or 8-bit states where no kernel has them."""
     if name not in OPTIMIZERS:
         raise ConfigError(f"optim: {name!r} is not known; use one of {', '.join(OPTIMIZERS)}")
     return OPTIMIZERS[name](params, lr, weight_decay, torch.device(device).type)
-
-
-def optimizer_notes(name: str, device: torch.device | str) -> list[str]:
-    """What a user should know of this optimizer on this device: one line each, none if it is what its name says."""
-    kind = torch.device(device).type
-    if not name.startswith("paged_") or kind == "cuda":
-        return []
-    plain = "adamw_torch" if name == "paged_adamw_32bit" else "adamw_8bit"
-    return [f"optim: {name} on {kind} is plain {plain}: pages move between GPU and host memory, and there is no GPU"]
 
 
 def adamw_torch(params, lr, weight_decay, device):

@@ -19,7 +19,8 @@ import mini_forge  # noqa: E402  (after the clock has started)
 def settings(folder: str) -> dict:
     return {
         "task": "text-generation", "strategy": "sft", "model_name": args.model, "dataset": args.data,
-        "compute_specs": "high_end", "output_dir": f"{folder}/run", "device": "cpu", "dtype": "float32", "seed": 42,
+        "compute_specs": "high_end", "provider": "unsloth", "output_dir": f"{folder}/run", "device": "cpu",
+        "dtype": "float32", "seed": 42,
         "use_4bit": args.nf4, "bnb_4bit_compute_dtype": "float32", "gradient_checkpointing": args.ckpt,
         "per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 1, "num_train_epochs": 1,
         "max_seq_length": MAX_LENGTH, "packing": args.packing, "group_by_length": False, "optim": "adamw_torch",

@@ -22,3 +22,7 @@ def decoder_spec(config: dict) -> DecoderSpec:
         return FAMILIES[kind](config)
     except KeyError as missing:
         raise CheckpointError(f"config.json: model_type {kind!r} needs the key {missing}, which is absent") from None
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:  # a text where a number belongs, a zero
+        raise CheckpointError(f"config.json: a key has a value of the wrong kind ({error})") from None
