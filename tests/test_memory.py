@@ -19,13 +19,13 @@ MEASURE = """
 import resource, sys, torch
 torch.set_num_threads(1)
 from mini_forge.io.weights import load_base
-from mini_forge.model.quant import Linear4bit, backend, dequantize_4bit, quantize_4bit
-dequantize_4bit(quantize_4bit(torch.ones(64, 64)))  # bitsandbytes' own import is not the loader's memory
+quantization = sys.argv[2] if sys.argv[2] != "none" else None
+load_base(sys.argv[3], dtype=torch.bfloat16, quantization=quantization)  # what torch imports on the way is not counted
 rss = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
 peak = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
 open("/proc/self/clear_refs", "w").write("5")  # forget the peak so far
 before = rss()
-model = load_base(sys.argv[1], dtype=torch.bfloat16, quantization=sys.argv[2] if sys.argv[2] != "none" else None)
+model = load_base(sys.argv[1], dtype=torch.bfloat16, quantization=quantization)
 stored = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 print(peak() - before, stored)
 """
@@ -49,8 +49,8 @@ def large(tmp_path_factory):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
-def test_loading_peaks_at_the_stored_model_and_a_tensor(large, quantization):
-    done = subprocess.run([sys.executable, "-c", MEASURE, str(large), quantization], capture_output=True, text=True,
+def test_loading_peaks_at_the_stored_model_and_a_tensor(large, tiny, quantization):
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(large), quantization, str(tiny)], capture_output=True, text=True,
                           check=True)  # fmt: skip
     peak, stored = map(int, done.stdout.split())
     # One 4096 × 1024 tensor: 8 MiB as stored, 16 in float32 while it is quantized; the rest is the allocator's slack.

@@ -125,13 +125,24 @@ class Checkpoint:
         self.folder = Path(folder)
         self.config = read_json(self.folder / "config.json")
         self.entries: dict[str, TensorEntry] = {}
+        self._buffer = torch.empty(0, dtype=torch.uint8)
         for file in weight_files(self.folder):
             self.entries.update(read_header(file))
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, in memory of its own, as stored."""
+        return self._read(name, torch.empty(self.entries[name].size, dtype=torch.uint8))
+
+    def borrow(self, name: str) -> torch.Tensor:
+        """One tensor as stored, in memory that the next `borrow` takes again: freed blocks of a thousand sizes would
+        leave the process half as large again as the model."""
+        size = self.entries[name].size
+        if self._buffer.numel() < size:
+            self._buffer = torch.empty(size, dtype=torch.uint8)
+        return self._read(name, self._buffer[:size])
+
+    def _read(self, name: str, buffer: torch.Tensor) -> torch.Tensor:
         entry = self.entries[name]
-        buffer = torch.empty(entry.size, dtype=torch.uint8)
         with entry.file.open("rb") as file:
             file.seek(entry.start)
             if file.readinto(memoryview(buffer.numpy())) != entry.size:
@@ -239,14 +250,15 @@ class Storage:
                                            compute_dtype=self.compute_dtype)  # fmt: skip
         else:
             self._check_shape(name, checkpoint, getattr(owner, leaf))
-            weight = checkpoint.read(name).to(self.device)
+            weight = checkpoint.borrow(name)
             if is_linear_weight and self.quantization is not None:
                 # Statistics are taken of the weight in the training dtype, as loading stacks that quantize do.
-                self._replace(model, owner_name, owner, self._quantize(weight.to(self.dtype)))
+                self._replace(model, owner_name, owner, self._quantize(weight.to(self.device, self.dtype)))
             elif is_linear_weight and not weight.is_floating_point():
                 raise CheckpointError(f"{name}: stored as {weight.dtype} in a form that is not known here")
             else:
-                setattr(owner, leaf, nn.Parameter(weight.to(self.dtype), requires_grad=False))
+                own = weight.to(self.device, self.dtype, copy=True)
+                setattr(owner, leaf, nn.Parameter(own, requires_grad=False))
             return
         if self.quantization is None:
             dense = nn.Parameter(stored.dequantized(self.dtype).to(self.device), requires_grad=False)
