@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from mini_forge.errors import ConfigError
-from mini_forge.model.lora import LoRALinear, LoraSpec, disabled, dropout_keep, inject, lora_layers, merge
+from mini_forge.model import lora
+from mini_forge.model.lora import LoRALinear, LoraSpec, disabled, dropout_keep, inject, lora_layers, merge, project
 from mini_forge.model.quant import Linear4bit, Linear8bit
 from tests.tiny import random_model
 
@@ -168,3 +169,28 @@ def test_merging_into_quantized_weights_is_refused():
                                  torch.float32))  # fmt: skip
     with pytest.raises(ConfigError, match="quantized"):
         merge(holder)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_shared_projections_have_the_gradients_of_finite_differences(dropout):
+    layers = [layer(dropout=dropout).train() for _ in range(2)]
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    factors = [p.detach().clone().requires_grad_() for one in layers for p in (one.lora_A, one.lora_B)]
+
+    def run(x, *factors):
+        torch.manual_seed(3)
+        return tuple(lora._LoRAProducts.apply(x, tuple(layers), *factors))
+
+    assert torch.autograd.gradcheck(run, (x, *factors))
+
+
+def test_shared_projections_equal_separate_ones_and_respect_disabling():
+    layers = [layer().train() for _ in range(3)]
+    x = torch.randn(2, 4, 5, dtype=torch.float64)
+    for together, alone in zip(project(x, *layers), [one(x) for one in layers], strict=True):
+        torch.testing.assert_close(together, alone)
+    layers[1].enabled = False
+    outs = project(x, *layers, nn.Identity())
+    torch.testing.assert_close(outs[1], layers[1].base(x))
+    torch.testing.assert_close(outs[2], layers[2](x))
+    assert outs[3] is x

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mini_forge.model import functional
+from mini_forge.model.lora import project
 from mini_forge.model.masks import Documents, cache_attends, document_positions
 from mini_forge.model.ops import PLAIN, Ops
 from mini_forge.model.rope import Rope, RopeSpec
@@ -70,7 +71,8 @@ class Attention(nn.Module):
 
     def forward(self, x, stream: "Stream", cache: "LayerCache | None"):
         """x (N, D) → (N, D)."""
-        query, key, value = (p(x).unflatten(-1, (-1, self.head_size)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        projected = project(x, self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (p.unflatten(-1, (-1, self.head_size)) for p in projected)
         if self.q_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query = self.ops.apply_rope(query, stream.cos, stream.sin)
@@ -92,7 +94,7 @@ class MLP(nn.Module):
         self.ops = ops
 
     def forward(self, x):
-        return self.down_proj(self.ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(self.ops.swiglu(*project(x, self.gate_proj, self.up_proj)))
 
 
 class Block(nn.Module):

@@ -63,49 +63,91 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (…, in) → (…, out), in x's dtype. The factors are float32 and are cast to x's dtype for the products."""
-        if not self.enabled:
-            return self.base(x)
-        rate = self.dropout if self.training else 0.0
-        return _LoRAProduct.apply(x, self.lora_A, self.lora_B, self.base, self.scaling, rate)
+        return project(x, self)[0]
 
     def delta(self) -> torch.Tensor:
         """s·BA, the (out, in) float32 matrix that merging adds to the weight."""
         return self.scaling * (self.lora_B.detach().float() @ self.lora_A.detach().float())
 
 
-class _LoRAProduct(torch.autograd.Function):
+def project(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
+    """[layer(x) for layer in layers], as one function where all are adapted: q, k, v share x, and so do gate and up.
+
+    Together they save x once, read it once for all low-rank products, and add their gradients up in one buffer."""
+    if not all(isinstance(layer, LoRALinear) and layer.enabled for layer in layers):
+        return [layer.base(x) if isinstance(layer, LoRALinear) and not layer.enabled else layer(x) for layer in layers]
+    factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
+    return list(_LoRAProducts.apply(x, layers, *factors))
+
+
+class _LoRAProducts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, A, B, base, scaling, rate):
+    def forward(ctx, x, layers, *factors):
         flat = x.reshape(-1, x.shape[-1])
-        seed = int(torch.randint(2**62, ())) if rate else 0  # from the global generator, so a resumed run redraws it
-        dropped = flat if not rate else flat * dropout_keep(flat.shape, rate, seed, flat.device)
-        scaling = scaling * kept_scale(rate)
-        out = _base_product(flat, base)
-        out.addmm_(dropped @ A.to(x.dtype).t(), B.to(x.dtype).t(), alpha=scaling)
-        ctx.save_for_backward(x, A, B)
-        ctx.base, ctx.scaling, ctx.rate, ctx.seed = base, scaling, rate, seed
-        return out.view(*x.shape[:-1], -1)
+        rates = [layer.dropout if layer.training else 0.0 for layer in layers]
+        # Seeds come from the global generator, so a resumed run and a recomputed block draw the same masks again.
+        ctx.seeds = [(rate, int(torch.randint(2**62, ()))) if rate else None for rate in rates]
+        ctx.scales = [layer.scaling * kept_scale(rate) for layer, rate in zip(layers, rates, strict=True)]
+        ctx.bases = [layer.base for layer in layers]
+        ctx.save_for_backward(x, *factors)
+        lows = _low_products(_dropped(flat, ctx.seeds), [A.to(x.dtype) for A in factors[::2]])
+        outs = [_base_product(flat, base) for base in ctx.bases]
+        for out, low, B, scale in zip(outs, lows, factors[1::2], ctx.scales, strict=True):
+            out.addmm_(low, B.to(x.dtype).t(), alpha=scale)
+        return tuple(out.view(*x.shape[:-1], -1) for out in outs)
 
     @staticmethod
-    def backward(ctx, grad_out):
-        x, A, B = ctx.saved_tensors
-        flat, grad = x.reshape(-1, x.shape[-1]), grad_out.reshape(-1, grad_out.shape[-1])
-        keep = dropout_keep(flat.shape, ctx.rate, ctx.seed, flat.device) if ctx.rate else None
-        low_A = A.to(x.dtype)
-        grad_low = (grad @ B.to(x.dtype)).mul_(ctx.scaling)  # s·(dY B), (N, R)
-        grad_A = grad_B = grad_x = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            dropped = flat if keep is None else flat * keep
-            grad_A = (grad_low.t() @ dropped).to(A.dtype)
-            grad_B = (grad.t() @ (dropped @ low_A.t()).mul_(ctx.scaling)).to(B.dtype)
+    def backward(ctx, *grads):
+        x, *factors = ctx.saved_tensors
+        flat = x.reshape(-1, x.shape[-1])
+        grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        As, Bs = ([factor.to(x.dtype) for factor in part] for part in (factors[::2], factors[1::2]))
+        keeps = _masks(flat, ctx.seeds)
+        grad_lows = [(g @ B).mul_(s) for g, B, s in zip(grads, Bs, ctx.scales, strict=True)]  # s·(dY B), (N, R)
+        grad_factors = [None] * len(factors)
+        if any(ctx.needs_input_grad[2:]):
+            inputs = [flat if keep is None else flat * keep for keep in keeps]
+            lows = _low_products(inputs, As)
+            for i, (g, low, scale) in enumerate(zip(grads, lows, ctx.scales, strict=True)):
+                # (R, N)(N, out), then turned: a product with a thin left side runs faster than one with a thin right
+                grad_factors[2 * i + 1] = (low.t() @ g).mul_(scale).t().to(factors[2 * i + 1].dtype).contiguous()
+            for i, grad_A in enumerate(_outer_products(grad_lows, inputs)):
+                grad_factors[2 * i] = grad_A.to(factors[2 * i].dtype)
+        grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _base_gradient(grad, ctx.base)
-            if keep is None:
-                grad_x.addmm_(grad_low, low_A)
-            else:
-                grad_x.add_((grad_low @ low_A).mul_(keep))
+            grad_x = _base_gradient(grads[0], ctx.bases[0])
+            for grad, base in zip(grads[1:], ctx.bases[1:], strict=True):
+                _base_gradient(grad, base, onto=grad_x)
+            for grad_low, A, keep in zip(grad_lows, As, keeps, strict=True):
+                if keep is None:
+                    grad_x.addmm_(grad_low, A)
+                else:
+                    grad_x.add_((grad_low @ A).mul_(keep))
             grad_x = grad_x.view(x.shape)
-        return grad_x, grad_A, grad_B, None, None, None
+        return grad_x, None, *grad_factors
+
+
+def _low_products(inputs: list[torch.Tensor], As: list[torch.Tensor]) -> list[torch.Tensor]:
+    """x̃ Aᵀ of each projection, (N, R); one product for all where they share their input (no dropout)."""
+    if any(x is not inputs[0] for x in inputs):
+        return [x @ A.t() for x, A in zip(inputs, As, strict=True)]
+    return list((inputs[0] @ torch.cat(As).t()).split([len(A) for A in As], dim=1))
+
+
+def _outer_products(lows: list[torch.Tensor], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """lowᵀ x̃ of each projection, (R, in); one product for all where they share their input."""
+    if any(x is not inputs[0] for x in inputs):
+        return [low.t() @ x for low, x in zip(lows, inputs, strict=True)]
+    return list((torch.cat(lows, dim=1).t() @ inputs[0]).split([low.shape[1] for low in lows]))
+
+
+def _masks(x: torch.Tensor, seeds: list[tuple[float, int] | None]) -> list[torch.Tensor | None]:
+    return [None if seed is None else dropout_keep(x.shape, *seed, x.device) for seed in seeds]
+
+
+def _dropped(x: torch.Tensor, seeds: list[tuple[float, int] | None]) -> list[torch.Tensor]:
+    """x for each projection with its own dropout mask, not yet divided by 1 - rate."""
+    return [x if keep is None else x * keep for keep in _masks(x, seeds)]
 
 
 def _base_product(x: torch.Tensor, base: nn.Module) -> torch.Tensor:
@@ -114,9 +156,13 @@ def _base_product(x: torch.Tensor, base: nn.Module) -> torch.Tensor:
     return F.linear(x.to(compute), dequantized_weight(base, compute), bias).to(x.dtype)
 
 
-def _base_gradient(grad: torch.Tensor, base: nn.Module) -> torch.Tensor:
+def _base_gradient(grad: torch.Tensor, base: nn.Module, onto: torch.Tensor | None = None) -> torch.Tensor:
+    """dY W, or that added to `onto` in place."""
     compute = getattr(base, "compute_dtype", grad.dtype)
-    return (grad.to(compute) @ dequantized_weight(base, compute)).to(grad.dtype)
+    weight = dequantized_weight(base, compute)
+    if onto is None:
+        return (grad.to(compute) @ weight).to(grad.dtype)
+    return onto.addmm_(grad, weight) if compute == grad.dtype else onto.add_(grad.to(compute) @ weight)
 
 
 def kept_scale(rate: float) -> float:
