@@ -48,3 +48,16 @@ def test_full_logits_never_exist():
         token_nll(hidden, weight, torch.randint(0, 4000, (2048,))).sum().backward()
     largest = max((e.self_cpu_memory_usage for e in profile.events()), default=0)
     assert 0 < largest < 2048 * 4000 * 4 / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_heads_have_the_gradient_of_float32_to_their_rounding(dtype):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 16).to(dtype), (0.02 * torch.randn(70000, 16)).to(dtype)  # a flat softmax: sum > 65504
+    targets = torch.randint(0, 70000, (5,))
+    gradients = []
+    for cast in (dtype, torch.float32):
+        h = hidden.to(cast).requires_grad_()
+        token_nll(h, weight.to(cast), targets).sum().backward()
+        gradients.append(h.grad.float())
+    torch.testing.assert_close(*gradients, rtol=2e-2, atol=2e-3)

@@ -65,12 +65,14 @@ class _FrozenHeadNLL(torch.autograd.Function):
             rows = slice(start, start + CHUNK_TOKENS)
             index = targets[rows, None]
             logits = (hidden[rows] @ weight.t()).float()  # float32: a sum of V exponentials in 16 bits loses the tail
-            log_norm = logits.logsumexp(-1, keepdim=True)
-            nll[rows] = (log_norm - logits.gather(-1, index)).squeeze(-1)
-            if wants_grad:
-                softmax = logits.sub_(log_norm).exp_()
-                softmax.scatter_add_(-1, index, torch.full_like(log_norm, -1.0))
-                torch.mm(softmax.to(weight.dtype), weight, out=grad[rows])
+            largest = logits.amax(-1, keepdim=True)
+            wanted = logits.gather(-1, index)
+            exponentials = logits.sub_(largest).exp_()
+            normaliser = exponentials.sum(-1, keepdim=True)
+            nll[rows] = (normaliser.log() + largest - wanted).squeeze(-1)
+            if wants_grad:  # softmax·W − W[target], divided by the normaliser once there are D columns instead of V
+                expected = torch.mm(exponentials.to(weight.dtype), weight)
+                grad[rows] = expected / normaliser - weight[index.squeeze(-1)]
         ctx.save_for_backward(grad)
         return nll
 
