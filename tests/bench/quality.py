@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 import mini_forge
 from mini_forge.data.batches import plan_epoch
+from mini_forge.data.tokenizer import load_tokenizer
 
 BOUND = 1.01
 SEED = 42
@@ -35,7 +36,7 @@ def main():
         sys.exit(f"--rows {args.rows}: must be a multiple of {MICROBATCHES} × --steps {args.steps}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows = read_rows(args.data)[: args.rows + args.held_out]
+        rows = fitting(read_rows(args.data), args.model)[: args.rows + args.held_out]
         write(folder / "train.jsonl", rows[: args.rows])
         write(folder / "held_out.jsonl", rows[args.rows :])
         batches = plan_epoch([1] * args.rows, size, MICROBATCHES, False, False, MAX_LENGTH, SEED, 0)
@@ -67,6 +68,12 @@ def parse():
     return parser.parse_args()
 
 
+def fitting(rows: list[dict], model: str) -> list[dict]:
+    """The rows that no side has to truncate (100 tokens are left for the template)."""
+    encode = load_tokenizer(model).encode
+    return [row for row in rows if len(encode(row["input"] + row["output"])) <= MAX_LENGTH - 100]
+
+
 def write(path: Path, rows: list[dict]):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -85,7 +92,7 @@ def train_ours(args, folder: Path, init: str, out: str, size: int) -> list[float
         "compute_specs": "high_end", "device": "cpu", "dtype": "float32", "use_4bit": False, "init_adapter": init,
         "lora_r": LORA["r"], "lora_alpha": LORA["lora_alpha"], "lora_dropout": 0.0, "max_seq_length": MAX_LENGTH,
         "per_device_train_batch_size": size, "gradient_accumulation_steps": MICROBATCHES, "num_train_epochs": 1,
-        "group_by_length": False, "optim": "adamw_torch", "warmup_ratio": WARMUP_RATIO, "eval_split": 0, "seed": SEED,
+        "group_by_length": False, "gradient_checkpointing": False, "optim": "adamw_torch", "warmup_ratio": WARMUP_RATIO, "eval_split": 0, "seed": SEED,
         "logging_steps": 1, "save_strategy": "no", **OPTIMIZATION,
     })  # fmt: skip
     result = mini_forge.train(config, report=lambda line: print(line, file=sys.stderr))
