@@ -92,8 +92,9 @@ def train_ours(args, folder: Path, init: str, out: str, size: int) -> list[float
         "compute_specs": "high_end", "device": "cpu", "dtype": "float32", "use_4bit": False, "init_adapter": init,
         "lora_r": LORA["r"], "lora_alpha": LORA["lora_alpha"], "lora_dropout": 0.0, "max_seq_length": MAX_LENGTH,
         "per_device_train_batch_size": size, "gradient_accumulation_steps": MICROBATCHES, "num_train_epochs": 1,
-        "group_by_length": False, "gradient_checkpointing": False, "optim": "adamw_torch", "warmup_ratio": WARMUP_RATIO, "eval_split": 0, "seed": SEED,
-        "logging_steps": 1, "save_strategy": "no", **OPTIMIZATION,
+        "group_by_length": False, "gradient_checkpointing": False, "optim": "adamw_torch",
+        "warmup_ratio": WARMUP_RATIO, "eval_split": 0, "seed": SEED, "logging_steps": 1,
+        "save_strategy": "no", **OPTIMIZATION,
     })  # fmt: skip
     result = mini_forge.train(config, report=lambda line: print(line, file=sys.stderr))
     return [record["loss"] for record in result.metrics if "loss" in record]
