@@ -123,7 +123,7 @@ class Linear8bit(nn.Module):
         scale = (self.SCB / 127)[:, None]
         rows = max(1, CHUNK // self.in_features) if out.device.type == "cpu" else self.out_features
         for i in range(0, self.out_features, rows):
-            out[i : i + rows].copy_(self.weight[i : i + rows] * scale[i : i + rows])
+            out[i : i + rows].copy_(self.weight[i : i + rows]).mul_(scale[i : i + rows])  # ±127 is exact in any dtype
         return out
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -141,24 +141,28 @@ def dequantized_weight(layer: nn.Linear | Linear4bit | Linear8bit, dtype: torch.
     buffer belongs to the thread, so threads do not meet in it. Elsewhere torch's caching allocator is that buffer."""
     if isinstance(layer, nn.Linear):
         return layer.weight.to(dtype)
-    if next(layer.buffers()).device.type != "cpu":
-        return layer.dequantized(dtype)
-    return layer.dequantized(out=_loan((layer.out_features, layer.in_features), dtype))
+    shape, device = (layer.out_features, layer.in_features), next(layer.buffers()).device
+    return layer.dequantized(out=_buffer(shape, dtype, device))
 
 
 def quantize_8bit(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, in) float → int8 (out, in) and SCB, float32 (out,): round(127·w/SCB), SCB the largest |w| of the row.
 
     The weight passes through float16 first, as bitsandbytes' does. Raises UserError for what float16 cannot hold."""
-    rows = max(1, CHUNK // weight.shape[1])  # some at a time: temporaries would otherwise be six times the result
+    # Some rows at a time, in buffers made once: temporaries would otherwise be six times the result, and even small
+    # ones, made and freed a thousand times between results that stay, leave the heap in pieces.
+    rows = max(1, min(CHUNK // weight.shape[1], len(weight)))
+    shape, device = (rows, weight.shape[1]), weight.device
+    half, scaled = _buffer(shape, torch.float16, device), _buffer(shape, torch.float32, device)
     packed = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
     for start in range(0, len(weight), rows):
         part = slice(start, start + rows)
-        half = weight[part].detach().half()
-        scale[part] = half.abs().amax(dim=1)
+        count = len(scale[part])
+        h = half[:count].copy_(weight[part].detach())
+        scale[part] = torch.maximum(h.amax(dim=1), -h.amin(dim=1))
         factor = torch.where(scale[part] > 0, 127.0 / scale[part], 0.0)  # a row of zeros stays zeros
-        packed[part] = torch.round(half * factor[:, None])
+        packed[part] = scaled[:count].copy_(h).mul_(factor[:, None]).round_()
     if not bool(scale.isfinite().all()):
         raise UserError("weight: holds NaN, infinity or a magnitude above 65504, which the 8-bit form cannot hold")
     return packed, scale
@@ -167,7 +171,10 @@ def quantize_8bit(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 _LOANED = threading.local()
 
 
-def _loan(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+def _buffer(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory of that shape, on CPU the same at every call from one thread."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
     count = shape[0] * shape[1]
     buffer = _LOANED.__dict__.get(str(dtype))
     if buffer is None or buffer.numel() < count:
