@@ -83,6 +83,15 @@ def test_the_saved_template_is_the_one_trained_with(settings):
     assert "<|im_start|>" in mini_forge.load_tokenizer(settings["model_name"]).chat_template
 
 
+def test_a_run_does_not_import_the_compiler_of_torch(settings):
+    code = (
+        "import json, sys, mini_forge; "
+        "mini_forge.train(mini_forge.TrainingConfig.from_dict(json.loads(sys.argv[1])), report=str); "
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, json.dumps(settings)], check=False).returncode == 0
+
+
 def test_training_lowers_the_held_out_loss(settings):
     result, _ = run(settings, max_steps=25)
     before, after = (m["eval_loss"] for m in result.metrics if "eval_loss" in m)

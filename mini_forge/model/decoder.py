@@ -127,9 +127,16 @@ class Backbone(nn.Module):
 
     def __init__(self, spec: DecoderSpec, ops: Ops):
         super().__init__()
-        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size, _weight=_fresh_embedding(spec))
         self.layers = nn.ModuleList(Block(spec, layer, ops) for layer in spec.layers)
         self.norm = RMSNorm(spec.hidden_size, spec.norm_eps, ops)
+
+
+def _fresh_embedding(spec: DecoderSpec) -> torch.Tensor:
+    """What nn.Embedding starts with. On meta nothing is drawn: `normal_` there first imports all of torch's compiler,
+    a second of every start."""
+    weight = torch.empty(spec.vocab_size, spec.hidden_size)
+    return weight if weight.is_meta else nn.init.normal_(weight)
 
 
 class Decoder(nn.Module):

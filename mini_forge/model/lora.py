@@ -2,8 +2,9 @@
 
     y = base(x) + s · (dropout(x) Aᵀ) Bᵀ        A (R, in), B (out, R), s = alpha/R, or alpha/√R for rsLoRA
 
-The backward is written by hand. Autograd on the plain formula would keep x, dropout(x) and xAᵀ for every projection;
-this one keeps x alone (q, k and v share it), makes a 4-bit weight anew, and draws the dropout mask again from its seed:
+The backward is written by hand. Autograd on the plain formula would keep x and dropout(x) for every projection; this
+keeps x once (q, k and v share it) and the narrow x̃Aᵀ, makes a 4-bit weight anew, and draws the dropout mask again from
+its seed:
 
     dB = s · dYᵀ(x̃Aᵀ)     dA = s · (dY B)ᵀ x̃     dX = dY W + mask ⊙ s(dY B)A        x̃ = dropout(x)
 """
@@ -89,8 +90,8 @@ class _LoRAProducts(torch.autograd.Function):
         ctx.seeds = [(rate, int(torch.randint(2**62, ()))) if rate else None for rate in rates]
         ctx.scales = [layer.scaling * kept_scale(rate) for layer, rate in zip(layers, rates, strict=True)]
         ctx.bases = [layer.base for layer in layers]
-        ctx.save_for_backward(x, *factors)
         lows = _low_products(_dropped(flat, ctx.seeds), [A.to(x.dtype) for A in factors[::2]])
+        ctx.save_for_backward(x, *factors, *lows)
         outs = [_base_product(flat, base) for base in ctx.bases]
         for out, low, B, scale in zip(outs, lows, factors[1::2], ctx.scales, strict=True):
             out.addmm_(low, B.to(x.dtype).t(), alpha=scale)
@@ -98,7 +99,8 @@ class _LoRAProducts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        x, *factors = ctx.saved_tensors
+        x, *saved = ctx.saved_tensors
+        factors, lows = saved[: 2 * len(ctx.bases)], saved[2 * len(ctx.bases) :]
         flat = x.reshape(-1, x.shape[-1])
         grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         As, Bs = ([factor.to(x.dtype) for factor in part] for part in (factors[::2], factors[1::2]))
@@ -107,7 +109,6 @@ class _LoRAProducts(torch.autograd.Function):
         grad_factors = [None] * len(factors)
         if any(ctx.needs_input_grad[2:]):
             inputs = [flat if keep is None else flat * keep for keep in keeps]
-            lows = _low_products(inputs, As)
             for i, (g, low, scale) in enumerate(zip(grads, lows, ctx.scales, strict=True)):
                 # (R, N)(N, out), then turned: a product with a thin left side runs faster than one with a thin right
                 grad_factors[2 * i + 1] = (low.t() @ g).mul_(scale).t().to(factors[2 * i + 1].dtype).contiguous()

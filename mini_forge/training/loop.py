@@ -17,7 +17,7 @@ import torch
 
 from mini_forge.errors import TrainingError
 from mini_forge.training.losses import LossSum
-from mini_forge.training.optim import clip_grad_norm
+from mini_forge.training.optim import Optimizer, clip_grad_norm
 from mini_forge.training.schedule import lr_at
 
 PATIENCE_SECONDS = 2.0
@@ -81,7 +81,7 @@ class Loop:
 
     settings: LoopSettings
     parameters: list[torch.nn.Parameter]
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     scaler: torch.amp.GradScaler | None
     window: Callable[[int], list]
     count: Callable[[object], int]

@@ -16,15 +16,64 @@ import torch
 from mini_forge.errors import CheckpointError, ConfigError
 
 BETAS, EPS = (0.9, 0.999), 1e-8
-FUSED_DEVICES = ("cpu", "cuda", "mps")  # where torch has AdamW in one kernel a step
 BITSANDBYTES_DEVICES = ("cpu", "cuda")
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")  # of a group; the others describe how a device computes
 DERIVED_STATE = ("qmap1", "qmap2")  # constants of the 8-bit code: 2 KiB a tensor that a new optimizer makes by itself
 
 
+class AdamW:
+    """torch.optim.AdamW(fused=True) without torch.optim: the same kernel and, bit for bit, the same numbers.
+
+    Making any torch.optim.Optimizer imports torch's compiler, 1.3 s of every start; nothing else here needs it. What
+    is used of an optimizer is here: param_groups, state, step, zero_grad."""
+
+    def __init__(self, params: Iterable, lr: float, weight_decay: float):
+        params = list(params)
+        groups = params if params and isinstance(params[0], dict) else [{"params": params}]
+        defaults = {"lr": lr, "betas": BETAS, "eps": EPS, "weight_decay": weight_decay}
+        self.param_groups = [defaults | group for group in groups]
+        self.state: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {}
+
+    def init_state(self, group: dict, parameter: torch.nn.Parameter, group_index: int = 0, index: int = 0):
+        """The state of a parameter before its first step. The arguments are those of bitsandbytes' optimizers."""
+        self.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if p not in self.state:
+                    self.init_state(group, p)
+            if not params:
+                continue
+            m, v, steps = ([self.state[p][k] for p in params] for k in ("exp_avg", "exp_avg_sq", "step"))
+            torch._foreach_add_(steps, 1)
+            torch._fused_adamw_(
+                params, [p.grad for p in params], m, v, [], steps, lr=group["lr"], beta1=group["betas"][0],
+                beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False,
+                maximize=False,
+            )  # fmt: skip
+
+    def zero_grad(self, set_to_none: bool = True):
+        grads = [p.grad for p in _parameters(self) if p.grad is not None]
+        if set_to_none:
+            for p in _parameters(self):
+                p.grad = None
+        elif grads:
+            torch._foreach_zero_(grads)
+
+
+Optimizer = AdamW | torch.optim.Optimizer
+
+
 def make_optimizer(
     name: str, params: Iterable, lr: float, weight_decay: float, device: torch.device | str
-) -> torch.optim.Optimizer:
+) -> Optimizer:
     """The optimizer `name`, a key of OPTIMIZERS, over parameters or parameter groups that lie on `device`.
 
     weight_decay is for parameters of groups that do not say (see `parameter_groups`). Paged states need a GPU to page
@@ -36,7 +85,7 @@ def make_optimizer(
 
 
 def adamw_torch(params, lr, weight_decay, device):
-    return torch.optim.AdamW(params, lr, BETAS, EPS, weight_decay, fused=device in FUSED_DEVICES)
+    return AdamW(params, lr, weight_decay)
 
 
 def adamw_8bit(params, lr, weight_decay, device):
@@ -113,7 +162,7 @@ def clip_grad_norm(params: Iterable[torch.nn.Parameter], max_norm: float) -> tor
     return norm
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict:
+def optimizer_state(optimizer: Optimizer) -> dict:
     """A copy of all state on the CPU, as tensors, numbers, lists and dicts: torch.load(weights_only=True) reads it.
 
     {"kind": class name, "groups": [hyperparameters], "state": [one dict a parameter, in order; {} before its first
@@ -128,25 +177,15 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict:
 
 
 @torch.no_grad()
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict):
+def load_optimizer_state(optimizer: Optimizer, state: dict):
     """Put back what `optimizer_state` gave, bit for bit, into a new optimizer over the same parameters.
 
     Raises CheckpointError, before anything is changed, where the state is of another kind or another set of shapes."""
     _check(optimizer, state)
     for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
         group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
-    if hasattr(optimizer, "init_state"):
-        _load_bitsandbytes(optimizer, state["state"])
-        return
-    # torch's own loader knows on which device each optimizer wants its step count.
-    template = optimizer.state_dict()
-    template["state"] = {i: _copied(s) for i, s in enumerate(state["state"]) if s}
-    optimizer.load_state_dict(template)
-
-
-def _load_bitsandbytes(optimizer, saved: list[dict]):
-    """Into buffers that the optimizer makes itself, so paged ones are paged again: its own loader keeps them plain."""
-    index = iter(saved)
+    # Into buffers that the optimizer makes itself: paged ones are paged again, which bitsandbytes' own loader is not.
+    index = iter(state["state"])
     for group_index, group in enumerate(optimizer.param_groups):
         for i, parameter in enumerate(group["params"]):
             values = next(index)
@@ -164,7 +203,7 @@ def _load_bitsandbytes(optimizer, saved: list[dict]):
                     state[key] = value
 
 
-def _check(optimizer: torch.optim.Optimizer, state: dict):
+def _check(optimizer: Optimizer, state: dict):
     kind, parameters = _kind(optimizer), list(_parameters(optimizer))
     if state["kind"] != kind:
         raise CheckpointError(f"optim: the checkpoint is of {state['kind']}, this run of {kind}; keep optim as it was")
@@ -191,10 +230,10 @@ def _copied(values: dict) -> dict:
     }
 
 
-def _kind(optimizer: torch.optim.Optimizer) -> str:
+def _kind(optimizer: Optimizer) -> str:
     """The class but for paging: paged and plain states are the same numbers, so a run may go on without a GPU."""
     return type(optimizer).__name__.removeprefix("Paged")
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[torch.nn.Parameter]:
+def _parameters(optimizer: Optimizer) -> Iterable[torch.nn.Parameter]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
