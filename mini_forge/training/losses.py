@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_TOKENS = 512
+CHUNK_TOKENS = 256  # float32 logits of a 128k vocabulary: 131 MB; 512 is no faster (measured at 49k, 2 cores)
 
 
 @dataclass(frozen=True)
