@@ -6,6 +6,7 @@ adapter is written with `lora_alpha` = α·√R and `use_rslora` false, the same
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,9 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mini_forge.errors import CheckpointError
+from mini_forge.io.expert_adapters import fuse, fused_tensors, per_expert_tensors, stack_targets
 from mini_forge.io.weights import read_json, write_safetensors
 from mini_forge.model.decoder import Decoder
-from mini_forge.model.lora import LoraSpec, inject, lora_layers
+from mini_forge.model.lora import LoRAStack, LoraSpec, inject, lora_layers
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -23,21 +25,31 @@ PREFIX = "base_model.model."
 NEUTRAL = {
     "use_dora": (None, False), "modules_to_save": (None, []), "rank_pattern": (None, {}), "alpha_pattern": (None, {}),
     "bias": (None, "none"), "fan_in_fan_out": (None, False), "layers_to_transform": (None, []),
-    "lora_bias": (None, False), "target_parameters": (None, []), "trainable_token_indices": (None, []),
+    "lora_bias": (None, False), "trainable_token_indices": (None, []),
     "exclude_modules": (None, []), "layer_replication": (None, []),
 }  # fmt: skip
 
 
-def save_adapter(folder: Path, model: Decoder, spec: LoraSpec, base_name: str):
-    """Write the model's LoRA layers into `folder`, which exists."""
+def save_adapter(folder: Path, model: Decoder, spec: LoraSpec, base_name: str, expert_format: str = "peft"):
+    """Write the model's LoRA layers into `folder`, which exists. expert_format: one of expert_adapters.FORMATS."""
     layers = dict(lora_layers(model))
-    tensors = {}
+    stacks = {name: layer for name, layer in layers.items() if isinstance(layer, LoRAStack)}
+    is_fused = expert_format == "peft"
+    tensors = fused_tensors(stacks, model.layout) if is_fused else per_expert_tensors(stacks)
     for name, layer in layers.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().float().cpu().contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().float().cpu().contiguous()
-    entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+        if name not in stacks:
+            tensors[f"{name}.lora_A.weight"] = layer.lora_A.detach().float().cpu().contiguous()
+            tensors[f"{name}.lora_B.weight"] = layer.lora_B.detach().float().cpu().contiguous()
+    entries = [(f"{PREFIX}{name}", tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     write_safetensors(folder / WEIGHTS_FILE, entries, tensors.values())
-    record = _config_record(spec, sorted({name.rsplit(".", 1)[-1] for name in layers}), base_name)
+    modules = {name.rsplit(".", 1)[-1] for name in layers if name not in stacks}
+    parameters = {".".join(name.split(".")[-3:]) for name in stacks}
+    if stacks and not is_fused:  # as if each expert were three linear layers
+        modules |= {n.split(".lora_")[0].rsplit(".", 1)[-1] for n in tensors}
+        parameters = set()
+    record = _config_record(spec, sorted(modules), base_name)
+    if parameters:
+        record["target_parameters"] = sorted(parameters, reverse=True)  # PEFT wraps in this order, gate_up innermost
     (folder / "adapter_config.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 
@@ -86,7 +98,7 @@ def read_adapter_config(folder: Path) -> tuple[LoraSpec, str]:
         rank=rank,
         alpha=alpha,
         dropout=dropout,
-        targets=None if targets == "all-linear" else tuple(targets or ()),
+        targets=None if targets == "all-linear" else (*(targets or ()), *(record.get("target_parameters") or ())),
         use_rslora=bool(record.get("use_rslora", False)),
     )
     return spec, record.get("base_model_name_or_path") or ""
@@ -95,7 +107,8 @@ def read_adapter_config(folder: Path) -> tuple[LoraSpec, str]:
 def load_adapter(model: Decoder, folder: Path, spec: LoraSpec | None = None) -> LoraSpec:
     """Inject LoRA as `folder` describes and fill it. Every tensor must have its place, and every place its tensor."""
     spec = spec or read_adapter_config(folder)[0]
-    inject(model, spec)
+    names = read_adapter_tensors(folder)
+    inject(model, replace(spec, targets=stack_targets(spec.targets, names)))
     fill_adapter(model, folder)
     return spec
 
@@ -113,11 +126,17 @@ def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def fill_adapter(model: Decoder, folder: Path):
     """Copy the folder's adapter tensors into a model that has LoRA layers already."""
-    path, tensors = folder / WEIGHTS_FILE, read_adapter_tensors(folder)
+    path = folder / WEIGHTS_FILE
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in read_adapter_tensors(folder).items()}
+    layers = dict(lora_layers(model))
+    stacks = [name for name, layer in layers.items() if isinstance(layer, LoRAStack)]
+    if stacks:
+        tensors = fuse(tensors, stacks, model.spec.experts.count, model.layout)
     places = {}
-    for name, layer in lora_layers(model):
-        places[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
-        places[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
+    for name, layer in layers.items():
+        suffix = "" if name in stacks else ".weight"
+        places[f"{name}.lora_A{suffix}"] = layer.lora_A
+        places[f"{name}.lora_B{suffix}"] = layer.lora_B
     missing, unexpected = sorted(places.keys() - tensors.keys()), sorted(tensors.keys() - places.keys())
     if missing or unexpected:
         raise CheckpointError(

@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from mini_forge.errors import CheckpointError
+from mini_forge.io.expert_weights import StackLoader
 from mini_forge.model.decoder import Decoder
-from mini_forge.model.families import decoder_spec
+from mini_forge.model.families import decoder_spec, expert_layout
+from mini_forge.model.families.layout import text_name
 from mini_forge.model.ops import PLAIN, Ops
 from mini_forge.model.quant import Linear4bit, Linear8bit
 
@@ -206,22 +208,55 @@ def load_base(
 
     dtype: of floating weights; None keeps the stored one. quantization: None, "nf4", "fp4" or "int8", for all linear
     layers but the head; a checkpoint already stored in 4 or 8 bits is taken as it is, or made dense for None."""
-    checkpoint = Checkpoint(folder)
-    dtype = dtype or _stored_dtype(checkpoint)
-    with torch.device("meta"):
-        model = Decoder(decoder_spec(checkpoint.config), ops)
-    store = Storage(quantization, nested, compute_dtype or dtype, dtype, torch.device(device))
-    expected = set(model.state_dict())
-    for name in [n for n in checkpoint.entries if not n.endswith((*IGNORED_SUFFIXES, *BNB_SUFFIXES))]:
-        if name in expected:
-            expected.discard(name)
-            store.place(model, name, checkpoint)
-        elif not (name == "lm_head.weight" and model.spec.tied_head) and not name.endswith((".SCB", ".weight_format")):
-            raise CheckpointError(f"{checkpoint.entries[name].file}: unexpected tensor {name!r} for this model_type")
-    if expected:
-        few = ", ".join(sorted(expected)[:5])
-        raise CheckpointError(f"{folder}: {len(expected)} tensors are missing, among them {few}")
-    return model.eval().requires_grad_(False)
+    loader = Loader(folder, dtype, device, quantization, nested, compute_dtype, ops)
+    loader.load()
+    loader.check_complete()
+    return loader.model.eval().requires_grad_(False)
+
+
+class Loader:
+    """A decoder that is filled from a checkpoint, all at once or a part at a time."""
+
+    def __init__(self, folder, dtype, device="cpu", quantization=None, nested=False, compute_dtype=None, ops=PLAIN):
+        self.checkpoint = checkpoint = Checkpoint(folder)
+        spec, layout = decoder_spec(checkpoint.config), expert_layout(checkpoint.config)
+        checkpoint.entries = text_entries(checkpoint.entries, layout)
+        dtype = dtype or _stored_dtype(checkpoint)
+        with torch.device("meta"):
+            self.model = Decoder(spec, ops)
+        self.model.layout = layout
+        self.storage = Storage(quantization, nested, compute_dtype or dtype, dtype, torch.device(device))
+        self.stacks = StackLoader(self.model, self.storage, layout)
+        self.missing = set(self.model.state_dict())
+
+    def load(self, prefix: str = ""):
+        """Read the tensors whose names begin so, in file order, into the model."""
+        checkpoint, spec, layout = self.checkpoint, self.model.spec, self.model.layout
+        for name in [n for n in checkpoint.entries if n.startswith(prefix)]:
+            if name.endswith((*IGNORED_SUFFIXES, *BNB_SUFFIXES, ".SCB", ".weight_format")):
+                continue
+            place = layout.place(name) if layout is not None else None
+            if place is not None and (place.name in self.missing or place.name in self.stacks.missing):
+                self.missing.discard(place.name)
+                self.stacks.place(name, place, checkpoint)
+            elif name in self.missing:
+                self.missing.discard(name)
+                self.storage.place(self.model, name, checkpoint)
+            elif not (name == "lm_head.weight" and spec.tied_head):
+                file = checkpoint.entries[name].file
+                raise CheckpointError(f"{file}: unexpected tensor {name!r} for this model_type")
+
+    def check_complete(self):
+        missing = sorted(self.missing) + self.stacks.unfinished()
+        if missing:
+            few = ", ".join(missing[:5])
+            raise CheckpointError(f"{self.checkpoint.folder}: {len(missing)} tensors are missing, among them {few}")
+
+
+def text_entries(entries: dict[str, TensorEntry], layout) -> dict[str, TensorEntry]:
+    """The tensors of the text model under its own names: multimodal checkpoints prefix them and hold other parts."""
+    named = {text_name(name, layout): entry for name, entry in entries.items()}
+    return {name: entry for name, entry in named.items() if name is not None}
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

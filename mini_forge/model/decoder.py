@@ -12,112 +12,154 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mini_forge.model import functional
+from mini_forge.model.cache import KVCache, LayerCache
+from mini_forge.model.experts import MixtureOfExperts
 from mini_forge.model.lora import project
-from mini_forge.model.masks import Documents, cache_attends, document_positions
-from mini_forge.model.ops import PLAIN, Ops
-from mini_forge.model.rope import Rope, RopeSpec
+from mini_forge.model.masks import Documents, document_positions
+from mini_forge.model.ops import PLAIN, Ops, gated_unit
+from mini_forge.model.rope import Rope
+from mini_forge.model.spec import DecoderSpec, ExpertsSpec, LayerSpec
 
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """What may differ from layer to layer. `window`: keys a query sees, itself included; None is the whole document."""
-
-    window: int | None = None
-
-
-@dataclass(frozen=True)
-class DecoderSpec:
-    """Everything the decoder needs to know of a checkpoint. Options are named for what they do."""
-
-    vocab_size: int
-    hidden_size: int
-    mlp_size: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    layers: tuple[LayerSpec, ...]
-    rope: RopeSpec
-    norm_eps: float
-    max_positions: int
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: str | None = None  # "weighted": RMSNorm with a weight on every query and key head, before RoPE
-    tied_head: bool = False
+__all__ = ["Decoder", "DecoderSpec", "ExpertsSpec", "KVCache", "LayerSpec", "neftune_noise"]
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float, ops: Ops):
+    """`weight` None: without one. The product with the weight is made in float32 where the checkpoint asks for it."""
+
+    def __init__(self, size: int, spec: DecoderSpec, ops: Ops):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps, self.ops = eps, ops
+        self.eps, self.offset, self.ops = spec.norm_eps, spec.norm_offset, ops
+        self.is_wide = spec.norm_product == "float32"
 
     def forward(self, x):
-        return self.ops.rms_norm(x, self.weight, self.eps)
+        weight = self.weight.float() + self.offset if self.offset else self.weight
+        if self.is_wide:
+            return self.ops.rms_norm(x.float(), weight.float(), self.eps).to(x.dtype)
+        return self.ops.rms_norm(x, weight, self.eps)
 
 
 class Attention(nn.Module):
     def __init__(self, spec: DecoderSpec, layer: LayerSpec, ops: Ops):
         super().__init__()
         D, H, K, C = spec.hidden_size, spec.heads, spec.kv_heads, spec.head_size
-        self.head_size, self.window, self.ops = C, layer.window, ops
-        self.q_proj = nn.Linear(D, H * C, bias=spec.qkv_bias)
-        self.k_proj = nn.Linear(D, K * C, bias=spec.qkv_bias)
-        self.v_proj = nn.Linear(D, K * C, bias=spec.qkv_bias)
+        self.head_size, self.layer, self.ops = C, layer, ops
+        self.scale, self.eps = spec.attention_scale, spec.norm_eps
+        self.sizes, self.is_fused, self.is_interleaved = (H, K, K), spec.fused_projections, spec.rope_interleaved
+        if self.is_fused:
+            self.qkv_proj = nn.Linear(D, (H + 2 * K) * C, bias=spec.qkv_bias)
+        else:
+            self.q_proj = nn.Linear(D, H * C, bias=spec.qkv_bias)
+            self.k_proj = nn.Linear(D, K * C, bias=spec.qkv_bias)
+            self.v_proj = nn.Linear(D, K * C, bias=spec.qkv_bias)
         self.o_proj = nn.Linear(H * C, D, bias=spec.out_bias)
         weighted = spec.qk_norm == "weighted"
-        self.q_norm = RMSNorm(C, spec.norm_eps, ops) if weighted else None
-        self.k_norm = RMSNorm(C, spec.norm_eps, ops) if weighted else None
+        self.q_norm = RMSNorm(C, spec, ops) if weighted else None
+        self.k_norm = RMSNorm(C, spec, ops) if weighted else None
+        self.norm_after_rope = spec.qk_norm == "weightless" and layer.rope is not None
+        self.sinks = nn.Parameter(torch.zeros(H)) if spec.sinks else None
 
-    def forward(self, x, stream: "Stream", cache: "LayerCache | None"):
+    def forward(self, x, stream: "Stream", cache: LayerCache | None):
         """x (N, D) → (N, D)."""
-        projected = project(x, self.q_proj, self.k_proj, self.v_proj)
-        query, key, value = (p.unflatten(-1, (-1, self.head_size)) for p in projected)
+        query, key, value = self._project(x)
         if self.q_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        query = self.ops.apply_rope(query, stream.cos, stream.sin)
-        key = self.ops.apply_rope(key, stream.cos, stream.sin)
+        if self.layer.rope is not None:
+            rotation = stream.rotations[self.layer.rope]
+            query, key = self._rotate(query, *rotation), self._rotate(key, *rotation)
+        if self.norm_after_rope:
+            ones = torch.ones_like(query[0, 0])
+            query, key = self.ops.rms_norm(query, ones, self.eps), self.ops.rms_norm(key, ones, self.eps)
+        if self.layer.temperature:
+            query = (query * stream.temperature[:, None, None]).to(query.dtype)
         if cache is None:
-            mixed = self.ops.attention(query, key, value, stream.documents, self.window)
+            mixed = self._attend(query, key, value, stream.documents)
         else:
-            mixed = cache.attend(query, key, value, stream.cache_position, self.window)
+            mixed = cache.attend(query, key, value, stream.cache_position, self.layer, self.scale, self.sinks)
         return self.o_proj(mixed.flatten(-2))
+
+    def _project(self, x):
+        """Queries (N, H, C), keys and values (N, K, C)."""
+        if self.is_fused:
+            return self.qkv_proj(x).unflatten(-1, (-1, self.head_size)).split(self.sizes, dim=1)
+        projected = project(x, self.q_proj, self.k_proj, self.v_proj)
+        return (p.unflatten(-1, (-1, self.head_size)) for p in projected)
+
+    def _rotate(self, x, cos, sin):
+        """The rotation turns the first channels, as many as it has; most checkpoints turn all."""
+        x = functional.interleaved_to_halves(x) if self.is_interleaved else x
+        turned = cos.shape[-1]
+        if turned == x.shape[-1]:
+            return self.ops.apply_rope(x, cos, sin)
+        return torch.cat((self.ops.apply_rope(x[..., :turned], cos, sin), x[..., turned:]), dim=-1)
+
+    def _attend(self, query, key, value, documents: Documents):
+        if self.layer.chunk is not None:
+            documents = documents.chunked(self.layer.chunk)
+        return self.ops.attention(query, key, value, documents, self.layer.window, self.scale, self.sinks)
 
 
 class MLP(nn.Module):
-    def __init__(self, spec: DecoderSpec, ops: Ops):
+    def __init__(self, spec: DecoderSpec, size: int, ops: Ops):
         super().__init__()
-        D, F = spec.hidden_size, spec.mlp_size
-        self.gate_proj = nn.Linear(D, F, bias=spec.mlp_bias)
-        self.up_proj = nn.Linear(D, F, bias=spec.mlp_bias)
-        self.down_proj = nn.Linear(F, D, bias=spec.mlp_bias)
-        self.ops = ops
+        D, self.is_fused = spec.hidden_size, spec.fused_projections
+        if self.is_fused:
+            self.gate_up_proj = nn.Linear(D, 2 * size, bias=spec.mlp_bias)
+        else:
+            self.gate_proj = nn.Linear(D, size, bias=spec.mlp_bias)
+            self.up_proj = nn.Linear(D, size, bias=spec.mlp_bias)
+        self.down_proj = nn.Linear(size, D, bias=spec.mlp_bias)
+        self.unit = gated_unit(ops, spec.activation, spec.clamp)
 
     def forward(self, x):
-        return self.down_proj(self.ops.swiglu(*project(x, self.gate_proj, self.up_proj)))
+        if self.is_fused:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        else:
+            gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(self.unit(gate, up))
+
+
+def make_mlp(spec: DecoderSpec, layer: LayerSpec, ops: Ops) -> nn.Module:
+    if not layer.experts:
+        return MLP(spec, layer.mlp_size or spec.mlp_size, ops)
+    shared = spec.experts.shared_size
+    return MixtureOfExperts(spec, ops, None if shared is None else MLP(spec, shared, ops))
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x)); with post-norms, x + norm(…) of each."""
 
     def __init__(self, spec: DecoderSpec, layer: LayerSpec, ops: Ops):
         super().__init__()
-        self.input_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps, ops)
+        self.mlp_name, self.residual_scale, self.post_norms = spec.mlp_name, spec.residual_scale, spec.post_norms
+        self.input_layernorm = RMSNorm(spec.hidden_size, spec, ops)
         self.self_attn = Attention(spec, layer, ops)
-        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps, ops)
-        self.mlp = MLP(spec, ops)
+        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec, ops)
+        if spec.post_norms:
+            self.pre_feedforward_layernorm = RMSNorm(spec.hidden_size, spec, ops)
+            self.post_feedforward_layernorm = RMSNorm(spec.hidden_size, spec, ops)
+        self.add_module(spec.mlp_name, make_mlp(spec, layer, ops))
 
     def forward(self, x, stream, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), stream, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        mlp = self.get_submodule(self.mlp_name)
+        attended = self.self_attn(self.input_layernorm(x), stream, cache)
+        if self.post_norms:
+            x = x + self.post_attention_layernorm(attended)
+            return x + self.post_feedforward_layernorm(mlp(self.pre_feedforward_layernorm(x)))
+        x = self._add(x, attended)
+        return self._add(x, mlp(self.post_attention_layernorm(x)))
+
+    def _add(self, x, update):
+        return x + update if self.residual_scale == 1 else x + update * self.residual_scale
 
 
 @dataclass(frozen=True)
 class Stream:
-    """What all layers share in one forward pass: rotations (N, C), and document bounds or cache positions (B, T)."""
+    """What all layers share in one forward pass: rotations cos, sin (N, C) by name, query temperatures (N,), and
+    document bounds or cache positions (B, T)."""
 
-    cos: torch.Tensor
-    sin: torch.Tensor
+    rotations: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    temperature: torch.Tensor | None
     documents: Documents | None
     cache_position: torch.Tensor | None
 
@@ -129,7 +171,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size, _weight=_fresh_embedding(spec))
         self.layers = nn.ModuleList(Block(spec, layer, ops) for layer in spec.layers)
-        self.norm = RMSNorm(spec.hidden_size, spec.norm_eps, ops)
+        self.norm = RMSNorm(spec.hidden_size, spec, ops)
 
 
 def _fresh_embedding(spec: DecoderSpec) -> torch.Tensor:
@@ -148,7 +190,9 @@ class Decoder(nn.Module):
         self.spec, self.ops = spec, ops
         self.model = Backbone(spec, ops)
         self.lm_head = None if spec.tied_head else nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
-        self.rope = Rope(spec.rope, spec.head_size)
+        ropes = {"global": spec.rope, "local": spec.local_rope}
+        self.ropes = {name: Rope(rope, spec.head_size) for name, rope in ropes.items() if rope is not None}
+        self.layout = None  # how experts lie on disk (model/families/layout.py), set when a checkpoint is loaded
         self.gradient_checkpointing = False
         self.neftune_alpha: float | None = None
 
@@ -161,7 +205,7 @@ class Decoder(nn.Module):
     def device(self) -> torch.device:
         return self.model.embed_tokens.weight.device
 
-    def forward(self, input_ids, position=None, document=None, cache: "KVCache | None" = None) -> torch.Tensor:
+    def forward(self, input_ids, position=None, document=None, cache: KVCache | None = None) -> torch.Tensor:
         """Final-norm hidden states (B, T, D) in the model's dtype.
 
         input_ids (B, T) int64; position (B, T) int64, by default counted within each document; document (B, T), by
@@ -169,20 +213,30 @@ class Decoder(nn.Module):
         not used."""
         B, T = input_ids.shape
         x = self.model.embed_tokens(input_ids).flatten(0, 1)
+        if self.spec.embed_scale != 1:
+            x = x * torch.tensor(self.spec.embed_scale, dtype=x.dtype, device=x.device)
         documents = None
         if cache is None:
             documents = Documents.from_ids(torch.zeros_like(input_ids) if document is None else document)
             position = document_positions(documents).view(B, T) if position is None else position
         if self.training and self.neftune_alpha:
             x = x + neftune_noise(x, documents, self.neftune_alpha)
-        cos, sin = self.rope(position.flatten(), x.dtype)
-        stream = Stream(cos, sin, documents, position if cache is not None else None)
+        stream = self._stream(position, x.dtype, documents, cache is not None)
         for i, block in enumerate(self.model.layers):
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, stream, use_reentrant=False)
             else:
                 x = block(x, stream, None if cache is None else cache.layers[i])
-        return self.model.norm(x).view(B, T, -1)
+        x = self.model.norm(x).view(B, T, -1)
+        return x if self.spec.hidden_scale == 1 else x * self.spec.hidden_scale
+
+    def _stream(self, position, dtype, documents: Documents | None, is_cached: bool) -> Stream:
+        flat, temperature = position.flatten(), None
+        if any(layer.temperature for layer in self.spec.layers):
+            a, floor = self.spec.temperature
+            temperature = 1 + a * torch.log1p(torch.floor((flat.float() + 1) / floor))
+        rotations = {name: rope(flat, dtype) for name, rope in self.ropes.items()}
+        return Stream(rotations, temperature, documents, position if is_cached else None)
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """(…, D) hidden states → (…, V) float32 logits."""
@@ -201,32 +255,3 @@ def neftune_noise(x: torch.Tensor, documents: Documents, alpha: float) -> torch.
     scale = alpha / (lengths * x.shape[-1]).float().sqrt()
     per_token = scale.repeat_interleave(lengths)[:, None]
     return (torch.empty_like(x, dtype=torch.float32).uniform_(-1, 1) * per_token).to(x.dtype)
-
-
-class LayerCache:
-    """Keys and values of one layer, (B, S, K, C); slot s of a row holds its position s."""
-
-    def __init__(self, batch: int, slots: int, spec: DecoderSpec, like: torch.Tensor):
-        shape = (batch, slots, spec.kv_heads, spec.head_size)
-        self.key, self.value = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
-
-    def attend(self, query, key, value, position, window) -> torch.Tensor:
-        """Store the new keys and values (N, K, C) at `position` (B, T), then attend from query (N, H, C)."""
-        B, T = position.shape
-        row = torch.arange(B, device=position.device)[:, None]
-        self.key[row, position] = key.unflatten(0, (B, T))
-        self.value[row, position] = value.unflatten(0, (B, T))
-        attends = cache_attends(position, self.key.shape[1], window)
-        return functional.cached_attention(query.unflatten(0, (B, T)), self.key, self.value, attends).flatten(0, 1)
-
-
-class KVCache:
-    """Room for `capacity` tokens in each of `batch` rows.
-
-    Rows may differ in length: right-pad the prompts and pass every token's true position. A pad writes a slot past its
-    row's end, which no query looks at before the row's own token of that position overwrites it."""
-
-    def __init__(self, model: Decoder, batch: int, capacity: int):
-        like = model.model.embed_tokens.weight
-        self.capacity = capacity
-        self.layers = [LayerCache(batch, capacity, model.spec, like) for _ in model.spec.layers]

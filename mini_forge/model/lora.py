@@ -20,9 +20,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from mini_forge.errors import ConfigError
+from mini_forge.model.grouped import blocks, grouped_products
 from mini_forge.model.quant import Linear4bit, Linear8bit, dequantized_weight
+from mini_forge.model.stacks import Stack4bit, Stack8bit, StackMxfp4
 
 LINEAR_TYPES = (nn.Linear, Linear4bit, Linear8bit)
+STACK_TYPES = (Stack4bit, Stack8bit, StackMxfp4)
+STACK_NAMES = ("gate_up_proj", "down_proj")  # of experts, whose module is named `experts`
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,41 @@ class LoRALinear(nn.Module):
     def delta(self) -> torch.Tensor:
         """s·BA, the (out, in) float32 matrix that merging adds to the weight."""
         return self.scaling * (self.lora_B.detach().float() @ self.lora_A.detach().float())
+
+
+class LoRAStack(nn.Module):
+    """A frozen stack of expert matrices (E, out, in) with a trainable float32 update for each: A (E, R, in), B (E, out, R).
+
+    Two products for each expert's rows, s·(x̃ A_eᵀ) B_eᵀ; no ΔW is ever formed, and experts without rows cost nothing."""
+
+    def __init__(self, base: nn.Parameter | nn.Module, spec: LoraSpec, generator: torch.Generator | None = None):
+        super().__init__()
+        self.base = base
+        self.shape, self.scaling, self.dropout, self.enabled = base.shape, spec.scaling, spec.dropout, True
+        E, out, width = base.shape
+        device = base.device if isinstance(base, torch.Tensor) else next(base.buffers()).device
+        bound = 1 / math.sqrt(width)
+        start = torch.empty(E, spec.rank, width).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(start.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(E, out, spec.rank, device=device))
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None, counts: list[int]) -> torch.Tensor:
+        """x (M, in) sorted by expert, `counts[e]` rows each; bias (E, out) or None → (M, out)."""
+        out = grouped_products(x, self.base, bias, counts)
+        if not self.enabled:
+            return out
+        dropped = F.dropout(x, self.dropout, self.training)
+        # unbind, not A[e]: the gradient of an index would be a zeroed stack for every expert
+        As, Bs = self.lora_A.to(x.dtype).unbind(), self.lora_B.to(x.dtype).unbind()
+        updates = [(dropped[rows] @ As[e].t()) @ Bs[e].t() for e, rows in blocks(counts)]
+        return out + self.scaling * torch.cat(updates)
+
+    def delta(self, expert: int) -> torch.Tensor:
+        """s·B_e A_e, the (out, in) float32 matrix that merging adds to the expert's weight."""
+        return self.scaling * (self.lora_B[expert].detach().float() @ self.lora_A[expert].detach().float())
+
+
+ADAPTED = (LoRALinear, LoRAStack)
 
 
 def project(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
@@ -191,15 +230,28 @@ def linear_names(model: nn.Module) -> list[str]:
     return [name for name in names if name != "lm_head" and not name.endswith(".base")]
 
 
-def target_names(model: nn.Module, targets: tuple[str, ...] | None) -> list[str]:
-    """The linear layers that `targets` name by whole last parts of their names; None names them all.
+def stack_names(model: nn.Module) -> list[str]:
+    """Names of all stacks of expert matrices, gate_up before down."""
+    owners = [name for name, module in model.named_modules() if name.endswith(".experts")]
+    return [f"{owner}.{leaf}" for owner in owners for leaf in STACK_NAMES]
 
-    Raises ConfigError for a target that matches nothing."""
+
+def target_names(model: nn.Module, targets: tuple[str, ...] | None) -> list[str]:
+    """The linear layers and stacks of experts that `targets` name by whole last parts of their names.
+
+    None names all linear layers, no stack: experts are adapted on request, as `experts.gate_up_proj` and
+    `experts.down_proj`. Raises ConfigError for a target that matches nothing."""
     names = linear_names(model)
     if targets is None:
         return names
-    matches = {t: [n for n in names if n == t or n.endswith("." + t)] for t in targets}
-    known = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in names}))
+    stacks = stack_names(model)
+    names += stacks
+    # A stack is named with its `experts.`, so that `down_proj` alone stays the name of a linear layer, as in PEFT.
+    matches = {
+        t: [n for n in names if n == t or (n.endswith("." + t) and (n not in stacks or "experts." in t))]
+        for t in targets
+    }
+    known = ", ".join(sorted({".".join(n.split(".")[-2 if n in stacks else -1 :]) for n in names}))
     unmatched = [
         f"target_modules: {t!r} names no linear layer of this model; use 'all-linear' or a list of: {known}"
         for t, found in matches.items()
@@ -212,16 +264,29 @@ def target_names(model: nn.Module, targets: tuple[str, ...] | None) -> list[str]
 
 
 def inject(model: nn.Module, spec: LoraSpec, generator: torch.Generator | None = None) -> list[str]:
-    """Freeze the model and wrap its target layers in LoRALinear, in place. Returns the wrapped names, in order."""
+    """Freeze the model and put a LoRA layer around each target, in place. Returns their names, in order."""
     model.requires_grad_(False)
     names = target_names(model, spec.targets)
+    stacks = set(stack_names(model))
     for name in names:
-        model.set_submodule(name, LoRALinear(model.get_submodule(name), spec, generator))
+        if name in stacks:
+            _replace(model, name, lambda base: LoRAStack(base, spec, generator))
+        else:
+            model.set_submodule(name, LoRALinear(model.get_submodule(name), spec, generator))
     return names
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
+def _replace(model: nn.Module, name: str, make):
+    """Put make(what is there) under `name`, be it parameter or module."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    new = make(getattr(owner, leaf))
+    delattr(owner, leaf)
+    setattr(owner, leaf, new)
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear | LoRAStack]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, ADAPTED))
 
 
 @contextmanager
@@ -241,12 +306,17 @@ def disabled(model: nn.Module):
 def merge(model: nn.Module) -> nn.Module:
     """Add every update to its dense base weight and drop the adapters, in place.
 
-    The sum is made in float32 and rounded once to the weight's dtype. Raises ConfigError for a 4-bit or 8-bit base:
+    The sum is made in float32 and rounded once to the weight's dtype. Raises ConfigError for a quantized base:
     rounding W + s·BA to 4 bits again would lose the update; merge into the full-precision checkpoint instead."""
     for name, layer in list(lora_layers(model)):
-        if not isinstance(layer.base, nn.Linear):
+        base = layer.base
+        if not isinstance(base, nn.Linear | nn.Parameter):
             raise ConfigError(f"merge: {name} has a quantized weight; load the model with quantization=None to merge")
-        weight = layer.base.weight
-        weight.data = (weight.data.float() + layer.delta().to(weight.device)).to(weight.dtype)
-        model.set_submodule(name, layer.base)
+        if isinstance(layer, LoRAStack):
+            for e, weight in enumerate(base.data):
+                weight.copy_(weight.float() + layer.delta(e).to(weight.device))
+            _replace(model, name, lambda layer: layer.base)
+        else:
+            base.weight.data = (base.weight.data.float() + layer.delta().to(base.weight.device)).to(base.weight.dtype)
+            model.set_submodule(name, base)
     return model

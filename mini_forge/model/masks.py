@@ -5,6 +5,7 @@ needs only the documents' boundaries, not an (N, N) mask.
 """
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 
@@ -15,7 +16,7 @@ class Documents:
 
     lengths: list[int]
     starts: torch.Tensor
-    _masks: dict = field(default_factory=dict, compare=False, repr=False)
+    _masks: dict = field(default_factory=dict, compare=False, repr=False)  # masks and chunkings made so far
 
     @property
     def longest(self) -> int:
@@ -42,13 +43,25 @@ class Documents:
         is_recent = torch.cuda.get_device_capability(query.device)[0] >= 8
         return is_recent and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
 
-    def window_mask(self, length: int, window: int) -> torch.Tensor:
-        """(L, L) bool, True where key j is in query i's window: 0 <= i - j < window. Made once per length."""
-        if (length, window) not in self._masks:
+    def window_mask(self, length: int, window: int, has_sink: bool = False) -> torch.Tensor:
+        """(L, L) bool, True where key j is in query i's window: 0 <= i - j < window. Made once per length.
+
+        has_sink: key 0 is visible to all."""
+        if (length, window, has_sink) not in self._masks:
             index = torch.arange(length, device=self.starts.device)
             distance = index[:, None] - index[None, :]
-            self._masks[length, window] = (distance >= 0) & (distance < window)
-        return self._masks[length, window]
+            attends = (distance >= 0) & (distance < window)
+            attends[:, 0] |= has_sink
+            self._masks[length, window, has_sink] = attends
+        return self._masks[length, window, has_sink]
+
+    def chunked(self, chunk: int) -> "Documents":
+        """Every document cut into pieces of `chunk` tokens: attention within chunks is attention within these."""
+        if chunk not in self._masks:
+            lengths = [min(chunk, n - i) for n in self.lengths for i in range(0, n, chunk)]
+            starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=self.starts.device)
+            self._masks[chunk] = Documents(lengths, starts)
+        return self._masks[chunk]
 
 
 def document_positions(documents: Documents) -> torch.Tensor:
@@ -58,7 +71,7 @@ def document_positions(documents: Documents) -> torch.Tensor:
     return torch.arange(first.numel(), device=first.device) - first
 
 
-def cache_attends(position: torch.Tensor, slots: int, window: int | None) -> torch.Tensor:
+def cache_attends(position: torch.Tensor, slots: int, window: int | None, chunk: int | None = None) -> torch.Tensor:
     """(B, T, S) bool: which cache slots a query may look at. Slot s holds the key of position s, so s <= position.
 
     position (B, T) int64. Slots past a row's own tokens hold stale keys, and are always past its position too."""
@@ -66,4 +79,6 @@ def cache_attends(position: torch.Tensor, slots: int, window: int | None) -> tor
     attends = slot <= position[..., None]
     if window is not None:
         attends &= slot > position[..., None] - window
+    if chunk is not None:
+        attends &= slot // chunk == position[..., None] // chunk
     return attends

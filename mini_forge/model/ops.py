@@ -6,6 +6,7 @@ decoder another `Ops` whose functions have the same names, signatures and result
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from mini_forge.model import functional
 
@@ -19,6 +20,17 @@ class Ops:
     apply_rope: Callable
     swiglu: Callable
     attention: Callable
+
+
+def gated_unit(ops: Ops, activation: str, clamp: tuple[float, float]) -> Callable:
+    """The function of gate and up that a spec names (`DecoderSpec.activation`); only silu has a fused form."""
+    limit, slope = clamp
+    units = {
+        "silu": ops.swiglu,
+        "gelu_tanh": functional.gelu_glu,
+        "clamped": partial(functional.clamped_swiglu, limit=limit, slope=slope),
+    }
+    return units[activation]
 
 
 PLAIN = Ops("plain", functional.rms_norm, functional.apply_rope, functional.swiglu, functional.attention)

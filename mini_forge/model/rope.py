@@ -90,11 +90,12 @@ _REQUIRED = {
 
 def rope_spec(config: dict, default_theta: float = 10000.0) -> RopeSpec:
     """From a Hugging Face config: `rope_parameters` (new) or `rope_theta` with `rope_scaling` (old)."""
-    record = config.get("rope_parameters") or {**(config.get("rope_scaling") or {})}
+    record = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = record.get("rope_theta", config.get("rope_theta", default_theta))
     kind = record.get("rope_type", record.get("type", "default"))
     if kind not in SCALINGS:
         raise CheckpointError(f"config.json: rope type {kind!r} is not supported; supported: {', '.join(SCALINGS)}")
+    record = {"partial_rotary_factor": config.get("partial_rotary_factor"), **record}
     scaling = {k: v for k, v in record.items() if k not in ("rope_theta", "rope_type", "type") and v is not None}
     if kind == "yarn" and "original_max_position_embeddings" not in scaling:
         scaling["original_max_position_embeddings"] = config.get("max_position_embeddings")
@@ -107,9 +108,10 @@ def rope_spec(config: dict, default_theta: float = 10000.0) -> RopeSpec:
 class Rope(torch.nn.Module):
     """The cos and sin of a batch's positions, made once a forward pass and shared by all layers."""
 
-    def __init__(self, spec: RopeSpec, channels: int):
+    def __init__(self, spec: RopeSpec, head_size: int):
         super().__init__()
-        self.spec, self.channels = spec, channels
+        # Some checkpoints turn only the first channels of a head.
+        self.spec, self.channels = spec, int(head_size * spec.get("partial_rotary_factor", 1.0))
         self._by_device: dict[torch.device, torch.Tensor] = {}
 
     def forward(self, position: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,10 +6,33 @@ named for what it does.
 """
 
 from mini_forge.errors import CheckpointError
-from mini_forge.model.decoder import DecoderSpec
-from mini_forge.model.families import llama, mistral, qwen2, qwen3
+from mini_forge.model.families import (
+    gemma3,
+    gpt_oss,
+    granite,
+    llama,
+    llama4,
+    mistral,
+    mixtral,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
+from mini_forge.model.spec import DecoderSpec
 
-FAMILIES = {"llama": llama.spec, "mistral": mistral.spec, "qwen2": qwen2.spec, "qwen3": qwen3.spec}
+MODULES = {
+    "llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3, "qwen3_moe": qwen3_moe, "gpt_oss": gpt_oss,
+    "llama4": llama4, "llama4_text": llama4, "mixtral": mixtral, "gemma3": gemma3, "gemma3_text": gemma3, "phi3": phi3,
+    "smollm3": smollm3, "granite": granite,
+}  # fmt: skip
+FAMILIES = {kind: module.spec for kind, module in MODULES.items()}
+
+
+def expert_layout(config: dict):
+    """How this checkpoint's experts lie on disk (`mini_forge.model.families.layout`), None for a model without."""
+    return getattr(MODULES[config["model_type"]], "LAYOUT", None)
 
 
 def decoder_spec(config: dict) -> DecoderSpec:

@@ -5,26 +5,29 @@ from mini_forge.model.decoder import DecoderSpec, LayerSpec
 from mini_forge.model.rope import rope_spec
 
 
-def base_spec(config: dict, *, windows: list[int | None] | None = None, **options) -> DecoderSpec:
-    """The shared part of a spec; `windows` per layer (default: whole document), `options` are DecoderSpec fields."""
-    if config.get("hidden_act", "silu") != "silu":
+def base_spec(config: dict, layers: list[LayerSpec] | None = None, **options) -> DecoderSpec:
+    """The shared part of a spec; `layers` by default all alike, `options` are DecoderSpec fields that differ."""
+    if "activation" not in options and config.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"config.json: hidden_act {config['hidden_act']!r} is not supported; supported: silu")
-    layers = config["num_hidden_layers"]
     heads = config["num_attention_heads"]
-    return DecoderSpec(
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
-        mlp_size=config["intermediate_size"],
-        heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_size=config.get("head_dim") or config["hidden_size"] // heads,
-        layers=tuple(LayerSpec(window) for window in windows or [None] * layers),
-        rope=rope_spec(config),
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        max_positions=config.get("max_position_embeddings", 2048),
-        tied_head=config.get("tie_word_embeddings", False),
-        **options,
-    )
+    shared = {
+        "vocab_size": config["vocab_size"],
+        "hidden_size": config["hidden_size"],
+        "mlp_size": config["intermediate_size"],
+        "heads": heads,
+        "kv_heads": config.get("num_key_value_heads") or heads,
+        "head_size": config.get("head_dim") or config["hidden_size"] // heads,
+        "layers": tuple(layers or [LayerSpec()] * config["num_hidden_layers"]),
+        "rope": options.get("rope") or rope_spec(config),
+        "norm_eps": config.get("rms_norm_eps", 1e-6),
+        "max_positions": config.get("max_position_embeddings", 2048),
+        "tied_head": config.get("tie_word_embeddings", False),
+    }
+    return DecoderSpec(**{**shared, **options})
+
+
+def windowed_layers(config: dict) -> list[LayerSpec]:
+    return [LayerSpec(window) for window in layer_windows(config)]
 
 
 def layer_windows(config: dict) -> list[int | None]:

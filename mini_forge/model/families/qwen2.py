@@ -1,7 +1,7 @@
 """Qwen2 and Qwen2.5: biases on q, k, v but not on the output; upper layers may slide."""
 
-from mini_forge.model.families.common import base_spec, layer_windows
+from mini_forge.model.families.common import base_spec, windowed_layers
 
 
 def spec(config):
-    return base_spec(config, windows=layer_windows(config), qkv_bias=True)
+    return base_spec(config, windowed_layers(config), qkv_bias=True)

@@ -1,0 +1,100 @@
+"""Mixture of experts: a router picks k of E SwiGLU MLPs for each token. Switch (2101.03961) Eq. 1-2, Mixtral (2401.04088).
+
+Tokens are sorted by expert, so each expert multiplies one block of rows; only experts that have rows are touched. The
+weights are stacks: `gate_up_proj` (E, 2F, D), gate rows first, and `down_proj` (E, D, F), dense or quantized
+(`mini_forge.model.stacks`); of a quantized stack one expert at a time is made dense.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mini_forge.model.grouped import grouped_products
+from mini_forge.model.lora import LoRAStack
+from mini_forge.model.ops import Ops, gated_unit
+from mini_forge.model.spec import DecoderSpec
+
+
+class Router(nn.Module):
+    """Logits (N, E) of each token's experts. Its own kind of module: never quantized, never adapted by "all-linear"."""
+
+    def __init__(self, spec: DecoderSpec):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(spec.experts.count, spec.hidden_size))
+        self.bias = nn.Parameter(torch.empty(spec.experts.count)) if spec.experts.router_bias else None
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+class Experts(nn.Module):
+    """The stacks. Input rows lie sorted by expert: `counts[e]` rows of expert e."""
+
+    def __init__(self, spec: DecoderSpec, ops: Ops):
+        super().__init__()
+        E, D, W = spec.experts.count, spec.hidden_size, spec.experts.size
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * W, D))
+        self.down_proj = nn.Parameter(torch.empty(E, D, W))
+        self.gate_up_proj_bias = nn.Parameter(torch.empty(E, 2 * W)) if spec.experts.bias else None
+        self.down_proj_bias = nn.Parameter(torch.empty(E, D)) if spec.experts.bias else None
+        self.unit = gated_unit(ops, spec.activation, spec.clamp)
+
+    def forward(self, x, counts: list[int]):
+        """(M, D) → (M, D)."""
+        gate, up = _products(x, self.gate_up_proj, self.gate_up_proj_bias, counts).chunk(2, dim=-1)
+        return _products(self.unit(gate, up), self.down_proj, self.down_proj_bias, counts)
+
+
+def _products(x, stack, bias, counts):
+    return stack(x, bias, counts) if isinstance(stack, LoRAStack) else grouped_products(x, stack, bias, counts)
+
+
+class MixtureOfExperts(nn.Module):
+    """Router, experts and, where there is one, the MLP that every token passes (`shared`)."""
+
+    def __init__(self, spec: DecoderSpec, ops: Ops, shared: nn.Module | None):
+        super().__init__()
+        self.top_k, self.scoring, self.normalized = spec.experts.top_k, spec.experts.router, spec.experts.normalized
+        self.router_name = spec.experts.router_name
+        self.add_module(self.router_name, Router(spec))
+        self.experts = Experts(spec, ops)
+        self.shared_expert = shared
+
+    def forward(self, x):
+        """x (N, D) → (N, D)."""
+        N, D = x.shape
+        scores, chosen = self._route(self.get_submodule(self.router_name)(x))
+        order = chosen.flatten().argsort(stable=True)
+        inverse = order.argsort()
+        counts = chosen.flatten().bincount(minlength=self.experts.gate_up_proj.shape[0]).tolist()
+        rows = x[:, None].expand(N, self.top_k, D)
+        if self.scoring == "sigmoid":
+            rows = rows * scores[..., None]
+        out = self.experts(_PermuteRows.apply(rows.reshape(-1, D), order, inverse), counts)
+        out = _PermuteRows.apply(out, inverse, order).view(N, self.top_k, D)
+        mixed = out.sum(1) if self.scoring == "sigmoid" else (out * scores[..., None]).sum(1)
+        return mixed if self.shared_expert is None else mixed + self.shared_expert(x)
+
+    def _route(self, logits):
+        """Scores (N, k) in the logits' dtype and indices (N, k) of each token's experts. Softmax in float32: in 16
+        bits the small ones of 128 probabilities are lost."""
+        if self.scoring == "sigmoid":
+            top, chosen = logits.topk(self.top_k, dim=-1)
+            return top.float().sigmoid().to(logits.dtype), chosen
+        scores, chosen = logits.float().softmax(-1).topk(self.top_k, dim=-1)
+        if self.normalized:
+            scores = scores / scores.sum(-1, keepdim=True)
+        return scores.to(logits.dtype), chosen
+
+
+class _PermuteRows(torch.autograd.Function):
+    """rows[order]. Its gradient is a permutation too; that of plain indexing would add row by row."""
+
+    @staticmethod
+    def forward(ctx, rows, order, inverse):
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None

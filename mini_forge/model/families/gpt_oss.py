@@ -1,0 +1,30 @@
+"""gpt-oss: a sink in every head, every other layer slides, experts with biases and a clamped unit, norms in float32.
+
+On disk the experts are MXFP4 (blocks and scales), or bfloat16 stacks (E, D, 2F) with gate and up columns interleaved.
+"""
+
+from mini_forge.model.families.common import base_spec
+from mini_forge.model.families.layout import InterleavedStacks
+from mini_forge.model.spec import ExpertsSpec, LayerSpec
+
+LAYOUT = InterleavedStacks()
+
+
+def spec(config):
+    kinds = config.get("layer_types") or [
+        "full_attention" if i % 2 else "sliding_attention" for i in range(config["num_hidden_layers"])
+    ]
+    windows = [config["sliding_window"] if kind == "sliding_attention" else None for kind in kinds]
+    experts = ExpertsSpec(
+        count=config["num_local_experts"],
+        top_k=config["num_experts_per_tok"],
+        size=config["intermediate_size"],
+        router_name="router",
+        router_bias=True,
+        bias=True,
+    )
+    bias = config.get("attention_bias", True)
+    return base_spec(
+        config, [LayerSpec(window, experts=True) for window in windows], experts=experts, activation="clamped",
+        clamp=(config.get("swiglu_limit", 7.0), config.get("swiglu_alpha", 1.702)), sinks=True, qkv_bias=bias, out_bias=bias, norm_product="float32",
+    )  # fmt: skip
