@@ -192,9 +192,12 @@ def _sampling(options) -> dict:
 
 
 def _merge(options):
-    from mini_forge.io.merge import merge_adapter
+    from mini_forge.io.merge import largest_difference, merge_adapter
 
-    print(f"merged model saved in {merge_adapter(options.run, options.out)}")
+    out = merge_adapter(options.run, options.out)
+    print(f"merged model saved in {out}")
+    worst, deviations = largest_difference(options.run, out)
+    print(f"largest logit difference between adapter-on and merged: {worst:.2e} ({deviations:.1e} of their deviation)")
 
 
 def _schema(options):

@@ -211,6 +211,16 @@ class Decoder(nn.Module):
         input_ids (B, T) int64; position (B, T) int64, by default counted within each document; document (B, T), by
         default one per row. With a `cache`, new tokens of each row continue what the cache holds and `document` is
         not used."""
+        x, stream = self.begin(input_ids, position, document, cache)
+        for i, block in enumerate(self.model.layers):
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, stream, use_reentrant=False)
+            else:
+                x = block(x, stream, None if cache is None else cache.layers[i])
+        return self.finish(x, *input_ids.shape)
+
+    def begin(self, input_ids, position=None, document=None, cache: KVCache | None = None):
+        """What the first block takes: embeddings (N, D) and the Stream that all blocks share."""
         B, T = input_ids.shape
         x = self.model.embed_tokens(input_ids).flatten(0, 1)
         if self.spec.embed_scale != 1:
@@ -221,12 +231,10 @@ class Decoder(nn.Module):
             position = document_positions(documents).view(B, T) if position is None else position
         if self.training and self.neftune_alpha:
             x = x + neftune_noise(x, documents, self.neftune_alpha)
-        stream = self._stream(position, x.dtype, documents, cache is not None)
-        for i, block in enumerate(self.model.layers):
-            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, stream, use_reentrant=False)
-            else:
-                x = block(x, stream, None if cache is None else cache.layers[i])
+        return x, self._stream(position, x.dtype, documents, cache is not None)
+
+    def finish(self, x, B: int, T: int) -> torch.Tensor:
+        """What the last block gives, (N, D), → final-norm hidden states (B, T, D)."""
         x = self.model.norm(x).view(B, T, -1)
         return x if self.spec.hidden_scale == 1 else x * self.spec.hidden_scale
 

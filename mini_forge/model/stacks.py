@@ -142,7 +142,7 @@ class Stack8bit(nn.Module):
 
 class StackMxfp4(nn.Module):
     """E matrices in MXFP4, as the checkpoint stores them: `blocks` uint8 (E, out, in/32, 16), `scales` uint8
-    (E, out, in/32). Raises CheckpointError where they do not fit together."""
+    (E, out, in/32), which `.to()` and `.half()` leave. Raises CheckpointError where they do not fit together."""
 
     def __init__(self, blocks: torch.Tensor, scales: torch.Tensor, compute_dtype=torch.float32):
         super().__init__()
@@ -187,9 +187,6 @@ class StackMxfp4(nn.Module):
         call overwrites it. Or in `out`, contiguous, whose dtype decides. Carries no gradient."""
         out = _loan(self, dtype) if out is None else out
         return dequantize_mxfp4(self.blocks[e], self.scales[e], out=out)
-
-    def _apply(self, fn, recurse=True):
-        return super()._apply(_keep_dtypes(self, fn), recurse)
 
 
 Stack = Stack4bit | Stack8bit | StackMxfp4

@@ -1,0 +1,138 @@
+"""Merged models of every family: the adapter's logits, untouched tensors bit for bit, files that say what they are."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mini_forge
+from mini_forge.cli import main
+from mini_forge.io.adapters import load_adapter, save_adapter
+from mini_forge.io.merge import largest_difference, merge_adapter, streamed_logits
+from mini_forge.model.lora import LoraSpec, inject, lora_layers, merge
+from tests.golden_files import FAMILIES, family
+
+TARGETS = ("q_proj", "o_proj", "down_proj")
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+
+
+def adapted(folder, run, targets=None):
+    """A model with a random adapter, which is saved in `run`."""
+    model = mini_forge.load_model(folder)
+    experts = EXPERTS if model.spec.experts is not None else ()
+    attention = ("o_proj",) if model.spec.fused_projections or experts else TARGETS
+    spec = LoraSpec(2, 4, targets=targets or (*attention, *experts))
+    inject(model, spec)
+    generator = torch.Generator().manual_seed(0)
+    for _, layer in lora_layers(model):
+        layer.lora_A.data.normal_(std=0.1, generator=generator)
+        layer.lora_B.data.normal_(std=0.2, generator=generator)
+    run.mkdir()
+    save_adapter(run, model, spec, str(folder))
+    return model
+
+
+def tensors(folder):
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        if file.name != "expected.safetensors":
+            found |= load_file(file)
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_a_merged_model_has_the_adapters_logits_and_nothing_else_changed(name, tmp_path):
+    folder, ids, base = family(name)
+    wanted = adapted(folder, tmp_path / "run").logits(ids)
+    out = merge_adapter(tmp_path / "run", tmp_path / "merged")
+    assert float((wanted - base).abs().max()) > 0.01 * float(base.std())  # the adapter says something
+    # Weights are rounded once to bfloat16, 2⁻⁹ of each; where that turns a router's choice one token differs by more.
+    merged = mini_forge.load_model(out, dtype=None)
+    assert float((mini_forge.load_model(out).logits(ids) - wanted).abs().mean()) < 0.03 * float(wanted.std())
+    if name != "gpt_oss_mxfp4":
+        inside, outside = merge(mini_forge.load_model(tmp_path / "run", dtype=None)).state_dict(), merged.state_dict()
+        assert inside.keys() == outside.keys()
+        assert [key for key in inside if not torch.equal(inside[key], outside[key])] == []
+    before, after = tensors(folder), tensors(out)
+    dense = {n.removesuffix("_blocks") for n in before if not n.endswith("_proj_scales")}
+    assert after.keys() == dense
+    touched = ("q_proj", "o_proj", "down_proj", ".experts.")
+    same = [n for n in after if n in before and torch.equal(before[n], after[n])]
+    assert {n for n in after if not any(t in n for t in touched)} <= set(same)
+    assert len(same) < len(after)
+    assert all(before[n].dtype == after[n].dtype and before[n].shape == after[n].shape for n in after if n in before)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_update_of_zero_changes_no_bit(name, tmp_path):
+    folder = family(name)[0]
+    model = adapted(folder, tmp_path / "run")
+    for _, layer in lora_layers(model):
+        layer.lora_B.data.zero_()
+    save_adapter(tmp_path / "run", model, LoraSpec(2, 4, targets=("o_proj",)), str(folder))
+    before, after = tensors(folder), tensors(merge_adapter(tmp_path / "run", tmp_path / "merged"))
+    for key in after.keys() & before.keys():
+        assert torch.equal(before[key], after[key]), key
+
+
+def test_mxfp4_becomes_bfloat16_and_says_so(tmp_path):
+    folder = family("gpt_oss_mxfp4")[0]
+    adapted(folder, tmp_path / "run", ("q_proj",))
+    out = merge_adapter(tmp_path / "run", tmp_path / "merged")
+    config = json.loads((out / "config.json").read_text())
+    stored = tensors(out)["model.layers.0.mlp.experts.gate_up_proj"]
+    assert "quantization_config" not in config and config["dtype"] == str(stored.dtype).removeprefix("torch.")
+    E, D, F = config["num_local_experts"], config["hidden_size"], config["intermediate_size"]
+    assert stored.shape == (E, D, 2 * F)  # as the family stores dense experts
+    kept = mini_forge.load_model(folder).model.layers[0].mlp.experts.gate_up_proj.expert(1, torch.float32)
+    dense = mini_forge.load_model(out).model.layers[0].mlp.experts.gate_up_proj[1]
+    assert torch.equal(dense, kept)  # MXFP4 values have 2 bits of mantissa: bfloat16 holds them exactly
+
+
+def test_a_sharded_base_stays_sharded_with_a_true_index(tmp_path):
+    folder = family("gpt_oss_sharded")[0]
+    adapted(folder, tmp_path / "run")
+    out = merge_adapter(tmp_path / "run", tmp_path / "merged")
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    files = {file: load_file(out / file) for file in set(index["weight_map"].values())}
+    assert len(files) > 1
+    assert all(name in files[file] for name, file in index["weight_map"].items())
+    total = sum(t.numel() * t.element_size() for held in files.values() for t in held.values())
+    assert index["metadata"]["total_size"] == total
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe_hub", "gpt_oss_mxfp4", "llama4_multimodal", "gemma3_text_hub"])
+@torch.no_grad()
+def test_a_layer_at_a_time_gives_the_same_logits(name, tmp_path):
+    folder, ids, expected = family(name)
+    found = streamed_logits(folder, ids[:1], {})
+    assert float((found - expected[:1]).abs().max()) < 2e-4 * float(expected.std())
+    model = adapted(folder, tmp_path / "run")
+    out = merge_adapter(tmp_path / "run", tmp_path / "merged")
+    worst, deviations = largest_difference(tmp_path / "run", out, tokens=12)
+    probe = torch.randint(model.spec.vocab_size, (1, 12), generator=torch.Generator().manual_seed(0))
+    whole = float((model.logits(probe) - mini_forge.load_model(out).logits(probe)).abs().max())
+    assert worst == pytest.approx(whole, rel=0.05, abs=1e-5)
+    assert deviations == pytest.approx(worst / float(model.logits(probe).std()), rel=1e-3)
+
+
+def test_the_command_prints_the_largest_difference(tmp_path, capsys):
+    folder = family("qwen3_moe_hub")[0]
+    adapted(folder, tmp_path / "run")
+    assert main(["merge", str(tmp_path / "run"), str(tmp_path / "merged")]) == 0
+    assert "largest logit difference between adapter-on and merged: " in capsys.readouterr().out
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path):
+    one, other = family("qwen3_moe_hub")[0], family("gpt_oss_hub")[0]
+    adapted(one, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    record["base_model_name_or_path"] = str(other)
+    (tmp_path / "run" / "adapter_config.json").write_text(json.dumps(record))
+    with pytest.raises(mini_forge.CheckpointError):
+        merge_adapter(tmp_path / "run", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    with pytest.raises(mini_forge.CheckpointError):
+        load_adapter(mini_forge.load_model(other), tmp_path / "run")
