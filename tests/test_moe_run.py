@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 import mini_forge
 from mini_forge.cli import main
+from mini_forge.model.experts import Routing, balance_loss, load_metrics
 from tests.tiny import write_rows
 from tests.tiny_experts import write_checkpoint
 
@@ -81,3 +82,26 @@ def test_a_name_that_only_experts_have_on_disk_is_explained(tmp_path, capsys):
     config.write_text(json.dumps(settings(tmp_path, base, target_modules=["q_proj", "gate_proj"])))
     assert main(["train", str(config)]) == 2
     assert "'gate_proj'" in (error := capsys.readouterr().err) and "experts.gate_up_proj" in error
+
+
+def test_the_load_of_experts_is_logged_and_the_balance_loss_is_the_configs_choice(tmp_path):
+    base = write_checkpoint(tmp_path / "base", "qwen3_moe")
+    plain = train(tmp_path, base, max_steps=2, lora_dropout=0.0)
+    record = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**record, "output_router_logits": True, "router_aux_loss_coef": 0.5}))
+    balanced = train(tmp_path, base, "--overwrite", max_steps=2, lora_dropout=0.0)
+    first, other = (next(m for m in metrics if "loss" in m) for metrics in (plain, balanced))
+    assert 1 <= first["expert_load_max"] <= 6 and 0 <= first["experts_unused"] < 1
+    assert "balance_loss" not in first
+    # E·Σ f P of two experts a token: 2 when balanced, at most 2·E; the loss is the plain one plus 0.5 of it
+    assert 1.5 < other["balance_loss"] < 12
+    assert other["loss"] == pytest.approx(first["loss"] + 0.5 * other["balance_loss"], rel=1e-5)
+    # held-out loss is never mixed with it
+    assert plain[0]["eval_loss"] == pytest.approx(balanced[0]["eval_loss"], rel=1e-6)
+
+
+def test_balance_loss_by_hand():
+    # one layer, E = 2, 4 tokens, top-1: three to expert 0; mean probabilities 0.7 and 0.3: 2·(0.75·0.7 + 0.25·0.3)
+    routing = Routing(4, torch.tensor([3, 1]), torch.tensor([2.8, 1.2]))
+    assert float(balance_loss([routing])) == pytest.approx(1.2)
+    assert load_metrics([routing]) == {"expert_load_max": pytest.approx(1.5), "experts_unused": 0.0}

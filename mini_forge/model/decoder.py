@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mini_forge.model import functional
 from mini_forge.model.cache import KVCache, LayerCache
-from mini_forge.model.experts import MixtureOfExperts
+from mini_forge.model.experts import MixtureOfExperts, Routing
 from mini_forge.model.lora import project
 from mini_forge.model.masks import Documents, document_positions
 from mini_forge.model.ops import PLAIN, Ops, gated_unit
@@ -139,15 +139,19 @@ class Block(nn.Module):
             self.pre_feedforward_layernorm = RMSNorm(spec.hidden_size, spec, ops)
             self.post_feedforward_layernorm = RMSNorm(spec.hidden_size, spec, ops)
         self.add_module(spec.mlp_name, make_mlp(spec, layer, ops))
+        self.has_experts = layer.experts
 
     def forward(self, x, stream, cache=None):
-        mlp = self.get_submodule(self.mlp_name)
         attended = self.self_attn(self.input_layernorm(x), stream, cache)
         if self.post_norms:
             x = x + self.post_attention_layernorm(attended)
-            return x + self.post_feedforward_layernorm(mlp(self.pre_feedforward_layernorm(x)))
+            return x + self.post_feedforward_layernorm(self._mlp(self.pre_feedforward_layernorm(x), stream))
         x = self._add(x, attended)
-        return self._add(x, mlp(self.post_attention_layernorm(x)))
+        return self._add(x, self._mlp(self.post_attention_layernorm(x), stream))
+
+    def _mlp(self, x, stream: "Stream"):
+        mlp = self.get_submodule(self.mlp_name)
+        return mlp(x, stream.routings) if self.has_experts else mlp(x)
 
     def _add(self, x, update):
         return x + update if self.residual_scale == 1 else x + update * self.residual_scale
@@ -155,13 +159,14 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class Stream:
-    """What all layers share in one forward pass: rotations cos, sin (N, C) by name, query temperatures (N,), and
-    document bounds or cache positions (B, T)."""
+    """What all layers share in one forward pass: rotations cos, sin (N, C) by name, query temperatures (N,), document
+    bounds or cache positions (B, T), and in training the list to which layers with experts append their Routing."""
 
     rotations: dict[str, tuple[torch.Tensor, torch.Tensor]]
     temperature: torch.Tensor | None
     documents: Documents | None
     cache_position: torch.Tensor | None
+    routings: list[Routing] | None = None
 
 
 class Backbone(nn.Module):
@@ -193,6 +198,7 @@ class Decoder(nn.Module):
         ropes = {"global": spec.rope, "local": spec.local_rope}
         self.ropes = {name: Rope(rope, spec.head_size) for name, rope in ropes.items() if rope is not None}
         self.layout = None  # how experts lie on disk (model/families/layout.py), set when a checkpoint is loaded
+        self.routings: list[Routing] = []  # of the last forward pass in training
         self.gradient_checkpointing = False
         self.neftune_alpha: float | None = None
 
@@ -217,6 +223,8 @@ class Decoder(nn.Module):
                 x = checkpoint(block, x, stream, use_reentrant=False)
             else:
                 x = block(x, stream, None if cache is None else cache.layers[i])
+        # A copy: a checkpointed block that runs again in the backward appends again.
+        self.routings = list(stream.routings or ())
         return self.finish(x, *input_ids.shape)
 
     def begin(self, input_ids, position=None, document=None, cache: KVCache | None = None):
@@ -244,7 +252,8 @@ class Decoder(nn.Module):
             a, floor = self.spec.temperature
             temperature = 1 + a * torch.log1p(torch.floor((flat.float() + 1) / floor))
         rotations = {name: rope(flat, dtype) for name, rope in self.ropes.items()}
-        return Stream(rotations, temperature, documents, position if is_cached else None)
+        routings = [] if self.training and self.spec.experts is not None else None
+        return Stream(rotations, temperature, documents, position if is_cached else None, routings)
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """(…, D) hidden states → (…, V) float32 logits."""

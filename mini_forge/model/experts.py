@@ -5,6 +5,8 @@ weights are stacks: `gate_up_proj` (E, 2F, D), gate rows first, and `down_proj` 
 (`mini_forge.model.stacks`); of a quantized stack one expert at a time is made dense.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,6 +15,35 @@ from mini_forge.model.grouped import grouped_products
 from mini_forge.model.lora import LoRAStack
 from mini_forge.model.ops import Ops, gated_unit
 from mini_forge.model.spec import DecoderSpec
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where the N tokens of a layer went: to each expert how many, (E,) int64, and the sum of their probabilities of
+    it, (E,) float32 with gradient."""
+
+    tokens: int
+    chosen: torch.Tensor
+    probability: torch.Tensor
+
+
+def balance_loss(routings: list[Routing]) -> torch.Tensor:
+    """E · Σ_e f_e P_e over the tokens of all layers: f_e expert e's share of them, P_e its mean probability. Switch
+    (2101.03961) Eq. 4-6. k when all experts are equally busy (k chosen of each token); a scalar with gradient."""
+    tokens = sum(r.tokens for r in routings)
+    shares = sum(r.chosen for r in routings) / tokens
+    probabilities = sum(r.probability for r in routings) / tokens
+    return len(shares) * (shares * probabilities).sum()
+
+
+def load_metrics(routings: list[Routing]) -> dict[str, float]:
+    """Means over layers: `expert_load_max`, the busiest expert's tokens over the mean (1 is balance), and
+    `experts_unused`, the share of experts without a token."""
+    chosen = torch.stack([r.chosen for r in routings]).float()
+    return {
+        "expert_load_max": float((chosen.amax(1) / chosen.mean(1)).mean()),
+        "experts_unused": float((chosen == 0).float().mean()),
+    }
 
 
 class Router(nn.Module):
@@ -60,13 +91,17 @@ class MixtureOfExperts(nn.Module):
         self.experts = Experts(spec, ops)
         self.shared_expert = shared
 
-    def forward(self, x):
-        """x (N, D) → (N, D)."""
+    def forward(self, x, routings: "list[Routing] | None" = None):
+        """x (N, D) → (N, D); appends to `routings` where the tokens went."""
         N, D = x.shape
-        scores, chosen = self._route(self.get_submodule(self.router_name)(x))
+        logits = self.get_submodule(self.router_name)(x)
+        scores, chosen = self._route(logits)
         order = chosen.flatten().argsort(stable=True)
         inverse = order.argsort()
-        counts = chosen.flatten().bincount(minlength=self.experts.gate_up_proj.shape[0]).tolist()
+        tokens = chosen.flatten().bincount(minlength=logits.shape[-1])
+        counts = tokens.tolist()
+        if routings is not None:
+            routings.append(Routing(N, tokens, logits.float().softmax(-1).sum(0)))
         rows = x[:, None].expand(N, self.top_k, D)
         if self.scoring == "sigmoid":
             rows = rows * scores[..., None]

@@ -28,7 +28,7 @@ class ExpertsSpec:
 
     router: "softmax" weighs the outputs by the chosen probabilities, divided by their sum if `normalized`; "sigmoid"
     scales each chosen expert's input by sigmoid(logit). `router_name` is its name in the checkpoint. shared_size: width
-    of an MLP that every token passes besides."""
+    of an MLP that every token passes besides. balance_coef: weight of the balance loss in training, 0 for none."""
 
     count: int
     top_k: int
@@ -39,6 +39,7 @@ class ExpertsSpec:
     router_bias: bool = False
     bias: bool = False
     shared_size: int | None = None
+    balance_coef: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,10 @@
 """Supervised fine-tuning: next-token loss on the response tokens. QLoRA is the same objective over a 4-bit base."""
 
+import torch
+
 from mini_forge.data.batches import Batch
 from mini_forge.model.decoder import Decoder
+from mini_forge.model.experts import balance_loss, load_metrics
 from mini_forge.training.losses import LossSum, Objective, token_nll
 
 
@@ -11,7 +14,22 @@ def sft_loss(model: Decoder, batch: Batch) -> LossSum:
     targets = batch.targets.flatten()
     is_trained = (targets != -100).nonzero().squeeze(-1)
     nll = token_nll(hidden[is_trained], model.head_weight, targets[is_trained])
-    return LossSum(nll.sum(), nll.numel())
+    if not model.routings:
+        return LossSum(nll.sum(), nll.numel())
+    return _with_balance(model, nll)
+
+
+def _with_balance(model: Decoder, nll: torch.Tensor) -> LossSum:
+    """Experts' load among the metrics and, where the checkpoint's config asks for it, the balance loss, weighted by
+    tokens as the rest is: each microbatch counts by its trained tokens."""
+    count, coefficient = nll.numel(), model.spec.experts.balance_coef
+    metrics = {name: value * count for name, value in load_metrics(model.routings).items()}
+    total = nll.sum()
+    if coefficient:
+        balance = balance_loss(model.routings)
+        metrics["balance_loss"] = float(balance.detach()) * count
+        total = total + coefficient * balance * count
+    return LossSum(total, count, metrics)
 
 
 def trained_tokens(batch: Batch) -> int:

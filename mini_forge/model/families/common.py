@@ -26,6 +26,11 @@ def base_spec(config: dict, layers: list[LayerSpec] | None = None, **options) ->
     return DecoderSpec(**{**shared, **options})
 
 
+def balance_coef(config: dict) -> float:
+    """The weight of the balance loss; a config.json asks for the loss by `output_router_logits`."""
+    return config.get("router_aux_loss_coef", 0.001) if config.get("output_router_logits") else 0.0
+
+
 def windowed_layers(config: dict) -> list[LayerSpec]:
     return [LayerSpec(window) for window in layer_windows(config)]
 

@@ -3,7 +3,7 @@
 On disk the experts are MXFP4 (blocks and scales), or bfloat16 stacks (E, D, 2F) with gate and up columns interleaved.
 """
 
-from mini_forge.model.families.common import base_spec
+from mini_forge.model.families.common import balance_coef, base_spec
 from mini_forge.model.families.layout import InterleavedStacks
 from mini_forge.model.spec import ExpertsSpec, LayerSpec
 
@@ -21,6 +21,7 @@ def spec(config):
         size=config["intermediate_size"],
         router_name="router",
         router_bias=True,
+        balance_coef=balance_coef(config),
         bias=True,
     )
     bias = config.get("attention_bias", True)

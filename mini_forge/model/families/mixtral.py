@@ -3,7 +3,7 @@
 In memory that is `mlp`, as in adapters: PEFT names modules as transformers does, which renames it too.
 """
 
-from mini_forge.model.families.common import base_spec
+from mini_forge.model.families.common import balance_coef, base_spec
 from mini_forge.model.families.layout import PerExpert
 from mini_forge.model.spec import ExpertsSpec, LayerSpec
 
@@ -12,5 +12,10 @@ LAYOUT = PerExpert(("w1", "w3", "w2"), mlp="block_sparse_moe")
 
 def spec(config):
     layer = LayerSpec(config.get("sliding_window"), experts=True)
-    experts = ExpertsSpec(config["num_local_experts"], config["num_experts_per_tok"], config["intermediate_size"])
+    experts = ExpertsSpec(
+        count=config["num_local_experts"],
+        top_k=config["num_experts_per_tok"],
+        size=config["intermediate_size"],
+        balance_coef=balance_coef(config),
+    )
     return base_spec(config, [layer] * config["num_hidden_layers"], experts=experts)

@@ -5,6 +5,7 @@ On disk every expert has three matrices of its own.
 """
 
 from mini_forge.model.families import qwen3
+from mini_forge.model.families.common import balance_coef
 from mini_forge.model.families.layout import PerExpert
 from mini_forge.model.spec import ExpertsSpec, LayerSpec
 
@@ -22,5 +23,6 @@ def spec(config):
         top_k=config["num_experts_per_tok"],
         size=config["moe_intermediate_size"],
         normalized=config.get("norm_topk_prob", False),
+        balance_coef=balance_coef(config),
     )
     return qwen3.spec(config, layers, experts=experts)
