@@ -1,13 +1,9 @@
 import json
-import threading
-import time
 from datetime import datetime
 
 import pytest
 
-from mini_forge.data import sandbox
 from mini_forge.data.chat import FORMATS, choose_template
-from mini_forge.data.sandbox import TemplateFailure, compile_template
 from mini_forge.data.tasks import Example, load_examples
 from mini_forge.errors import CheckpointError, DataError
 from tests import toy_tokenizer
@@ -81,6 +77,16 @@ def test_formats_are_spelled_as_the_document_says(name, messages, text, special,
     rendered = chosen.render(Example(messages))
     assert marked(rendered) == text
     assert rendered.prompt == chosen.render_prompt(messages[:-1]) == text[: text.rindex("⟦")].translate(BARE)
+
+
+def test_the_llama_format_keeps_every_system_message_or_says_that_it_cannot(tmp_path):
+    chosen = template(tmp_path, "llama")
+    system, developer = ({"role": role, "content": role[0]} for role in ("system", "developer"))
+    text = chosen.render(Example((system, developer, *turns("u", "a")))).text
+    assert text == "<s>[INST] <<SYS>>\ns\n<</SYS>>\n\n<<SYS>>\nd\n<</SYS>>\n\nu [/INST] a </s>"
+    user, assistant = turns("u", "a")
+    with pytest.raises(DataError, match="a system message must stand before a user's"):
+        chosen.render(Example((user, system, assistant)))
 
 
 @pytest.mark.parametrize(
@@ -285,17 +291,20 @@ def test_responses_are_found_in_a_checkpoints_own_template(source, messages, tex
         assert spell(tmp_path, source, messages) == text
 
 
-def test_tool_calls_are_spelled_by_the_checkpoint_and_trained_on(tmp_path):
-    source = """{{ tools | tojson }}{% for m in messages %}{{ '<|start|>' + m.role + '\n' }}
-{%- if m.tool_calls %}{{ m.tool_calls | tojson }}{% else %}{{ m.content }}{% endif %}{{ '<|end|>\n' }}{% endfor %}
-{%- if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"""
-    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "é<f>"}]}
-    messages = (*turns("u"), call, {"role": "tool", "content": "7"}, {"role": "assistant", "content": "a"})
-    chosen = template(tmp_path, special=HARMONY, chat_template=source)
-    assert marked(chosen.render(Example(messages, tools=({"x": 1},)))) == (
-        '[{"x": 1}]<|start|>user\nu<|end|>\n<|start|>assistant\n⟦[{"name": "é<f>"}]<|end|>⟧\n<|start|>tool\n7<|end|>\n'
-        "<|start|>assistant\n⟦a<|end|>⟧"
-    )
+def test_what_a_template_writes_into_responses_is_said(tmp_path):
+    def notes(source):
+        return template(tmp_path, special=HARMONY, chat_template=source).notes
+
+    assert notes(HEADERS) == notes(NO_END) == []
+    assert notes(THINKING) == [
+        "the chat template begins the last response with '<think>\\n\\n</think>\\n\\n', which is trained on; "
+        "those before it have none"
+    ]
+    assert notes(CHANNELS) == [
+        "the chat template begins the last response with '<|channel|>final<|message|>', which is trained on; "
+        "those before it too"
+    ]
+    assert not any("begins the last response" in note for note in notes(BRIEF))  # its prompt has the block
 
 
 def test_a_template_that_hides_or_refuses_a_response_is_an_error_naming_the_row(tmp_path):
@@ -329,92 +338,3 @@ def test_a_date_is_that_of_the_template_not_of_the_moment(tmp_path):
     tokenizer = toy_tokenizer.byte_level(tmp_path, chat_template="{{ strftime_now('%d %b %Y') }}" + NO_CUE)
     chosen = choose_template(None, "m", tokenizer, "text-generation", now=datetime(2024, 7, 26))
     assert chosen.render_prompt(turns("u")).startswith("26 Jul 2024<|start|>user")
-
-
-# --- the sandbox -----------------------------------------------------------------------------------------------------
-
-GROW = "{%% set ns = namespace(s='ab') %%}{%% for i in range(99) %%}%s{%% endfor %%}"
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{% set r = range(9999) %}{% for i in r %}{% for j in r %}{% for k in r %}{% endfor %}{% endfor %}{% endfor %}",
-        "{% set r = range(99999) %}{% for i in r if r | map('string') | join == 'x' %}{% endfor %}",
-        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-    ],
-)
-def test_a_template_that_does_not_end_is_stopped_in_any_thread(source, monkeypatch):
-    monkeypatch.setattr(sandbox, "LIMIT_SECONDS", 0.2)
-    messages = []
-
-    def work():
-        try:
-            compile_template(source)()
-        except TemplateFailure as failure:
-            messages.append(str(failure))
-
-    began = time.monotonic()
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join(10)
-    assert time.monotonic() - began < 5 and "longer than 0.2 s" in messages[0]
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
-        "{{ 'x' * 10**9 }}",
-        "{{ [0] * 10**9 }}",
-        "{% set n = 7 ** 900 %}{{ n ** n }}",
-        "{{ 'x' | center(10000000000000) }}",
-        "{{ 'x'.ljust(10000000000000) }}",
-        "{{ '%10000000000000d' % 1 }}",
-        "{{ '%10000000000000d' | format(1) }}",
-        "{{ '{:10000000000000}'.format(1) }}",
-        GROW % "{% set ns.s = ns.s + ns.s %}",
-        GROW % "{% set ns.s = ns.s ~ ns.s %}",
-        GROW % "{% set ns.s %}{{ ns.s }}{{ ns.s }}{% endset %}",
-        GROW % "{% set ns.s = ns.s | replace('a', 'aaaa') %}",
-    ],
-)
-def test_a_template_that_grows_without_bound_is_stopped(source):
-    began = time.monotonic()
-    with pytest.raises(TemplateFailure, match="stopped: it"):
-        compile_template(source)()
-    assert time.monotonic() - began < 5
-
-
-@pytest.mark.parametrize(
-    ("source", "reason"),
-    [
-        ("{{ ''.__class__.__mro__ }}", "unsafe"),
-        ("{{ messages.append(1) }}", "unsafe"),
-        ("{% include 'x' %}", "no loader"),
-        ("\n\n{{ nothing.at.all }}", "'nothing' is undefined (line 3 of the template)"),
-        ("{{ 1 / 0 }}", "division by zero"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
-        ("{{ raise_exception('no\nway') }}", "no way"),
-    ],
-)
-def test_what_a_template_may_not_or_cannot_do_is_its_failure(source, reason):
-    with pytest.raises(TemplateFailure) as caught:
-        compile_template(source)(messages=[])
-    assert reason in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("source", "text"),
-    [
-        ("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
-        ("  {% if true %}\na{% endif %}\n", "a"),  # blocks leave no line of their own
-        ("{{ data | tojson }}{{ [1] | tojson(indent=2) }}", '{"é": "<&>", "n": 12345678901}[\n  1\n]'),
-        ("{{ 'a' ~ 1 ~ ('b' ~ none) }}{% set x %}y{% endset %}{{ x | upper }}", "a1bNoneY"),
-        ("{{ data.n | string }}{{ '%.2f' | format(1) }}{{ none | default(10000000) }}", "123456789011.00None"),
-        ("{{ 'Call 12:5551234567 now'.strip() }}", "Call 12:5551234567 now"),
-    ],
-)
-def test_ordinary_templates_run_as_they_do_elsewhere(source, text):
-    assert compile_template(source)(data={"é": "<&>", "n": 12345678901}) == text

@@ -8,9 +8,18 @@ A response begins where the generation prompt ends, and ends with the end token 
 space that follows is not part of it). If the template defines none, eos is appended to the last response. Both places
 are found in the one full text: it must begin with the conversation up to the turn, spelled with the generation prompt,
 and with the conversation through the turn. Templates that spell a turn differently once it lies in the past (dropping
-its thinking, closing it with another token) break that; then the turn's content is replaced by a mark, and the response
-is what differs between the two spellings. Whatever a template itself writes into a response (an empty think block, a
-channel) is trained on, because the model will have to write it.
+its thinking, closing it with another token) break that; then marks are put into what the turns say, and the places are
+those of the marks. Whatever a template itself writes into a response (an empty think block, a channel) is trained on,
+because the model will have to write it: a note says what.
+
+For the families with thinking that means, with their own templates: gpt-oss trains on `<|channel|>final<|message|>`,
+the answer and `<|return|>`, in turns before the last on `<|end|>`, in a tool call on ` to=functions.…` to `<|call|>`;
+thinking that the template keeps (the last answer's) is trained on as the analysis channel. Qwen3 trains on `<think>`,
+the thinking or nothing, `</think>` and the answer in the last turn, on the answer alone in those before it. Evaluation,
+`generate` and `chat` prompt with the text that precedes a response in training, so the model writes those itself.
+
+A row's messages and tools reach the checkpoint's own template whole, as transformers hands them over. Our own formats
+refuse tools, calls, results and thinking: they have no place for them.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,71 +30,11 @@ from itertools import pairwise
 from os.path import commonprefix
 from pathlib import Path
 
+from mini_forge.data.formats import FORMAT_TOKENS, FORMATS, NAME_RULE, PLAIN
 from mini_forge.data.sandbox import TemplateFailure, compile_template
 from mini_forge.data.tasks import Example
 from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.errors import CheckpointError, DataError
-
-_NO_TOOLS = r"""
-{%- for message in messages if message.tool_calls or message.role == 'tool' -%}
-{{ raise_exception("this format has no tool calls; use chat_template \"model\" with a checkpoint that has them") }}
-{%- endfor -%}"""
-
-# Strings of the configuration document (harmony without newlines between messages).
-FORMATS = {
-    "harmony": _NO_TOOLS
-    + r"""
-{%- for message in messages -%}
-{{ '<|start|>' + ('developer' if message.role == 'system' else message.role) }}
-{{- '<|message|>' + message.content + '<|end|>' }}
-{%- endfor -%}
-{{ '<|start|>assistant<|message|>' if add_generation_prompt }}""",
-    "chatml": _NO_TOOLS
-    + r"""
-{%- for message in messages -%}
-{{ '<|im_start|>' + ('system' if message.role == 'developer' else message.role) }}
-{{- '\n' + message.content + '<|im_end|>' + ('' if loop.last and not add_generation_prompt else '\n') }}
-{%- endfor -%}
-{{ '<|im_start|>assistant\n' if add_generation_prompt }}""",
-    "llama": _NO_TOOLS
-    + r"""
-{%- set ns = namespace(system='') -%}
-{%- for message in messages -%}
-{%- if message.role == 'assistant' -%}
-{{ ' ' + message.content + ' </s>' }}
-{%- elif message.role == 'user' -%}
-{{ '<s>[INST] ' + ns.system + message.content + ' [/INST]' }}
-{%- set ns.system = '' -%}
-{%- else -%}
-{%- set ns.system = '<<SYS>>\n' + message.content + '\n<</SYS>>\n\n' -%}
-{%- endif -%}
-{%- endfor -%}""",
-}
-FORMAT_TOKENS = {
-    "harmony": ("<|start|>", "<|message|>", "<|end|>"),
-    "chatml": ("<|im_start|>", "<|im_end|>"),
-    "llama": ("<s>", "</s>"),
-}
-_PLAIN = (
-    _NO_TOOLS
-    + r"""
-{%- for message in messages -%}
-{%- if message.role == 'assistant' -%}
-{{ gap + message.content + eos_token + ('' if loop.last else '\n') }}
-{%- elif message.role == 'user' -%}
-{{ opening + message.content + cue }}
-{%- else -%}
-{{ message.content + '\n\n' }}
-{%- endif -%}
-{%- endfor -%}"""
-)
-# A prompt that ends in a space would split it from the word it belongs to, so the response carries it (the gap).
-PLAIN = {
-    "text-generation": r"{%- set opening, cue, gap = 'USER: ', '\nASSISTANT:', ' ' -%}" + _PLAIN,
-    "summarization": r"{%- set opening, cue, gap = '', '\n\nSummary:\n', '' -%}" + _PLAIN,
-    "extractive-question-answering": r"{%- set opening, cue, gap = '', '\n\nAnswer:', ' ' -%}" + _PLAIN,
-}
-NAME_RULE = {"gpt-oss": "harmony", "openai": "harmony", "qwen": "chatml", "llama": "llama", "mistral": "llama"}
 
 _MARK = "\ue000response\ue001"  # private-use characters: no template and hardly a text has them
 
@@ -109,7 +58,8 @@ class Template:
     notes: list[str]  # what to tell the user about it, a line each
     opening: str  # what the template itself puts between the generation prompt and a response's content
     end: str | None  # what it puts after it: an end token, "" for nothing; None if it would not say
-    asks: bool  # whether it has a generation prompt; if not, one is made of what precedes a response's content
+    cue: str  # its generation prompt; may be "", where a response follows the user's turn directly
+    asks: bool  # whether it has one; if not, one is made of what precedes a response's content
     _spell: Callable[..., str] = field(repr=False)  # (messages, tools, add_generation_prompt) -> text
     _tokenizer: Tokenizer = field(repr=False)
 
@@ -136,13 +86,15 @@ class Template:
         """The text to generate from: an example's without its last response, or a conversation's that awaits one."""
         if isinstance(conversation, Example):
             return self.render(conversation, system_prompt).prompt
-        messages = _with_system(tuple(conversation), system_prompt)
+        messages = (*_with_system(tuple(conversation), system_prompt), {"role": "assistant", "content": _MARK})
         try:
-            cue = self._spell(messages, None, True)
-            before, _ = self._around((*messages, {"role": "assistant", "content": ""}), len(messages), None)
+            text = self._spell(messages, None, False)
+            start = self._start(text, messages, len(messages) - 1, None)
         except TemplateFailure as failure:
             raise DataError(f"the {self.name} chat template: {failure}") from failure
-        return cue if self.asks and before.startswith(cue) else before.rstrip(" ")
+        if start is None:
+            raise DataError(f"the {self.name} chat template: cannot tell where the response would begin")
+        return text[:start]
 
     def stop_ids(self, tokenizer: Tokenizer) -> list[int]:
         """The ids that end a response: the checkpoint's eos, and the template's end token where it is one token."""
@@ -169,28 +121,76 @@ class Template:
 
     def _response(self, text: str, messages: tuple[dict, ...], turn: int, tools) -> tuple[int, int]:
         """(start, end) in `text`, the spelling of all `messages`, of the response in one assistant turn."""
-        calls_tools = bool(messages[turn].get("tool_calls"))
-        cue = self._spell_past(messages[:turn], tools, True) if self.asks else None
-        past = text if turn == len(messages) - 1 else self._spell_past(messages[: turn + 1], tools, False)
-        start = len(cue) if cue is not None and text.startswith(cue) else None
-        end = None
-        if past is not None and text.startswith(past := past.rstrip()):
-            end = len(past) if calls_tools or self.end == "" or past.endswith(self._ends()) else None
-        if start is None or end is None:
-            if calls_tools:
-                raise TemplateFailure(f"cannot tell where the tool calls of messages[{turn}] begin and end")
-            before, after = self._around(messages, turn, tools)
-            if start is None and text.startswith(before):
-                start = len(before.rstrip(" "))  # a prompt that ends in a space splits it from its word
-            elif start is None and cue is not None:  # it asks for no thinking, and this response has some
-                asked = self._spell_past(messages[:turn], tools, False)
-                shared = len(commonprefix((cue, text)))
-                start = shared if asked is not None and shared > len(asked.rstrip()) else None
-            if end is None and text.endswith(after):
-                end = len(text) - len(after) + self._end_length(after)
+        start = self._start(text, messages, turn, tools)
+        if messages[turn].get("tool_calls"):
+            end = self._end_of_calls(text, messages, turn, tools)
+        else:
+            end = self._end_of_content(text, messages, turn, tools)
         if start is None or end is None or start >= end:
             raise TemplateFailure(f"cannot tell where the response messages[{turn}] begins and ends in what it spells")
         return start, end
+
+    def _start(self, text: str, messages: tuple[dict, ...], turn: int, tools) -> int | None:
+        """Where in `text` the generation prompt of an assistant turn ends."""
+        cue = self._spell_past(messages[:turn], tools, True) if self.asks else None
+        if cue is not None and text.startswith(cue):
+            return len(cue)
+        if (start := self._start_by_marks(text, messages, turn, tools)) is not None:
+            return start
+        if messages[turn].get("tool_calls"):
+            return None
+        before, _ = self._around(messages, turn, tools)
+        if text.startswith(before):
+            return len(before.rstrip(" "))  # a prompt that ends in a space splits it from its word
+        if cue is None:
+            return None
+        asked = self._spell_past(messages[:turn], tools, False)
+        shared = len(commonprefix((cue, text)))  # the cue asks for no thinking, and this response has some
+        return shared if asked is not None and shared > len(asked.rstrip()) else None
+
+    def _start_by_marks(self, text: str, messages: tuple[dict, ...], turn: int, tools) -> int | None:
+        """The same for a template that spells the past otherwise when something follows (gpt-oss drops the thinking
+        before a tool call once its answer is there): the first generation prompt behind what the turn before says."""
+        if not self.cue.strip():
+            return None
+        said = self._place(text, messages, turn - 1, tools) if turn else 0
+        says = self._place(text, messages, turn, tools)
+        if said is None or says is None:
+            return None
+        start = text.find(self.cue, said, says)
+        return None if start < 0 else start + len(self.cue)
+
+    def _end_of_content(self, text: str, messages: tuple[dict, ...], turn: int, tools) -> int | None:
+        past = text if turn == len(messages) - 1 else self._spell_past(messages[: turn + 1], tools, False)
+        past = None if past is None else past.rstrip()
+        if past is not None and text.startswith(past) and (self.end == "" or past.endswith(self._ends())):
+            return len(past)
+        _, after = self._around(messages, turn, tools)
+        return len(text) - len(after) + self._end_length(after) if text.endswith(after) else None
+
+    def _end_of_calls(self, text: str, messages: tuple[dict, ...], turn: int, tools) -> int | None:
+        """Behind the last call's arguments: what follows them where the turn is the last one, and the end token."""
+        place = self._place(text, messages, turn, tools)
+        through = messages[: turn + 1]
+        past = self._spell_past(through, tools, False)
+        past_place = None if past is None else self._place(past, through, turn, tools)
+        if place is None or past_place is None:
+            raise TemplateFailure(f"it leaves out a tool call of messages[{turn}], or spells it more than once")
+        closing = past[past_place:].rstrip()
+        closing = next((closing.removesuffix(end) for end in self._ends() if closing.endswith(end)), closing)
+        end = place + len(closing)
+        return end + self._end_length(text[end:]) if text.startswith(closing, place) else None
+
+    def _place(self, text: str, messages: tuple[dict, ...], turn: int, tools) -> int | None:
+        """Where in `text` the content of a turn ends, or the arguments of its last call; None if it is not in there.
+
+        A mark put there must only add to the text: what precedes it and what follows it is all of the text."""
+        said = (*messages[:turn], _marked(messages[turn]), *messages[turn + 1 :])
+        marked = self._spell_past(said, tools, False)
+        if marked is None or len(marked) <= len(text):
+            return None
+        before, after = commonprefix((text, marked)), commonprefix((text[::-1], marked[::-1]))
+        return len(text) - len(after) if len(before) + len(after) >= len(text) else None
 
     def _spell_past(self, messages: tuple[dict, ...], tools, cue: bool) -> str | None:
         """A conversation's beginning alone, or None for a template that spells only whole conversations."""
@@ -260,15 +260,15 @@ def _template(name: str, source: str, notes: list[str], tokenizer: Tokenizer, no
     except TemplateFailure as failure:
         raise CheckpointError(f"{tokenizer.path}: its chat template does not compile: {failure}") from failure
     ask = ({"role": "user", "content": "x"},)
-    template = Template(name, source, notes, "", None, True, spell, tokenizer)
+    template = Template(name, source, notes, "", None, "", True, spell, tokenizer)
     try:
-        cue = spell(ask, None, True)
+        plain, cue = spell(ask, None, False), spell(ask, None, True)
         before, after = template._around((*ask, {"role": "assistant", "content": ""}), 1, None)
     except TemplateFailure as failure:
         notes.append(f"the chat template refuses a plain question and answer: {failure}")
         return template
     opening = before[len(cue) :] if before.startswith(cue) else ""
-    asks = not opening.strip() or cue != spell(ask, None, False)
+    asks = not opening.strip() or cue != plain
     if not asks:
         notes.append(f"the chat template has no generation prompt; what it puts before a response is used: {opening!r}")
         opening = ""
@@ -277,7 +277,22 @@ def _template(name: str, source: str, notes: list[str], tokenizer: Tokenizer, no
             f"the template's generation prompt ends in {cue[-20:]!r}, which a finished conversation does not have; "
             "prompts stop before that, as in training"
         )
-    return Template(name, source, notes, opening, after.strip(), asks, spell, tokenizer)
+    own_cue = cue.removeprefix(plain) if asks and cue.startswith(plain) else ""
+    template = Template(name, source, notes, opening, after.strip(), own_cue, asks, spell, tokenizer)
+    if opening.strip():
+        notes.append(_opening_note(template, ask))
+    return template
+
+
+def _opening_note(template: Template, ask: tuple[dict, ...]) -> str:
+    """What the template writes into a response by itself, and in which: this is trained on."""
+    note = f"the chat template begins the last response with {template.opening!r}, which is trained on"
+    try:
+        before, _ = template._around((*ask, {"role": "assistant", "content": ""}, *ask), 1, None)
+    except TemplateFailure:
+        return note
+    earlier = "those before it too" if before.endswith(template.opening) else "those before it have none"
+    return f"{note}; {earlier}"
 
 
 def _spell(
@@ -285,13 +300,45 @@ def _spell(
 ) -> str:
     """The template's text, given the variables that transformers gives it."""
     tokens = {key: getattr(tokenizer, key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    return render(
-        messages=[_with_reasoning(message) for message in messages],
-        tools=list(tools) if tools else None,
-        documents=None,
-        add_generation_prompt=add_generation_prompt,
-        **{key: token for key, token in tokens.items() if token is not None},
-    )
+    variables = {key: token for key, token in tokens.items() if token is not None}
+    variables |= {"tools": list(tools) if tools else None, "documents": None}
+    variables["add_generation_prompt"] = add_generation_prompt
+    messages = [_with_reasoning(_without_nulls(message)) for message in messages]
+    try:
+        return render(messages=messages, **variables)
+    except TemplateFailure:  # many cannot take the null content of a tool call; some (DeepSeek's) ask for it
+        if all(message.get("content") is not None for message in messages):
+            raise
+    return render(messages=[message | {"content": message.get("content") or ""} for message in messages], **variables)
+
+
+def _without_nulls(message: dict) -> dict:
+    """Tables give every message every key; a template asks only whether a key is there. Content may be null."""
+    return {
+        key: value
+        for key, value in message.items()
+        if key == "content" or not (value is None or (key == "tool_calls" and not value))
+    }
+
+
+def _marked(message: dict) -> dict:
+    """The message with `_MARK` behind its text, or behind the arguments of its last tool call."""
+    if not message.get("tool_calls"):
+        return {**message, "content": message["content"] + _MARK}
+    try:
+        *others, last = message["tool_calls"]
+        function = dict(last.get("function") or last)
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            function["arguments"] = arguments + _MARK
+        else:
+            function["arguments"] = {**(arguments or {}), _MARK: _MARK}
+        last = {**last, "function": function} if last.get("function") else function
+    except (AttributeError, TypeError, ValueError) as error:
+        raise TemplateFailure(
+            'tool_calls must be a list of {"function": {"name": …, "arguments": {…}}}; write them so'
+        ) from error
+    return {**message, "tool_calls": [*others, last]}
 
 
 def _with_reasoning(message: dict) -> dict:

@@ -19,6 +19,7 @@ from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 LIMIT_SECONDS = 10.0
 LIMIT_CHARACTERS = 4_000_000
@@ -45,6 +46,7 @@ def compile_template(source: str, now: datetime | None = None) -> Callable[..., 
     environment.filters = {name: _guarded(function) for name, function in environment.filters.items()}
     environment.filters["tojson"] = _guarded(_to_json)
     del environment.globals["lipsum"]  # text by the megabyte
+    environment.globals["namespace"] = _Namespace
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: moment.strftime(form)
     try:
@@ -104,6 +106,21 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return result
 
 
+class _Namespace(Namespace):
+    """Jinja's, for names without a leading underscore: Python's own are no business of a template."""
+
+    def __init__(*args, **kwargs):  # no `self`, which is a name that a template may use
+        self, *args = args
+        names = dict(*args, **kwargs)
+        for name in names:
+            _check_name(name)
+        Namespace.__init__(self, names)
+
+    def __setitem__(self, name: str, value):
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
 class _Generation(Extension):
     """`{% generation %}…{% endgeneration %}` marks what the model writes. We find that ourselves."""
 
@@ -153,6 +170,11 @@ def _guarded(function: Callable) -> Callable:
 
 def _size(value) -> int:
     return len(value) if isinstance(value, (str, list, tuple)) else 0
+
+
+def _check_name(name) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a namespace may have no name that begins with an underscore, as {name!r} does")
 
 
 def _check_length(length) -> None:
