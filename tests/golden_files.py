@@ -13,6 +13,9 @@ TRAINING = GOLDEN / "training"
 BASE = TRAINING / "base"
 INIT_ADAPTER = TRAINING / "init_adapter"
 DATASET = TRAINING / "rows.jsonl"
+MOE_TRAINING = GOLDEN / "moe_training"
+MOE_KINDS = ("qwen3_moe", "gpt_oss", "llama4_text")
+MOE_ROWS = 4
 STORAGES = ("dense", "nf4", "nf4_nested")
 
 
@@ -44,6 +47,16 @@ def reference(storage: str) -> Reference:
     record = json.loads((TRAINING / storage / "expected.json").read_text())
     adapter = load_file(TRAINING / storage / "adapter_model.safetensors")
     return Reference(record["losses"], record["grad_norms"], adapter, record["settings"])
+
+
+def moe_case(kind: str, targets: str) -> tuple[Path, Path, Reference]:
+    """The base's folder (without tokenizer), the initial adapter's, and ten steps of the plain loop on the first
+    MOE_ROWS rows of DATASET. kind: one of MOE_KINDS; targets: "attention" or "experts"."""
+    folder = MOE_TRAINING / kind / targets
+    record = json.loads((folder / "expected.json").read_text())
+    adapter = load_file(folder / "adapter_model.safetensors")
+    expected = Reference(record["losses"], record["grad_norms"], adapter, record["settings"])
+    return MOE_TRAINING / kind / "base", folder / "init_adapter", expected
 
 
 def rslora_logits() -> tuple[torch.Tensor, torch.Tensor]:

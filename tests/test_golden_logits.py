@@ -5,6 +5,8 @@ import torch
 from safetensors import safe_open
 
 import mini_forge
+from mini_forge.model.families.layout import text_name
+from mini_forge.model.stacks import StackMxfp4
 from tests.golden_files import FAMILIES, family
 
 # float32 sums in another order differ by about 1e-6 of the logits' spread; a wrong option by 1e-2 and more.
@@ -55,6 +57,29 @@ def test_a_short_document_before_leaves_the_next_one_alone(case):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_parameters_carry_the_checkpoints_names(name):
+    """Every stored text tensor has its parameter and every parameter its tensor; MXFP4 is two tensors of one stack."""
     folder = family(name)[0]
-    with safe_open(folder / "model.safetensors", "pt") as stored:
-        assert {n for n, _ in mini_forge.load_model(folder).named_parameters()} == set(stored.keys())
+    model = mini_forge.load_model(folder)
+    assert text_tensors(folder, model.layout) == {n for n, _ in model.named_parameters()} | packed_names(model)
+
+
+def text_tensors(folder, layout) -> set[str]:
+    """The names of the folder's text tensors, those of experts by the stack they belong to."""
+    stored = set()
+    for file in folder.glob("*.safetensors"):
+        if file.name != "expected.safetensors":
+            with safe_open(file, "pt") as tensors:
+                stored |= set(tensors.keys())
+    names = {text_name(name, layout) for name in stored} - {None}
+    places = {name: layout and layout.place(name) for name in names}
+    return {place.name if place else name for name, place in places.items()}
+
+
+def packed_names(model) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, StackMxfp4)}
+
+
+def test_only_mxfp4_checkpoints_keep_stacks_in_few_bits():
+    packed = {name: packed_names(mini_forge.load_model(family(name)[0])) for name in FAMILIES}
+    stacks = {f"model.layers.{i}.mlp.experts.{leaf}_proj" for i in (0, 1) for leaf in ("gate_up", "down")}
+    assert {name: found for name, found in packed.items() if found} == {"gpt_oss_mxfp4": stacks}

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import mini_forge
 from mini_forge.errors import CheckpointError, ConfigError
 from mini_forge.io.weights import Checkpoint, resolve_model
-from mini_forge.model.quant import Linear4bit, Linear8bit
+from mini_forge.model.quant import Linear4bit, Linear8bit, quantize_4bit, quantize_8bit
 from tests.tiny import random_model, write_checkpoint
 
 
@@ -198,3 +198,52 @@ def test_tensors_are_read_in_file_order(tiny):
 
 def test_random_model_helper_covers_every_parameter():
     assert all(p.std() > 0 for p in random_model().parameters())
+
+
+def test_an_integer_weight_without_scales_is_refused(folder):
+    rewrite(folder, lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.ones(64, 32, dtype=torch.int8)}))
+    for quantization in (None, "nf4"):
+        with pytest.raises(CheckpointError, match="stored as torch.int8 in a form that is not known"):
+            mini_forge.load_model(folder, quantization=quantization)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_layers_stored_in_4bit_may_lie_over_several_files(folder, nested):
+    store_in_4bit(folder, nested)
+    whole = mini_forge.load_model(folder, quantization="nf4").state_dict()
+    split_in_two(folder)
+    parts = mini_forge.load_model(folder, quantization="nf4").state_dict()
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[n], parts[n]) for n in whole)
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_layers_stored_in_4bit_must_fit_the_config(folder, quantization):
+    rewrite(folder, lambda t: t.update({"model.layers.1.mlp.up_proj.weight": torch.ones(64, 64)}))
+    store_in_4bit(folder, nested=False)
+    with pytest.raises(CheckpointError, match=r"1.mlp.up_proj.weight: stored as \[64, 64\], .* asks for \[64, 32\]"):
+        mini_forge.load_model(folder, quantization=quantization)
+
+
+def test_layers_stored_in_8bit_load_as_they_are_or_dense(folder):
+    name, weight = "model.layers.0.mlp.up_proj", torch.tensor([[127, -64], [1, 0]], dtype=torch.int8).repeat(32, 16)
+    stored = {name + ".weight": weight, name + ".SCB": torch.full((64,), 2.0), name + ".weight_format": torch.tensor(0)}
+    rewrite(folder, lambda t: t.update(stored))
+    layer = mini_forge.load_model(folder, quantization="int8").get_submodule(name)
+    assert torch.equal(layer.weight, weight) and torch.equal(layer.SCB, stored[name + ".SCB"])
+    dense = mini_forge.load_model(folder).get_submodule(name).weight
+    torch.testing.assert_close(dense, weight.float() * 2 / 127)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_are_quantized_as_they_are_in_the_training_dtype(folder, stored, dtype):
+    rewrite(folder, lambda t: t.update({n: x.to(stored) for n, x in t.items()}))
+    name = "model.layers.0.mlp.up_proj"
+    weight = load_file(folder / "model.safetensors")[name + ".weight"].to(dtype)
+    layer = mini_forge.load_model(folder, dtype=dtype, quantization="nf4").get_submodule(name)
+    expected = quantize_4bit(weight)
+    assert torch.equal(layer.packed, expected.packed) and torch.equal(layer.absmax, expected.stored_absmax)
+    assert layer.weight_dtype == dtype and layer.dequantized().dtype == dtype
+    layer = mini_forge.load_model(folder, dtype=dtype, quantization="int8").get_submodule(name)
+    packed, scale = quantize_8bit(weight)
+    assert torch.equal(layer.weight, packed) and torch.equal(layer.SCB, scale)

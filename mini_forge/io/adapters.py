@@ -17,7 +17,7 @@ from mini_forge.errors import CheckpointError
 from mini_forge.io.expert_adapters import fuse, fused_tensors, per_expert_tensors, stack_targets
 from mini_forge.io.weights import read_json, write_safetensors
 from mini_forge.model.decoder import Decoder
-from mini_forge.model.lora import LoRAStack, LoraSpec, inject, lora_layers
+from mini_forge.model.lora import LoraSpec, LoRAStack, inject, lora_layers
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -91,6 +91,8 @@ def read_adapter_config(folder: Path) -> tuple[LoraSpec, str]:
     targets = record.get("target_modules")
     if isinstance(targets, str) and targets != "all-linear":
         raise CheckpointError(f"{path}: target_modules {targets!r} is a pattern; a list of module names is needed")
+    targets = ["all-linear"] if targets == "all-linear" else targets or []
+    parameters = record.get("target_parameters") or []
     rank, alpha, dropout = record.get("r"), record.get("lora_alpha"), record.get("lora_dropout") or 0.0
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise CheckpointError(f"{path}: needs numbers `r` (at least 1) and `lora_alpha`")
@@ -98,7 +100,7 @@ def read_adapter_config(folder: Path) -> tuple[LoraSpec, str]:
         rank=rank,
         alpha=alpha,
         dropout=dropout,
-        targets=None if targets == "all-linear" else (*(targets or ()), *(record.get("target_parameters") or ())),
+        targets=None if targets == ["all-linear"] and not parameters else (*targets, *parameters),
         use_rslora=bool(record.get("use_rslora", False)),
     )
     return spec, record.get("base_model_name_or_path") or ""

@@ -6,8 +6,8 @@ latter. A is (E·R, in) with row e·R + k, B is (out, R·E) with column k·E + e
 (E, in, out) and PEFT takes them as they lie, its A and B are our B and A, transposed; where gate and up rows lie by
 turns, so do the rows of its B.
 
-The per-expert layout has `….experts.3.gate_proj.lora_A.weight`, and so up_proj and down_proj, as if each expert were three
-linear layers; gate and up have the same A.
+The per-expert layout has `….experts.3.gate_proj.lora_A.weight`, and so up_proj and down_proj, as if each expert were
+three linear layers; gate and up have the same A.
 """
 
 import re
@@ -51,7 +51,7 @@ def to_fused(name: str, A: torch.Tensor, B: torch.Tensor, layout) -> Factors:
 
 def from_fused(name: str, A: torch.Tensor, B: torch.Tensor, experts: int, layout) -> Factors:
     """The inverse of `to_fused`."""
-    if len(A) % experts or B.shape[1] != len(A):
+    if A.dim() != 2 or B.dim() != 2 or len(A) % experts or B.shape[1] != len(A):
         raise CheckpointError(f"{name}: factors {list(A.shape)} and {list(B.shape)} are not those of {experts} experts")
     A = A.view(experts, -1, A.shape[1])
     B = B.view(B.shape[0], -1, experts).permute(2, 0, 1)
@@ -78,7 +78,8 @@ def per_expert_tensors(stacks: dict[str, LoRAStack]) -> dict[str, torch.Tensor]:
 
 def fuse(tensors: dict[str, torch.Tensor], stacks: list[str], experts: int, layout) -> dict[str, torch.Tensor]:
     """An adapter's tensors with those of experts, in either layout, replaced by `STACK.lora_A` (E, R, in) and
-    `STACK.lora_B` (E, out, R) for each name in `stacks` that the adapter has. Other tensors stay as they are."""
+    `STACK.lora_B` (E, out, R) for each name in `stacks` that the adapter has. Other tensors stay as they are, those of
+    experts that the model lacks among them."""
     rest = dict(tensors)
     pieces = {name: rest.pop(name) for name in tensors if PER_EXPERT.fullmatch(name)}
     for name in stacks:
@@ -92,7 +93,7 @@ def fuse(tensors: dict[str, torch.Tensor], stacks: list[str], experts: int, layo
                 continue
             found = from_fused(name, rest.pop(keys[0]), rest.pop(keys[1]), experts, layout)
         rest[f"{name}.lora_A"], rest[f"{name}.lora_B"] = found
-    return rest
+    return rest | pieces
 
 
 def stack_targets(targets: tuple[str, ...] | None, names) -> tuple[str, ...] | None:
@@ -106,12 +107,15 @@ def stack_targets(targets: tuple[str, ...] | None, names) -> tuple[str, ...] | N
 
 
 def _from_pieces(pieces, owner: str, leaf: str, experts: int) -> Factors:
+    """One stack's factors from its `pieces`, which are taken out."""
     parts = PARTS[:2] if leaf == "gate_up_proj" else PARTS[2:]
     try:
-        A = [[pieces[f"{owner}.{e}.{part}.lora_A.weight"] for part in parts] for e in range(experts)]
-        B = [torch.cat([pieces[f"{owner}.{e}.{part}.lora_B.weight"] for part in parts]) for e in range(experts)]
+        A = [[pieces.pop(f"{owner}.{e}.{part}.lora_A.weight") for part in parts] for e in range(experts)]
+        B = [[pieces.pop(f"{owner}.{e}.{part}.lora_B.weight") for part in parts] for e in range(experts)]
     except KeyError as missing:
         raise CheckpointError(f"adapter: tensor {missing} is missing") from None
+    if any(len({piece.shape for each in factor for piece in each}) > 1 for factor in (A, B)):
+        raise CheckpointError(f"{owner}.{leaf}: its experts have adapters of unequal shape; they need one rank")
     if any(not torch.equal(each[0], each[-1]) for each in A):
         raise CheckpointError(f"adapter: {owner} has another lora_A for gate_proj than for up_proj; not supported")
-    return torch.stack([each[0] for each in A]), torch.stack(B)
+    return torch.stack([each[0] for each in A]), torch.stack([torch.cat(each) for each in B])

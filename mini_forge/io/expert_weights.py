@@ -1,14 +1,19 @@
 """Experts from a checkpoint into their stacks, one expert's matrix in hand at a time, quantized on arrival.
 
-Each family's layout (`mini_forge.model.families.layout`) says where a stored tensor belongs. MXFP4 stays as it is stored.
+Each family's layout (`mini_forge.model.families.layout`) says where a stored tensor belongs. MXFP4 stays as it is
+stored. A stack on disk is read expert by expert: its experts lie one after the other.
 """
+
+from functools import partial
 
 import torch
 from torch import nn
 
 from mini_forge.errors import CheckpointError
+from mini_forge.io.reading import Piece, TensorEntry
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.families.layout import PACKED, Place
+from mini_forge.model.mxfp4 import BLOCK, NAN_SCALE
 from mini_forge.model.stacks import Stack4bit, Stack8bit, StackMxfp4
 
 
@@ -17,89 +22,112 @@ class StackLoader:
 
     def __init__(self, model: Decoder, storage, layout):
         self.model, self.storage, self.layout = model, storage, layout
-        self.missing: dict[str, int] = {}  # rows or values that each stack still waits for
-        self.halves: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
+        self.missing: dict[str, int] = {}  # rows that each stack still waits for
+        self.halves: dict[tuple[str, int], torch.Tensor] = {}  # gate_up matrices of which one half has come
+        self.spare: list[torch.Tensor] = []  # those that are done with: memory for the next
 
-    def place(self, stored: str, place: Place, checkpoint):
-        """Read tensor `stored` and put it where it belongs."""
-        owner_name, _, leaf = place.name.rpartition(".")
-        owner = self.model.get_submodule(owner_name)
-        tensor = checkpoint.borrow(stored)
+    def pieces(self, stored: str, place: Place, entry: TensorEntry) -> list[Piece]:
+        """How tensor `stored` is read. Raises CheckpointError where it is not made for the model's experts."""
+        owner, leaf = self._owner(place)
+        E, out, *width = getattr(owner, leaf).shape
+        if not (entry.dtype == torch.uint8 if place.part in PACKED else entry.dtype.is_floating_point):
+            raise CheckpointError(f"{stored}: stored as {entry.dtype} in a form that is not known here")
+        if leaf.endswith("_bias"):
+            self._check(place.name, entry.shape, (E, out))
+            self.missing.setdefault(place.name, E)
+            return [Piece(stored, entry, partial(self._put_bias, place))]
+        self.missing.setdefault(place.name, E * out * (2 if place.part in PACKED else 1))
+        if place.expert is not None:
+            if place.expert >= E:
+                raise CheckpointError(f"{place.name}: an expert {place.expert}, but config.json has {E}")
+            return [Piece(stored, entry, partial(self._put_matrix, place, place.expert))]
         if place.part in PACKED:
-            self._put_packed(owner, leaf, place, tensor)
-        elif leaf.endswith("_bias"):
-            self._put_bias(owner, leaf, place, tensor)
-        elif place.expert is not None:
-            self._put_matrix(owner, leaf, place, place.expert, tensor)
-        else:
-            if tensor.dim() != 3 or len(tensor) != self.model.spec.experts.count:
-                raise CheckpointError(f"{stored}: shape {list(tensor.shape)} is not a stack of the model's experts")
-            for expert, matrix in enumerate(tensor):
-                self._put_matrix(owner, leaf, place, expert, self.layout.canonical(place, matrix))
+            shape = (E, out, width[0] // BLOCK, BLOCK // 2)
+            self._check(place.name + place.part, entry.shape, shape if place.part == "_blocks" else shape[:3])
+        elif len(entry.shape) != 3 or entry.shape[0] != E:
+            raise CheckpointError(f"{stored}: shape {list(entry.shape)} is not a stack of the model's experts")
+        put = self._put_packed if place.part in PACKED else self._put_matrix
+        return [Piece(stored, entry.rows(e, e + 1), partial(put, place, e)) for e in range(E)]
 
     def unfinished(self) -> list[str]:
         """Stacks of which a part never came."""
         return sorted(name for name, rows in self.missing.items() if rows)
 
-    def _put_bias(self, owner, leaf, place, tensor):
+    def _owner(self, place: Place) -> tuple[nn.Module, str]:
+        owner, _, leaf = place.name.rpartition(".")
+        return self.model.get_submodule(owner), leaf
+
+    def _put_bias(self, place: Place, tensor: torch.Tensor):
+        owner, leaf = self._owner(place)
         values = torch.stack([self.layout.canonical(place, row) for row in tensor])
-        self._check(place.name, values.shape, getattr(owner, leaf).shape)
         own = values.to(self.storage.device, self.storage.dtype)
         setattr(owner, leaf, nn.Parameter(own, requires_grad=False))
-        self.missing[place.name] = 0
+        self.missing[place.name] -= len(values)
 
-    def _put_packed(self, owner, leaf, place, tensor):
-        E, out, width = getattr(owner, leaf).shape
-        groups = width // 32
-        self._check(place.name + place.part, tensor.shape, (E, out, groups, 16)[: tensor.dim()])
-        if not isinstance(getattr(owner, leaf), StackMxfp4):
-            options = {"compute_dtype": self.storage.compute_dtype, "device": self.storage.device}
-            self._install(owner, leaf, StackMxfp4.empty(E, out, width, **options), place.name, 2 * E)
-        stack = getattr(owner, leaf)
+    def _put_packed(self, place: Place, expert: int, tensor: torch.Tensor):
+        """One expert's blocks (1, out, in/32, 16) or scales (1, out, in/32)."""
+        stack = self._stack(place)
+        if place.part == "_scales" and int(tensor.max()) == NAN_SCALE:
+            raise CheckpointError(
+                f"{place.name}_scales: hold {NAN_SCALE}, which is NaN; the checkpoint is damaged, fetch it again"
+            )
         target = stack.blocks if place.part == "_blocks" else stack.scales
-        for expert, rows in enumerate(tensor):
-            target[expert].copy_(self.layout.canonical(place, rows))
-        self.missing[place.name] -= E
+        target[expert].copy_(self.layout.canonical(place, tensor[0]))
+        self.missing[place.name] -= stack.out_features
 
-    def _put_matrix(self, owner, leaf, place, expert: int, matrix: torch.Tensor):
-        """One expert's (out, in) matrix, or the gate or up half of it."""
-        E, out, width = getattr(owner, leaf).shape
-        rows = out if place.part is None else out // 2
-        self._check(f"{place.name} of expert {expert}", matrix.shape, (rows, width))
-        if expert >= E:
-            raise CheckpointError(f"{place.name}: an expert {expert}, but config.json has {E}")
-        if place.name not in self.missing:
-            self._install(owner, leaf, self._empty(E, out, width), place.name, E * out)
-        stack = getattr(owner, leaf)
-        self.missing[place.name] -= rows
-        if isinstance(stack, nn.Parameter):
-            first = rows if place.part == "up" else 0
+    def _put_matrix(self, place: Place, expert: int, tensor: torch.Tensor):
+        """One expert's matrix, or the gate or up half of it, as stored: alone, or (1, …) out of a stack."""
+        stack = self._stack(place)
+        is_dense = isinstance(stack, nn.Parameter)
+        tensor = tensor if is_dense else self.storage.cast(tensor)
+        matrix = self.layout.canonical(place, tensor[0] if tensor.dim() == 3 else tensor)
+        rows = stack.shape[1] if place.part is None else stack.shape[1] // 2
+        self._check(f"{place.name} of expert {expert}", matrix.shape, (rows, stack.shape[2]))
+        first = rows if place.part == "up" else 0
+        if is_dense:
             stack.data[expert, first : first + rows].copy_(matrix)
         elif place.part is None:
-            stack.put(expert, matrix.to(self.storage.device, self.storage.dtype))
-        else:  # quantized when both halves are there: the borrowed one must be copied
-            halves = self.halves.setdefault((place.name, expert), {})
-            halves[place.part] = matrix.to(self.storage.device, self.storage.dtype, copy=True)
-            if len(halves) == 2:
-                stack.put(expert, torch.cat((halves["gate"], halves["up"])))
-                del self.halves[place.name, expert]
+            stack.put(expert, matrix)
+        else:
+            self._put_half(stack, place.name, expert, first, matrix)
+        self.missing[place.name] -= rows
 
-    def _empty(self, E: int, out: int, width: int):
+    def _put_half(self, stack, name: str, expert: int, first: int, matrix: torch.Tensor):
+        """Quantizes an expert's gate_up when both halves are there; the first waits in memory that is used again."""
+        whole = self.halves.pop((name, expert), None)
+        is_last = whole is not None
+        if whole is None:
+            whole = self.spare.pop() if self.spare else matrix.new_empty(stack.shape[1:])
+        whole[first : first + len(matrix)].copy_(matrix)
+        if is_last:
+            stack.put(expert, whole)
+            self.spare.append(whole)
+        else:
+            self.halves[name, expert] = whole
+
+    def _stack(self, place: Place):
+        """The stack that `place` names, all its memory there."""
+        owner, leaf = self._owner(place)
+        stack, is_packed = getattr(owner, leaf), place.part in PACKED
+        if isinstance(stack, nn.Parameter) and stack.is_meta:
+            stack = self._empty(*stack.shape, is_packed)
+            delattr(owner, leaf)
+            setattr(owner, leaf, stack)
+        if is_packed != isinstance(stack, StackMxfp4):
+            raise CheckpointError(f"{place.name}: stored both in MXFP4 and in another form; fetch the checkpoint again")
+        return stack
+
+    def _empty(self, E: int, out: int, width: int, is_packed: bool):
         storage = self.storage
+        options = {"compute_dtype": storage.compute_dtype, "device": storage.device}
+        if is_packed:
+            return StackMxfp4.empty(E, out, width, **options)
         if storage.quantization is None:
             stack = torch.empty(E, out, width, dtype=storage.dtype, device=storage.device)
             return nn.Parameter(stack, requires_grad=False)
-        options = {"compute_dtype": storage.compute_dtype, "device": storage.device}
         if storage.quantization == "int8":
             return Stack8bit.empty(E, out, width, **options)
-        return Stack4bit.empty(
-            E, out, width, quant_type=storage.quantization, nested=storage.nested, **options
-        )
-
-    def _install(self, owner: nn.Module, leaf: str, stack, name: str, rows: int):
-        delattr(owner, leaf)
-        setattr(owner, leaf, stack)
-        self.missing[name] = rows
+        return Stack4bit.empty(E, out, width, quant_type=storage.quantization, nested=storage.nested, **options)
 
     def _check(self, name: str, found, expected):
         if tuple(found) != tuple(expected):

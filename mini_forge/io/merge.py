@@ -83,7 +83,7 @@ class Update:
 
 
 class Merger:
-    """A base checkpoint and the updates of an adapter's weights. Tensors go by their names in the checkpoint's files."""
+    """A base checkpoint and an adapter's updates of its weights. Tensors go by their names in the files."""
 
     def __init__(self, run: Path):
         self.checkpoint = Checkpoint(base_of(run))

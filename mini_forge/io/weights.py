@@ -1,12 +1,16 @@
 """Base weights: from a folder or hub ID of safetensors straight into a decoder, one tensor at a time.
 
-Files are read with plain reads, not mapped: each byte is read once, in file order, and host memory never holds more
-than the stored (possibly quantized) model and the tensor in hand. Only safetensors: a pickle can run code.
+Files are read with plain reads, not mapped: each byte is read once, in file order, the next tensor while the last is
+quantized. Host memory never holds more than the stored (possibly quantized) model, the tensor in hand and the one being
+read; of stacks of experts one matrix, of other tensors that stay dense a part. Only safetensors: a pickle can run code.
 """
 
 import json
 import os
+from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +19,11 @@ from torch import nn
 
 from mini_forge.errors import CheckpointError
 from mini_forge.io.expert_weights import StackLoader
+from mini_forge.io.reading import Piece, ReadAhead, TensorEntry, read_tensor
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.families import decoder_spec, expert_layout
 from mini_forge.model.families.layout import text_name
+from mini_forge.model.fourbit import FLOATS
 from mini_forge.model.ops import PLAIN, Ops
 from mini_forge.model.quant import Linear4bit, Linear8bit
 
@@ -29,6 +35,7 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LIMIT_BYTES = 100_000_000  # the format's own bound
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # old checkpoints store these derived values
+DENSE_BYTES = 32 << 20  # of a tensor that stays dense this much is read at once: embeddings are the largest of all
 BNB_SUFFIXES = (
     ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map",
     ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4",
@@ -77,17 +84,6 @@ def read_json(path: Path) -> dict:
     return value
 
 
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where a tensor lies: `start` and `size` in bytes of `file`."""
-
-    file: Path
-    start: int
-    size: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of one safetensors file, in file order. Raises CheckpointError for a file that is not sound."""
     try:
@@ -127,29 +123,13 @@ class Checkpoint:
         self.folder = Path(folder)
         self.config = read_json(self.folder / "config.json")
         self.entries: dict[str, TensorEntry] = {}
-        self._buffer = torch.empty(0, dtype=torch.uint8)
         for file in weight_files(self.folder):
             self.entries.update(read_header(file))
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, in memory of its own, as stored."""
-        return self._read(name, torch.empty(self.entries[name].size, dtype=torch.uint8))
-
-    def borrow(self, name: str) -> torch.Tensor:
-        """One tensor as stored, in memory that the next `borrow` takes again: freed blocks of a thousand sizes would
-        leave the process half as large again as the model."""
-        size = self.entries[name].size
-        if self._buffer.numel() < size:
-            self._buffer = torch.empty(size, dtype=torch.uint8)
-        return self._read(name, self._buffer[:size])
-
-    def _read(self, name: str, buffer: torch.Tensor) -> torch.Tensor:
         entry = self.entries[name]
-        with entry.file.open("rb") as file:
-            file.seek(entry.start)
-            if file.readinto(memoryview(buffer.numpy())) != entry.size:
-                raise CheckpointError(f"{entry.file}: ended while tensor {name!r} was read; fetch it again")
-        return buffer.view(entry.dtype).view(entry.shape)
+        return read_tensor(name, entry, torch.empty(entry.size, dtype=torch.uint8))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -228,29 +208,116 @@ class Loader:
         self.storage = Storage(quantization, nested, compute_dtype or dtype, dtype, torch.device(device))
         self.stacks = StackLoader(self.model, self.storage, layout)
         self.missing = set(self.model.state_dict())
+        linears = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+        self.linears = {f"{name}.weight" for name in linears if name != "lm_head"}
+        self.stored = StoredLayers(checkpoint.entries, self.linears)
+        self.reader = ReadAhead()
 
     def load(self, prefix: str = ""):
-        """Read the tensors whose names begin so, in file order, into the model."""
-        checkpoint, spec, layout = self.checkpoint, self.model.spec, self.model.layout
-        for name in [n for n in checkpoint.entries if n.startswith(prefix)]:
-            if name.endswith((*IGNORED_SUFFIXES, *BNB_SUFFIXES, ".SCB", ".weight_format")):
-                continue
-            place = layout.place(name) if layout is not None else None
-            if place is not None and (place.name in self.missing or place.name in self.stacks.missing):
-                self.missing.discard(place.name)
-                self.stacks.place(name, place, checkpoint)
-            elif name in self.missing:
-                self.missing.discard(name)
-                self.storage.place(self.model, name, checkpoint)
-            elif not (name == "lm_head.weight" and spec.tied_head):
-                file = checkpoint.entries[name].file
-                raise CheckpointError(f"{file}: unexpected tensor {name!r} for this model_type")
+        """Read the tensors whose names begin so, in file order, into the model. What does not fit it is refused before
+        anything is read."""
+        names = [name for name in self.checkpoint.entries if name.startswith(prefix)]
+        pieces = [piece for name in names for piece in self._pieces(name)]
+        with closing(self.reader.stream(pieces)) as stream:
+            for piece, tensor in stream:
+                piece.put(tensor)
+
+    def _pieces(self, name: str) -> list[Piece]:
+        """How a stored tensor is read; not at all where the model makes no use of it."""
+        entry, layout = self.checkpoint.entries[name], self.model.layout
+        if name in self.stored.weight_of:
+            self.missing.discard(name)
+            return [Piece(name, entry, partial(self._put_stored, name), is_kept=True)]
+        if name.endswith((*IGNORED_SUFFIXES, *BNB_SUFFIXES, ".SCB", ".weight_format")):
+            return []
+        place = layout.place(name) if layout is not None else None
+        if place is not None and (place.name in self.missing or place.name in self.stacks.missing):
+            self.missing.discard(place.name)
+            return self.stacks.pieces(name, place, entry)
+        if name in self.missing:
+            self.missing.discard(name)
+            return self._dense_pieces(name, entry)
+        if name == "lm_head.weight" and self.model.spec.tied_head:
+            return []
+        raise CheckpointError(f"{entry.file}: unexpected tensor {name!r} for this model_type")
+
+    def _dense_pieces(self, name: str, entry: TensorEntry) -> list[Piece]:
+        shape = tuple(self.model.get_parameter(name).shape)
+        if entry.shape != shape:
+            raise CheckpointError(
+                f"{entry.file}: tensor {name!r} has shape {list(entry.shape)}, config.json asks for {list(shape)}"
+            )
+        if name in self.linears and not entry.dtype.is_floating_point:
+            raise CheckpointError(f"{name}: stored as {entry.dtype} in a form that is not known here")
+        if name in self.linears and self.storage.quantization is not None:
+            return [Piece(name, entry, partial(self._put_quantized, name))]
+        count = shape[0]
+        step = max(1, DENSE_BYTES * count // max(1, entry.size))
+        parts = [(first, min(first + step, count)) for first in range(0, count, step)]
+        return [Piece(name, entry.rows(*part), partial(self._put_rows, name, part[0])) for part in parts]
+
+    def _put_rows(self, name: str, first: int, rows: torch.Tensor):
+        owner, leaf = self._owner(name)
+        if getattr(owner, leaf).is_meta:
+            own = torch.empty_like(getattr(owner, leaf), dtype=self.storage.dtype, device=self.storage.device)
+            setattr(owner, leaf, nn.Parameter(own, requires_grad=False))
+        getattr(owner, leaf).data[first : first + len(rows)].copy_(rows)
+
+    def _put_quantized(self, name: str, weight: torch.Tensor):
+        self._replace(name, self.storage.quantized(weight))
+
+    def _put_stored(self, name: str, tensor: torch.Tensor):
+        weight, parts = self.stored.collect(name, tensor)
+        if parts is None:
+            return
+        layer = self.storage.stored(weight, parts, self.checkpoint.folder)
+        owner, leaf = self._owner(weight)
+        shape, expected = [layer.out_features, layer.in_features], list(owner.weight.shape)
+        if shape != expected:
+            raise CheckpointError(f"{weight}: stored as {shape}, config.json asks for {expected}")
+        if self.storage.quantization is not None:
+            self._replace(weight, layer.to(self.storage.device))
+        else:
+            dense = layer.dequantized(self.storage.dtype).to(self.storage.device)
+            setattr(owner, leaf, nn.Parameter(dense, requires_grad=False))
+
+    def _replace(self, name: str, quantized: nn.Module):
+        owner, _ = self._owner(name)
+        quantized.bias = owner.bias  # filled now or later: `_put_rows` finds it under the same name
+        self.model.set_submodule(name.removesuffix(".weight"), quantized)
+
+    def _owner(self, name: str) -> tuple[nn.Module, str]:
+        owner, _, leaf = name.rpartition(".")
+        return self.model.get_submodule(owner), leaf
 
     def check_complete(self):
         missing = sorted(self.missing) + self.stacks.unfinished()
         if missing:
             few = ", ".join(missing[:5])
             raise CheckpointError(f"{self.checkpoint.folder}: {len(missing)} tensors are missing, among them {few}")
+
+
+class StoredLayers:
+    """The linear layers that a checkpoint holds in 4 or 8 bits, in several tensors each, which may lie far apart."""
+
+    def __init__(self, entries: dict[str, TensorEntry], linears: set[str]):
+        in_4bit = {n.removesuffix(".absmax") for n in entries if n.endswith(".absmax")} & linears & entries.keys()
+        in_8bit = {n.removesuffix("SCB") + "weight" for n in entries if n.endswith(".SCB")} & linears & entries.keys()
+        self.weight_of = {name: name for name in in_4bit | in_8bit}  # the layer's weight, of each of its tensors
+        self.weight_of |= {name.removesuffix("weight") + "SCB": name for name in in_8bit}
+        for name in entries:
+            owner, is_companion, _ = name.partition(".weight.")
+            if is_companion and f"{owner}.weight" in in_4bit:
+                self.weight_of[name] = f"{owner}.weight"
+        self.count = Counter(self.weight_of.values())
+        self.parts: dict[str, dict[str, torch.Tensor]] = {}
+
+    def collect(self, name: str, tensor: torch.Tensor) -> tuple[str, dict[str, torch.Tensor] | None]:
+        """The layer's weight, and all of its tensors by name if this is the last of them, else None."""
+        weight = self.weight_of[name]
+        parts = self.parts.setdefault(weight, {})
+        parts[name] = tensor
+        return weight, self.parts.pop(weight) if len(parts) == self.count[weight] else None
 
 
 def text_entries(entries: dict[str, TensorEntry], layout) -> dict[str, TensorEntry]:
@@ -273,66 +340,33 @@ class Storage:
     dtype: torch.dtype
     device: torch.device
 
-    def place(self, model: Decoder, name: str, checkpoint: Checkpoint):
-        """Read tensor `name` and put it where the model has that parameter, quantized if it is a linear's weight."""
-        owner_name, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(owner_name)
-        is_linear_weight = isinstance(owner, nn.Linear) and leaf == "weight" and owner_name != "lm_head"
-        if is_linear_weight and name + ".absmax" in checkpoint.entries:
-            stored = self._stored_4bit(name, checkpoint)
-        elif is_linear_weight and owner_name + ".SCB" in checkpoint.entries:
-            stored = Linear8bit.from_state(checkpoint.read(name), checkpoint.read(owner_name + ".SCB"),
-                                           compute_dtype=self.compute_dtype)  # fmt: skip
-        else:
-            self._check_shape(name, checkpoint, getattr(owner, leaf))
-            weight = checkpoint.borrow(name)
-            if is_linear_weight and self.quantization is not None:
-                # Statistics are taken of the weight in the training dtype, as loading stacks that quantize do.
-                self._replace(model, owner_name, owner, self._quantize(weight.to(self.device, self.dtype)))
-            elif is_linear_weight and not weight.is_floating_point():
-                raise CheckpointError(f"{name}: stored as {weight.dtype} in a form that is not known here")
-            else:
-                own = weight.to(self.device, self.dtype, copy=True)
-                setattr(owner, leaf, nn.Parameter(own, requires_grad=False))
-            return
-        if self.quantization is None:
-            dense = nn.Parameter(stored.dequantized(self.dtype).to(self.device), requires_grad=False)
-            owner.weight = dense
-        else:
-            self._replace(model, owner_name, owner, stored.to(self.device))
+    def cast(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight that is to be quantized, on the device, with the values it has in the training dtype: statistics are
+        taken of these, as loading stacks that quantize do. No copy is made for float32, which holds all the values of
+        the 16-bit dtypes and by way of which these are quantized anyway."""
+        weight = weight.to(self.device)
+        return weight if self.dtype == torch.float32 and weight.dtype in FLOATS else weight.to(self.dtype)
 
-    def _stored_4bit(self, name: str, checkpoint: Checkpoint) -> Linear4bit:
-        own = {n: checkpoint.read(n) for n in checkpoint.entries if n == name or n.startswith(name + ".")}
-        state = {"weight" + n[len(name) :]: tensor for n, tensor in own.items()}
-        linear = Linear4bit.from_state(state, compute_dtype=self.compute_dtype)
-        if self.quantization not in (None, linear.quant_type):
-            raise CheckpointError(
-                f"{checkpoint.folder}: {name} is stored as {linear.quant_type}, not {self.quantization}; "
-                f"set bnb_4bit_quant_type to {linear.quant_type!r}"
-            )
-        return linear
-
-    def _quantize(self, weight: torch.Tensor) -> nn.Module:
+    def quantized(self, weight: torch.Tensor) -> Linear4bit | Linear8bit:
+        """The layer of a dense (out, in) weight, without its bias."""
+        weight = self.cast(weight)
         if self.quantization == "int8":
             return Linear8bit.from_weight(weight, None, compute_dtype=self.compute_dtype)
-        return Linear4bit.from_weight(
-            weight, None, quant_type=self.quantization, nested=self.nested, compute_dtype=self.compute_dtype
-        )
+        options = {"quant_type": self.quantization, "nested": self.nested, "compute_dtype": self.compute_dtype}
+        layer = Linear4bit.from_weight(weight, None, **options)
+        layer.weight_dtype = self.dtype
+        return layer
 
-    def _replace(self, model: Decoder, name: str, dense: nn.Linear, quantized: nn.Module):
-        shape = (quantized.out_features, quantized.in_features)
-        if shape != tuple(dense.weight.shape):
+    def stored(self, name: str, parts: dict[str, torch.Tensor], folder: Path) -> Linear4bit | Linear8bit:
+        """The layer of weight `name` from the tensors in which a checkpoint holds it, without its bias."""
+        if name + ".absmax" not in parts:
+            scale = parts[name.removesuffix("weight") + "SCB"]
+            return Linear8bit.from_state(parts[name], scale, compute_dtype=self.compute_dtype)
+        state = {"weight" + key.removeprefix(name): tensor for key, tensor in parts.items()}
+        layer = Linear4bit.from_state(state, compute_dtype=self.compute_dtype)
+        if self.quantization not in (None, layer.quant_type):
             raise CheckpointError(
-                f"{name}.weight: stored as {list(shape)}, config.json asks {list(dense.weight.shape)}"
+                f"{folder}: {name} is stored as {layer.quant_type}, not {self.quantization}; "
+                f"set bnb_4bit_quant_type to {layer.quant_type!r}"
             )
-        quantized.bias = dense.bias  # filled now or later: `place` finds it under the same name
-        model.set_submodule(name, quantized)
-
-    @staticmethod
-    def _check_shape(name: str, checkpoint: Checkpoint, parameter: torch.Tensor):
-        shape = checkpoint.entries[name].shape
-        if shape != tuple(parameter.shape):
-            raise CheckpointError(
-                f"{checkpoint.entries[name].file}: tensor {name!r} has shape {list(shape)}, "
-                f"config.json asks for {list(parameter.shape)}"
-            )
+        return layer

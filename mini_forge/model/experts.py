@@ -1,4 +1,4 @@
-"""Mixture of experts: a router picks k of E SwiGLU MLPs for each token. Switch (2101.03961) Eq. 1-2, Mixtral (2401.04088).
+"""Mixture of experts: a router picks k of E SwiGLU MLPs for each token. 1701.06538 Eq. 1 and 3-5, 2401.04088 §2.1.
 
 Tokens are sorted by expert, so each expert multiplies one block of rows; only experts that have rows are touched. The
 weights are stacks: `gate_up_proj` (E, 2F, D), gate rows first, and `down_proj` (E, D, F), dense or quantized

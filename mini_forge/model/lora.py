@@ -76,9 +76,9 @@ class LoRALinear(nn.Module):
 
 
 class LoRAStack(nn.Module):
-    """A frozen stack of expert matrices (E, out, in) with a trainable float32 update for each: A (E, R, in), B (E, out, R).
+    """A frozen stack of expert matrices (E, out, in), each with a trained update: A (E, R, in), B (E, out, R).
 
-    Two products for each expert's rows, s·(x̃ A_eᵀ) B_eᵀ; no ΔW is ever formed, and experts without rows cost nothing."""
+    Two products for each expert's rows, s·(x̃ A_eᵀ) B_eᵀ; no ΔW is formed, and experts without rows cost nothing."""
 
     def __init__(self, base: nn.Parameter | nn.Module, spec: LoraSpec, generator: torch.Generator | None = None):
         super().__init__()
@@ -239,18 +239,20 @@ def stack_names(model: nn.Module) -> list[str]:
 def target_names(model: nn.Module, targets: tuple[str, ...] | None) -> list[str]:
     """The linear layers and stacks of experts that `targets` name by whole last parts of their names.
 
-    None names all linear layers, no stack: experts are adapted on request, as `experts.gate_up_proj` and
-    `experts.down_proj`. Raises ConfigError for a target that matches nothing."""
-    names = linear_names(model)
+    None names all linear layers (so does "all-linear" among others), no stack: experts are adapted on request, as
+    `experts.gate_up_proj` and `experts.down_proj`. Raises ConfigError for a target that matches nothing."""
+    linears = linear_names(model)
     if targets is None:
-        return names
+        return linears
     stacks = stack_names(model)
-    names += stacks
+    names = linears + stacks
     # A stack is named with its `experts.`, so that `down_proj` alone stays the name of a linear layer, as in PEFT.
     matches = {
         t: [n for n in names if n == t or (n.endswith("." + t) and (n not in stacks or "experts." in t))]
         for t in targets
     }
+    if "all-linear" in matches:
+        matches["all-linear"] = linears
     known = ", ".join(sorted({".".join(n.split(".")[-2 if n in stacks else -1 :]) for n in names}))
     unmatched = [
         f"target_modules: {t!r} names no linear layer of this model; use 'all-linear' or a list of: {known}"

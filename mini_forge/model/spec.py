@@ -1,4 +1,4 @@
-"""What the decoder needs to know of a checkpoint, as data. Options are named for what they do, never for who uses them."""
+"""What the decoder needs to know of a checkpoint, as data. Options are named for what they do, not for who has them."""
 
 from dataclasses import dataclass
 

@@ -5,7 +5,9 @@
     python tests/golden/make_golden.py training chat       # only these parts
 
 Parts: `families` (tests/golden/families/NAME: checkpoint and logits), `training` (tests/golden/training: checkpoint,
-dataset, initial adapter and ten reference steps, three ways) and `chat` (tests/golden/chat.json: rendered templates).
+dataset, initial adapter and ten reference steps, three ways), `moe_training` (tests/golden/moe_training/FAMILY: the
+same for models with experts, with the tokenizer and rows of `training`) and `chat` (tests/golden/chat.json: rendered
+templates).
 Seeds are fixed, so a second run writes the same bytes on the same machine and versions.
 """
 
@@ -18,9 +20,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the order of float32 sums, and 
 
 import make_chat
 import make_families
+import make_moe_training
 import make_training
 
-PARTS = {"families": make_families.main, "training": make_training.main, "chat": make_chat.main}
+PARTS = {"families": make_families.main, "training": make_training.main,
+         "moe_training": make_moe_training.main, "chat": make_chat.main}  # fmt: skip
 
 
 def main(names: list[str]):

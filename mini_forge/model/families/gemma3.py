@@ -1,4 +1,4 @@
-"""Gemma 3, its text part: norms before and after each sublayer with weights stored less 1, tanh-gelu, scaled embeddings.
+"""Gemma 3, its text part: norms before and after each sublayer, their weights stored less 1; tanh-gelu.
 
 Five of six layers slide, with a rotation of their own. The vision part of a multimodal checkpoint is not read.
 """

@@ -27,5 +27,6 @@ def spec(config):
     bias = config.get("attention_bias", True)
     return base_spec(
         config, [LayerSpec(window, experts=True) for window in windows], experts=experts, activation="clamped",
-        clamp=(config.get("swiglu_limit", 7.0), config.get("swiglu_alpha", 1.702)), sinks=True, qkv_bias=bias, out_bias=bias, norm_product="float32",
+        clamp=(config.get("swiglu_limit", 7.0), config.get("swiglu_alpha", 1.702)), sinks=True, qkv_bias=bias,
+        out_bias=bias, norm_product="float32",
     )  # fmt: skip

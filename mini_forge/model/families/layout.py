@@ -1,7 +1,7 @@
 """How the experts of a checkpoint lie on disk, and the stacks they become: (E, 2F, D) with gate rows first, (E, D, F).
 
-A layout says where a tensor belongs (`place`, by its name in the text model) and turns one expert's matrix into ours (`canonical`) and back
-(`stored`); the two are inverse to each other, bit for bit.
+A layout says where a tensor belongs (`place`, by its name in the text model) and turns one expert's matrix into ours
+(`canonical`) and back (`stored`); the two are inverse to each other, bit for bit.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Qwen3-MoE (Qwen3-30B-A3B, Qwen3-Coder): Qwen3 whose MLPs are experts, but for the layers that config.json keeps dense.
+"""Qwen3-MoE (Qwen3-30B-A3B, Qwen3-Coder): Qwen3 whose MLPs are experts, but for layers that config.json keeps dense.
 
 A layer has experts iff it is not in `mlp_only_layers` and its number, from 1, is a multiple of `decoder_sparse_step`.
 On disk every expert has three matrices of its own.
