@@ -38,6 +38,7 @@ _WHERE = {
     "dequantize_4bit": "model.quant",
     "generate": "inference.generate",
     "token_nll": "training.losses",
+    "dpo_loss": "training.preferences",
     "lr_at": "training.schedule",
     "warmup_steps": "training.schedule",
 }

@@ -39,6 +39,14 @@ PATHS = ("model_name", "dataset", "eval_dataset", "init_adapter")
 
 TASKS = ("text-generation", "summarization", "extractive-question-answering")
 OPTIMIZERS = ("adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "sgd")
+PREFERENCE_LOSSES = (
+    "sigmoid", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "aot",
+    "discopop", "simpo", "orpo",
+)  # fmt: skip
+LOSS_SUGGESTIONS = {  # loss_type -> what its paper works with, where our defaults would not
+    "exo_pair": {"label_smoothing": 1e-3},
+    "simpo": {"beta": 2.0},
+}
 DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -129,8 +137,10 @@ class TrainingConfig:
 
     # DPO
     beta: float = key(0.1, "Strength of the tie to the reference model", exclusiveMinimum=0)
-    loss_type: str = key("sigmoid", "Preference loss", choices=("sigmoid", "ipo", "hinge", "robust"))
+    loss_type: str = key("sigmoid", "Preference loss", choices=PREFERENCE_LOSSES)
     label_smoothing: float = key(0.0, "Expected share of flipped preferences", minimum=0, maximum=0.5)
+    simpo_gamma: float = key(0.5, "Margin that simpo asks of the chosen reward", minimum=0)
+    precompute_reference: bool = key(False, "Compute the reference once, before training, and keep it on disk")
 
     # RLHF (PPO)
     reward_model: str | None = key(None, "Reward model folder; left out: trained from the pairs", minLength=1)
@@ -266,6 +276,8 @@ class _Reader:
         """(source, values) for what is left out, in order of precedence. Reads `values` as they fill."""
         strategy = values.get("strategy", DEFAULTS["strategy"])
         yield f"strategy {strategy}", {"learning_rate": LEARNING_RATES[strategy]}
+        if strategy == "dpo" and values.get("loss_type") in LOSS_SUGGESTIONS:
+            yield f"loss_type {values['loss_type']}", LOSS_SUGGESTIONS[values["loss_type"]]
         if strategy == "qlora":
             yield "strategy qlora", {"use_4bit": True}
         if values.get("use_8bit"):

@@ -116,7 +116,7 @@ def plain(value):
 
 def _rule_text(choices, limits) -> str:
     if choices:
-        return f"Must be in {show(list(choices))}"
+        return f"Must be in {json.dumps(list(choices))}"  # all of them, however many
     if "minLength" in limits:
         return "Cannot be empty"
     if "pattern" in limits:

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 
 PRECISION_FLAGS = {"float16": "fp16", "bfloat16": "bf16", "float32": None}  # dtype -> the flag that says the same
 
-DPO_KEYS = ("beta", "loss_type", "label_smoothing")
+DPO_KEYS = ("beta", "loss_type", "label_smoothing", "simpo_gamma", "precompute_reference")
+SMOOTHED_LOSSES = ("sigmoid", "robust", "exo_pair", "aot")
+REFERENCE_FREE_LOSSES = ("simpo", "orpo")
 RLHF_KEYS = (
     "reward_model", "reward_function", "kl_coef", "ppo_epochs", "num_mini_batches", "rollout_batch_size",
     "max_new_tokens", "temperature", "gamma", "gae_lambda", "clip_range", "value_clip_range", "value_coef",
@@ -31,6 +33,11 @@ def contradictions(v: dict, written: set[str]) -> Iterator[str]:
         yield (
             'label_smoothing: Must be < 0.5 with loss_type "robust" (got 0.5); half of the labels flipped say nothing, '
             "give the expected share of flipped labels"
+        )
+    if v["loss_type"] == "exo_pair" and v["strategy"] == "dpo" and v["label_smoothing"] == 0:
+        yield (
+            'label_smoothing: Must be > 0 with loss_type "exo_pair" (got 0), which takes its logarithm; leave the key '
+            "out for 0.001"
         )
 
 
@@ -73,9 +80,22 @@ def warnings(v: dict, written: set[str], defaults: dict) -> Iterator[str]:
             for name in names:
                 if name in changed:
                     yield f'{name}: no effect with strategy "{v["strategy"]}"; it belongs to "{strategy}"'
-    if v["label_smoothing"] and v["strategy"] == "dpo" and v["loss_type"] in ("ipo", "hinge"):
-        yield f'label_smoothing: no effect with loss_type "{v["loss_type"]}"; it belongs to "sigmoid" and "robust"'
+    if v["strategy"] == "dpo":
+        yield from _preference_warnings(v, changed)
     if v["max_steps"] > 0 and "num_train_epochs" in changed:
         yield f"num_train_epochs: no effect, max_steps {v['max_steps']} decides how long training lasts"
     if "save_steps" in changed and v["save_strategy"] != "steps":
         yield f'save_steps: no effect with save_strategy "{v["save_strategy"]}"; it belongs to "steps"'
+
+
+def _preference_warnings(v: dict, changed: set[str]) -> Iterator[str]:
+    loss_type, owners = v["loss_type"], ", ".join(f'"{name}"' for name in SMOOTHED_LOSSES)
+    if v["label_smoothing"] and loss_type not in SMOOTHED_LOSSES:
+        yield f'label_smoothing: no effect with loss_type "{loss_type}"; it belongs to {owners}'
+    if "simpo_gamma" in changed and loss_type != "simpo":
+        yield f'simpo_gamma: no effect with loss_type "{loss_type}"; it belongs to "simpo"'
+    if v["precompute_reference"] and loss_type in REFERENCE_FREE_LOSSES:
+        yield f'precompute_reference: no effect with loss_type "{loss_type}", which has no reference'
+    for name in ("train_on_prompt", "neftune_noise_alpha"):
+        if name in changed:
+            yield f'{name}: no effect with strategy "dpo", which compares responses without noise'

@@ -3,9 +3,11 @@
 `train` and `check` share this, so what `check` reports is what `train` does.
 """
 
+import hashlib
 import math
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,16 +15,18 @@ import torch
 from mini_forge.config import PATHS, Plan, TrainingConfig, detect_machine, resolve
 from mini_forge.data.batches import Document, TokenStats, split, tokenize
 from mini_forge.data.chat import Template, choose_template
-from mini_forge.data.tasks import Example, load_examples
+from mini_forge.data.pairs import PairDocument, flatten, tokenize_pairs
+from mini_forge.data.tasks import Example, Pair, load_examples
 from mini_forge.data.tokenizer import Tokenizer, load_tokenizer
 from mini_forge.errors import CheckpointError, ConfigError, DataError, UserError
-from mini_forge.io.adapters import read_adapter_config
+from mini_forge.io.adapters import read_adapter_config, read_adapter_tensors
+from mini_forge.io.expert_adapters import stack_targets
 from mini_forge.io.weights import read_json, resolve_model, weight_files
 from mini_forge.model.decoder import Decoder, DecoderSpec
 from mini_forge.model.families import decoder_spec
 from mini_forge.model.lora import LoraSpec, target_names
 
-AVAILABLE_STRATEGIES = ("sft", "qlora")
+AVAILABLE_STRATEGIES = ("sft", "qlora", "dpo")
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,23 @@ class Prepared:
     tokenizer: Tokenizer
     template: Template
     max_length: int
-    train: list[Document]
+    train: list[Document] | list[PairDocument]
     train_stats: TokenStats
-    train_examples: list[Example]
-    eval: list[Document]
+    train_examples: list[Example] | list[Pair]
+    eval: list[Document] | list[PairDocument]
     eval_stats: TokenStats | None
-    eval_examples: list[Example]
+    eval_examples: list[Example] | list[Pair]
     notes: list[str]
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether `train` and `eval` hold pairs."""
+        return is_paired(self.config)
+
+
+def is_paired(config: TrainingConfig) -> bool:
+    """Whether the run trains on pairs of responses, and so against a reference and without dropout."""
+    return config.strategy == "dpo"
 
 
 def prepare(config: TrainingConfig) -> Prepared:
@@ -83,6 +97,14 @@ def check_strategy(config: TrainingConfig):
         )
 
 
+def model_identity(prepared: Prepared) -> str:
+    """A digest of what the frozen model's log-probabilities depend on: its files and how they are computed with."""
+    plan, files = prepared.plan, [prepared.folder / "config.json", *weight_files(prepared.folder)]
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    computed = (plan.device, plan.dtype, plan.quantization, plan.nested, plan.compute_dtype, prepared.config.provider)
+    return hashlib.sha256(repr((facts, computed)).encode()).hexdigest()
+
+
 def _open_model(config: TrainingConfig):
     folder = resolve_model(config.model_name)
     spec = decoder_spec(read_json(folder / "config.json"))
@@ -94,9 +116,10 @@ def _open_model(config: TrainingConfig):
 
 
 def adapter_spec(config: TrainingConfig) -> LoraSpec:
-    """The run's LoRA."""
+    """The run's LoRA. Against a reference it has no dropout: noise on one side is no preference."""
+    dropout = 0.0 if is_paired(config) else config.lora_dropout
     targets = None if config.target_modules == "all-linear" else tuple(config.target_modules)
-    return LoraSpec(config.lora_r, config.lora_alpha, config.lora_dropout, targets, config.use_rslora)
+    return LoraSpec(config.lora_r, config.lora_alpha, dropout, targets, config.use_rslora)
 
 
 def with_init_adapter(config: TrainingConfig) -> TrainingConfig:
@@ -105,8 +128,9 @@ def with_init_adapter(config: TrainingConfig) -> TrainingConfig:
     Raises ConfigError where the user wrote another rank or alpha."""
     if not config.init_adapter:
         return config
-    asked, (found, _) = adapter_spec(config), read_adapter_config(Path(config.init_adapter).expanduser())
-    targets = "all-linear" if found.targets is None else found.targets
+    folder = Path(config.init_adapter).expanduser()
+    asked, (found, _) = adapter_spec(config), read_adapter_config(folder)
+    targets = "all-linear" if found.targets is None else stack_targets(found.targets, read_adapter_tensors(folder))
     alpha, use_rslora = found.alpha, found.use_rslora
     if not float(alpha).is_integer():  # as we write an rsLoRA adapter: alpha·√rank with the plain scaling
         alpha, use_rslora = round(alpha / math.sqrt(found.rank), 6), not use_rslora
@@ -128,6 +152,29 @@ def with_init_adapter(config: TrainingConfig) -> TrainingConfig:
     return replace(config, **shape, provenance=sources)
 
 
+def _tokenise_rows(config: TrainingConfig, template: Template, tokenizer: Tokenizer, limit: int, rows: list):
+    """(documents, stats) of rows as the run trains on them: texts, or pairs."""
+    if is_paired(config):
+        return tokenize_pairs(rows, template, tokenizer, limit, config.system_prompt)
+    return tokenize(rows, template, tokenizer, limit, config.train_on_prompt, config.system_prompt)
+
+
+def _preference_notes(config: TrainingConfig) -> list[str]:
+    if not is_paired(config):
+        return []
+    notes = []
+    if config.lora_dropout:
+        notes.append(
+            f"lora_dropout: {config.lora_dropout} is not used; policy and reference are compared without noise"
+        )
+    if config.init_adapter:
+        notes.append(
+            "init_adapter: the reference is the model without it; to tie the training to the adapted model, merge the "
+            "adapter first and give the merged folder as model_name"
+        )
+    return notes
+
+
 def _tokenise(config, plan, opened, train_rows, eval_rows) -> Prepared:
     folder, spec, tokenizer, template = opened
     notes = [*config.warnings, *plan.notes, *template.notes]
@@ -141,10 +188,10 @@ def _tokenise(config, plan, opened, train_rows, eval_rows) -> Prepared:
         train_index, eval_index = split(len(train_rows), config.eval_split, config.seed)
         eval_rows = [train_rows[i] for i in eval_index]
         train_rows = [train_rows[i] for i in train_index]
-    options = (template, tokenizer, limit, config.train_on_prompt, config.system_prompt)
-    train, train_stats = tokenize(train_rows, *options)
-    evaluation, eval_stats = tokenize(eval_rows, *options) if eval_rows else ([], None)
-    highest = max((int(document.ids.max()) for document in [*train, *evaluation]), default=0)
+    rows_to_documents = partial(_tokenise_rows, config, template, tokenizer, limit)
+    train, train_stats = rows_to_documents(train_rows)
+    evaluation, eval_stats = rows_to_documents(eval_rows) if eval_rows else ([], None)
+    highest = max((int(document.ids.max()) for document in flatten([*train, *evaluation])), default=0)
     if highest >= spec.vocab_size:
         raise CheckpointError(
             f"{folder}: the tokenizer has a token {highest}, the model only {spec.vocab_size} embeddings; "
@@ -163,5 +210,6 @@ def _tokenise(config, plan, opened, train_rows, eval_rows) -> Prepared:
             f"{config.dataset}: {train_stats.truncated} rows truncated to {limit} tokens, "
             f"{train_stats.dropped} dropped because no token to train on was left"
         )
+    notes += _preference_notes(config)
     return Prepared(config, plan, folder, spec, tokenizer, template, limit, train, train_stats, train_rows, evaluation,
                     eval_stats, eval_rows, notes)  # fmt: skip

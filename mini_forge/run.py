@@ -2,7 +2,6 @@
 
 import io
 import time
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +10,10 @@ import torch
 
 from mini_forge import __version__
 from mini_forge.config import TrainingConfig
+from mini_forge.data.batches import collate
+from mini_forge.data.pairs import collate_pairs, data_fingerprint
 from mini_forge.errors import ConfigError, TrainingError, is_out_of_memory
-from mini_forge.inference.evaluate import evaluate_loss
+from mini_forge.inference.evaluate import evaluate_loss, evaluate_pairs
 from mini_forge.io.adapters import fill_adapter, save_adapter
 from mini_forge.io.card import model_card
 from mini_forge.io.models import load_model
@@ -20,9 +21,11 @@ from mini_forge.io.runs import RunFolder, load_state, rng_state, set_rng_state, 
 from mini_forge.io.weights import load_base
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.lora import LoraSpec, inject
-from mini_forge.prepare import Prepared, adapter_spec, prepare
+from mini_forge.prepare import Prepared, adapter_spec, model_identity, prepare
 from mini_forge.providers import PROVIDERS
+from mini_forge.training.dpo import fill_reference, preference_objective
 from mini_forge.training.loop import Interrupted, Loop, LoopSettings, peak_memory_bytes, stop_signals
+from mini_forge.training.losses import Objective
 from mini_forge.training.memory import keep_freed_memory
 from mini_forge.training.optim import (
     load_optimizer_state,
@@ -30,11 +33,13 @@ from mini_forge.training.optim import (
     optimizer_state,
     parameter_groups,
 )
+from mini_forge.training.preferences import REFERENCE_FREE, LossOptions
 from mini_forge.training.schedule import warmup_steps
 from mini_forge.training.sft import SFT
 from mini_forge.training.windows import Windows
 
-OBJECTIVES = {"sft": SFT, "qlora": SFT}
+OBJECTIVES = {"sft": SFT, "qlora": SFT}  # of strategies whose objective has no settings
+REFERENCE_FILE = "reference_logps.json"
 # Keys that may change between a run and its resumption, because no step depends on them.
 FREE_ON_RESUME = ("output_dir", "comment", "notes", "logging_steps", "save_steps", "save_strategy", "save_total_limit",
                   "per_device_eval_batch_size")  # fmt: skip
@@ -89,6 +94,8 @@ def train(
     if resume:
         _restore(folder, loop, model, prepared, report)
     _describe(prepared, model, loop, report)
+    if config.precompute_reference and prepared.is_paired and config.loss_type not in REFERENCE_FREE:
+        _precompute_reference(prepared, model, folder, report)
     return _run(prepared, model, lora, folder, loop, report)
 
 
@@ -110,16 +117,24 @@ def build_model(prepared: Prepared, lora: LoraSpec, report=print) -> Decoder:
     if config.init_adapter:
         fill_adapter(model, Path(config.init_adapter).expanduser())
     model.gradient_checkpointing = config.gradient_checkpointing
-    model.neftune_alpha = config.neftune_noise_alpha
+    model.neftune_alpha = None if prepared.is_paired else config.neftune_noise_alpha
     return model.train()
+
+
+def objective_of(config: TrainingConfig) -> Objective:
+    """What the run's strategy minimises."""
+    if config.strategy != "dpo":
+        return OBJECTIVES[config.strategy]
+    return preference_objective(config.loss_type, LossOptions(config.beta, config.label_smoothing, config.simpo_gamma))
 
 
 def windows(prepared: Prepared) -> Windows:
     """The run's training documents, cut into optimizer steps."""
     config = prepared.config
+    capacity = prepared.max_length * (2 if prepared.is_paired else 1)  # a bin of pairs has room for the longest pair
     return Windows(
         prepared.train, config.per_device_train_batch_size, config.gradient_accumulation_steps, config.group_by_length,
-        config.packing, prepared.max_length, config.seed,
+        config.packing, capacity, config.seed, collate_pairs if prepared.is_paired else collate,
     )  # fmt: skip
 
 
@@ -134,7 +149,7 @@ def build_loop(
     )  # fmt: skip
     window = windows(prepared)
     settings = loop_settings(config, window.steps_per_epoch, has_eval=bool(prepared.eval))
-    objective, fingerprint = OBJECTIVES[config.strategy], data_fingerprint(prepared)
+    objective, fingerprint = objective_of(config), data_fingerprint(prepared.train)
 
     def save(progress):
         keep_best = progress.best_step if config.load_best_model_at_end else None
@@ -155,7 +170,10 @@ def build_loop(
     def evaluate():
         began = time.perf_counter()
         batch_size = config.per_device_eval_batch_size
-        result = evaluate_loss(model, prepared.eval, objective.total_and_count, batch_size=batch_size)
+        if prepared.is_paired:
+            result = evaluate_pairs(model, prepared.eval, objective.sums, batch_size=batch_size)
+        else:
+            result = evaluate_loss(model, prepared.eval, objective.total_and_count, batch_size=batch_size)
         return {**result, "eval_seconds": round(time.perf_counter() - began, 3)}
 
     loop = Loop(
@@ -215,19 +233,11 @@ def _check_resume(folder: RunFolder, config: TrainingConfig, report) -> bool:
     return True
 
 
-def data_fingerprint(prepared: Prepared) -> int:
-    """A checksum of every token trained on, by which a resumed run knows that its data are the same."""
-    checksum = 0
-    for document in prepared.train:
-        checksum = zlib.crc32(document.is_trained.tobytes(), zlib.crc32(document.ids.tobytes(), checksum))
-    return checksum
-
-
 def _restore(folder: RunFolder, loop: Loop, model: Decoder, prepared: Prepared, report):
     step = folder.steps()[-1]
     source = folder.checkpoint(step)
     state = load_state(source / "trainer_state.pt")
-    if state["data"] != data_fingerprint(prepared):
+    if state["data"] != data_fingerprint(prepared.train):
         raise ConfigError(
             f"dataset: {prepared.config.dataset!r} (or the tokenizer) has changed since {source} was saved, so its "
             "place in the data means nothing; put it back, or start another run with init_adapter"
@@ -240,6 +250,19 @@ def _restore(folder: RunFolder, loop: Loop, model: Decoder, prepared: Prepared, 
     report(f"resuming from {source}")
 
 
+def _precompute_reference(prepared: Prepared, model: Decoder, folder: RunFolder, report):
+    """Give every pair its reference log-probabilities, from the run's folder where they were computed before."""
+    began = time.perf_counter()
+    pairs = [*prepared.train, *prepared.eval]
+    key = {"data": data_fingerprint(pairs), "model": model_identity(prepared)}
+    batch_size = prepared.config.per_device_eval_batch_size
+    filled, is_new = fill_reference(folder.path / REFERENCE_FILE, key, model, pairs, batch_size)
+    count = len(prepared.train)
+    prepared.train[:], prepared.eval[:] = filled[:count], filled[count:]  # in place: the loop holds these lists
+    source = f"computed in {time.perf_counter() - began:.0f} s" if is_new else f"from {REFERENCE_FILE}"
+    report(f"reference: {len(pairs)} pairs, {source}")
+
+
 def _describe(prepared: Prepared, model: Decoder, loop: Loop, report):
     config, plan, stats = prepared.config, prepared.plan, prepared.train_stats
     trainable = sum(p.numel() for p in loop.parameters)
@@ -250,8 +273,9 @@ def _describe(prepared: Prepared, model: Decoder, loop: Loop, report):
     )
     report(f"adapter: {trainable:,} trained parameters, template: {prepared.template.name}")
     evaluation = f", {len(prepared.eval)} to evaluate on" if prepared.eval else ""
+    rows = f"{len(prepared.train)} {'pairs' if prepared.is_paired else 'rows'}"
     report(
-        f"data: {len(prepared.train)} rows, {stats.tokens:,} tokens, {stats.trained_tokens:,} trained on{evaluation}; "
+        f"data: {rows}, {stats.tokens:,} tokens, {stats.trained_tokens:,} trained on{evaluation}; "
         f"{loop.settings.total_steps} steps, {loop.settings.steps_per_epoch} an epoch"
     )
     for note in prepared.notes:
@@ -304,6 +328,7 @@ def _reason(error: Exception) -> str:
 def summarise(prepared: Prepared, loop: Loop, metrics: list[dict]) -> dict:
     """summary.json: how the run ended and what it cost."""
     progress, stats = loop.progress, prepared.train_stats
+    counted = "trained_pairs" if prepared.is_paired else "trained_tokens"
     losses = [m["loss"] for m in metrics if "loss" in m]
     evaluations = [m["eval_loss"] for m in metrics if "eval_loss" in m]
     return {
@@ -314,10 +339,11 @@ def summarise(prepared: Prepared, loop: Loop, metrics: list[dict]) -> dict:
         "train_loss_last": losses[-1] if losses else None,
         "eval_loss_first": evaluations[0] if evaluations else None,
         "eval_loss_last": evaluations[-1] if evaluations else None,
+        **_change(metrics, "eval_reward_accuracy"),
         "best_eval_loss": progress.best_loss,
         "best_step": progress.best_step,
         "tokens": progress.tokens,
-        "trained_tokens": progress.trained_tokens,
+        counted: progress.trained_tokens,
         "seconds": round(progress.seconds, 3),
         "tokens_per_second": round(progress.tokens / max(progress.step_seconds, 1e-9), 2),
         "peak_memory_bytes": peak_memory_bytes(loop.parameters[0].device),
@@ -331,3 +357,9 @@ def summarise(prepared: Prepared, loop: Loop, metrics: list[dict]) -> dict:
         "device": prepared.plan.device,
         "versions": {"mini_forge": __version__, "torch": torch.__version__},
     }
+
+
+def _change(metrics: list[dict], name: str) -> dict:
+    """A metric's first and last value, where it was logged."""
+    values = [m[name] for m in metrics if name in m]
+    return {f"{name}_first": values[0], f"{name}_last": values[-1]} if values else {}

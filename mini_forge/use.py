@@ -8,14 +8,17 @@ import torch
 from mini_forge.config import TrainingConfig, detect_machine, resolve
 from mini_forge.data.batches import split, tokenize
 from mini_forge.data.chat import Template, choose_template
-from mini_forge.data.tasks import Example, load_examples, user_message
+from mini_forge.data.pairs import tokenize_pairs
+from mini_forge.data.tasks import Example, Pair, load_examples, user_message
 from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.errors import ConfigError
-from mini_forge.inference.evaluate import evaluate_generation, evaluate_loss
+from mini_forge.inference.evaluate import evaluate_generation, evaluate_loss, evaluate_pairs
 from mini_forge.inference.generate import TextStream, generate, spelled_end, until
 from mini_forge.io.models import load_model, load_tokenizer
 from mini_forge.io.runs import CONFIG_FILE
 from mini_forge.model.decoder import Decoder
+from mini_forge.prepare import is_paired
+from mini_forge.run import objective_of
 from mini_forge.training.sft import SFT
 
 
@@ -59,7 +62,8 @@ class Session:
             needs_bos = self.tokenizer.adds_bos and ids[:1] != [self.tokenizer.bos_id]
             return [self.tokenizer.bos_id, *ids] if needs_bos else ids
         system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-        task = self.config.task if self.config else "text-generation"
+        takes_task = self.config is not None and not is_paired(self.config)  # a pair's prompt is what the user says
+        task = self.config.task if takes_task else "text-generation"
         return self.tokenizer.encode(self.template.render_prompt([*system, user_message(task, text)]))
 
     def print_reply(self, text: str, raw: bool = False, write=print, **sampling):
@@ -87,7 +91,8 @@ def evaluate_run(
     constrained: bool = True,
     max_new_tokens: int = 128,
 ) -> tuple[dict, list[dict]]:
-    """Metrics and predictions of a run or adapter on a dataset: loss and perplexity, and the task's own scores.
+    """Metrics and predictions of a run or adapter on a dataset: loss and perplexity, and the task's own scores; of a
+    run on pairs, how often and by how much it prefers the chosen response.
 
     Without `dataset`: the run's eval_dataset, else the very rows it held out."""
     session = Session.open(path)
@@ -95,6 +100,8 @@ def evaluate_run(
     examples = examples[:limit] if limit else examples
     config = session.config
     length = (config.max_seq_length if config else None) or session.model.spec.max_positions
+    if config is not None and is_paired(config):
+        return _pair_metrics(session, examples, length), []
     documents, stats = tokenize(
         examples, session.template, session.tokenizer, length, bool(config and config.train_on_prompt),
         session.system_prompt,
@@ -109,14 +116,23 @@ def evaluate_run(
     return metrics | scores, predictions
 
 
-def _evaluation_examples(config: TrainingConfig | None, dataset: str | None) -> list[Example]:
+def _pair_metrics(session: Session, pairs: list[Pair], max_length: int) -> dict:
+    config = session.config
+    documents, stats = tokenize_pairs(pairs, session.template, session.tokenizer, max_length, session.system_prompt)
+    sums, batch_size = objective_of(config).sums, config.per_device_eval_batch_size
+    metrics = evaluate_pairs(session.model, documents, sums, batch_size=batch_size)
+    return {"rows": len(pairs), "rows_dropped": stats.dropped} | metrics
+
+
+def _evaluation_examples(config: TrainingConfig | None, dataset: str | None) -> list[Example] | list[Pair]:
+    strategy = config.strategy if config else "sft"
     if dataset is not None:
-        return load_examples(dataset, config.task if config else "text-generation")
+        return load_examples(dataset, config.task if config else "text-generation", strategy)
     if config is None:
         raise ConfigError("--dataset: this folder has no training_config.json, so a dataset must be named")
     if config.eval_dataset:
-        return load_examples(config.eval_dataset, config.task)
-    rows = load_examples(config.dataset, config.task)
+        return load_examples(config.eval_dataset, config.task, strategy)
+    rows = load_examples(config.dataset, config.task, strategy)
     held_out = split(len(rows), config.eval_split, config.seed)[1]
     if not held_out:
         raise ConfigError("--dataset: the run held no rows out (eval_split 0); name a dataset to evaluate on")

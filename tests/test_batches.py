@@ -4,13 +4,13 @@ import torch
 
 from mini_forge.data.batches import (
     Document,
-    _touches,
     collate,
     group_lengths,
     plan_epoch,
     show_example,
     split,
     tokenize,
+    touches,
 )
 from mini_forge.data.chat import choose_template
 from mini_forge.data.tasks import Example
@@ -75,9 +75,9 @@ def test_the_end_token_is_trained_on_though_padding_and_eos_are_the_same_token(t
 def test_a_token_that_straddles_a_boundary_is_trained_on():
     # characters 0-2, 2-5, none before 5, 5-8 and a response at 3-6
     offsets = np.array([[0, 2], [2, 5], [5, 5], [5, 8], [8, 9]])
-    assert _touches(offsets, [(3, 6)]).tolist() == [False, True, True, True, False]
-    assert _touches(offsets, [(5, 8)]).tolist() == [False, False, True, True, False]
-    assert _touches(offsets, [(0, 2), (8, 9)]).tolist() == [True, False, False, False, True]
+    assert touches(offsets, [(3, 6)]).tolist() == [False, True, True, True, False]
+    assert touches(offsets, [(5, 8)]).tolist() == [False, False, True, True, False]
+    assert touches(offsets, [(0, 2), (8, 9)]).tolist() == [True, False, False, False, True]
 
 
 def test_every_assistant_turn_is_trained_on(tokenizer, chatml):

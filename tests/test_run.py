@@ -351,8 +351,8 @@ def test_one_row_trains_with_a_warning(settings, tmp_path):
 
 
 def test_strategies_not_in_this_release_are_refused(settings):
-    with pytest.raises(UserError, match="strategy: 'dpo' is not available in this release; available: sft, qlora"):
-        run(settings, strategy="dpo")
+    with pytest.raises(UserError, match="strategy: 'rlhf' is not available in this release; available: sft, qlora, dpo"):
+        run(settings, strategy="rlhf")
 
 
 def test_all_faults_are_told_at_once(settings, tmp_path):

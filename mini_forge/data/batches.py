@@ -83,7 +83,7 @@ def tokenize(
         part = range(start, min(start + _ENCODED_AT_ONCE, len(rendered)))
         encoded = tokenizer.encode_batch([rendered[i].text for i in part])
         for i, (ids, offsets) in zip(part, encoded, strict=True):
-            is_trained = np.ones(len(ids), dtype=bool) if train_on_prompt else _touches(offsets, rendered[i].trained)
+            is_trained = np.ones(len(ids), dtype=bool) if train_on_prompt else touches(offsets, rendered[i].trained)
             keep = _keep(is_trained, max_length, len(ids) > 0 and ids[0] == tokenizer.bos_id)
             is_trained = is_trained[keep]
             is_trained[:1] = False  # nothing precedes it to predict it from
@@ -177,7 +177,7 @@ def _render(examples: Sequence[Example], template: Template, system_prompt: str 
     return rendered
 
 
-def _touches(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
+def touches(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
     """(L,) bool: the tokens, given by character offsets (L, 2), that hold a character of a span."""
     start = offsets[:, 0]
     end = np.maximum(offsets[:, 1], start + 1)  # a token of no characters belongs to the one it stands before

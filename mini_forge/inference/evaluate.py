@@ -10,6 +10,7 @@ import torch
 
 from mini_forge.data.batches import Batch, Document, collate
 from mini_forge.data.chat import Template
+from mini_forge.data.pairs import PairBatch, PairDocument, collate_pairs
 from mini_forge.data.tasks import Example
 from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.errors import ConfigError, DataError, TrainingError
@@ -50,6 +51,33 @@ def evaluate_loss(
     if not math.isfinite(loss):
         raise TrainingError(f"evaluation: the loss is {loss}; the weights are damaged or overflow in this precision")
     return {"eval_loss": loss, "eval_perplexity": perplexity(loss), "eval_tokens": count}
+
+
+def evaluate_pairs(
+    model: Decoder,
+    pairs: Sequence[PairDocument],
+    pair_sums: Callable[[Decoder, PairBatch], tuple[torch.Tensor, int, dict[str, float]]],
+    *,
+    batch_size: int,
+) -> dict[str, float | int]:
+    """`eval_loss` per pair, `eval_pairs`, and each metric's mean over all pairs as `eval_…`.
+
+    `pair_sums(model, batch)` gives the summed loss, its count and the metrics' sums. Raises DataError without pairs,
+    TrainingError for a loss that is not finite."""
+    if not pairs:
+        raise DataError("evaluation: no pairs to evaluate on; give a dataset with at least one")
+    ordered = sorted(pairs, key=lambda pair: pair.inputs, reverse=True)
+    total, count, sums = 0.0, 0, {}
+    with evaluating(model):
+        for start in range(0, len(ordered), batch_size):
+            batch_total, batch_count, batch_sums = pair_sums(model, collate_pairs(ordered[start : start + batch_size]))
+            total, count = total + float(batch_total), count + batch_count
+            for name, value in batch_sums.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+    if not math.isfinite(total):
+        raise TrainingError(f"evaluation: the loss is {total}; the weights are damaged or overflow in this precision")
+    means = {f"eval_{name}": value / count for name, value in sums.items()}
+    return {"eval_loss": total / count, **means, "eval_pairs": count}
 
 
 def evaluate_generation(

@@ -34,6 +34,11 @@ class Objective:
         loss = self.loss(model, batch.to(model.device))
         return loss.total, loss.count
 
+    def sums(self, model, batch) -> tuple[torch.Tensor, int, dict]:
+        """`total_and_count` with the sums of the loss's metrics."""
+        loss = self.loss(model, batch.to(model.device))
+        return loss.total, loss.count, loss.metrics
+
 
 def token_nll(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """-log softmax(hidden Wᵀ)[target] of each token, in nats; the (N, V) logits never exist, only chunks of them.

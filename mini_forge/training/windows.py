@@ -1,23 +1,25 @@
 """Which documents make up each optimizer step: a pure function of the step, so resuming needs only its number."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from mini_forge.data.batches import Batch, Document, collate, plan_epoch
+from mini_forge.data.batches import Document, collate, plan_epoch
+from mini_forge.data.pairs import PairDocument
 
 
 @dataclass
 class Windows:
     """The microbatches of every optimizer step of a run, epoch after epoch, each epoch in an order of its own."""
 
-    documents: Sequence[Document]
+    documents: Sequence[Document | PairDocument]
     batch_size: int
     accumulation: int
     group_by_length: bool
     packing: bool
     capacity: int  # tokens of a packed row
     seed: int
+    collate: Callable[[list], object] = collate  # chosen documents to a microbatch
     steps_per_epoch: int = field(init=False)
     _planned: tuple[int, list[list[int]]] = field(init=False, repr=False)  # the last epoch asked for
 
@@ -25,13 +27,13 @@ class Windows:
         self._planned = (0, self._plan(0))
         self.steps_per_epoch = math.ceil(len(self._planned[1]) / self.accumulation)
 
-    def __call__(self, step: int) -> list[Batch]:
+    def __call__(self, step: int) -> list:
         """The microbatches of one step. The last window of an epoch may be short, and is trained whole."""
         epoch, index = divmod(step, self.steps_per_epoch)
         if self._planned[0] != epoch:
             self._planned = (epoch, self._plan(epoch))
         chosen = self._planned[1][index * self.accumulation : (index + 1) * self.accumulation]
-        return [collate([self.documents[i] for i in batch]) for batch in chosen]
+        return [self.collate([self.documents[i] for i in batch]) for batch in chosen]
 
     def _plan(self, epoch: int) -> list[list[int]]:
         lengths = [document.inputs for document in self.documents]
