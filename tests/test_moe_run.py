@@ -105,3 +105,28 @@ def test_balance_loss_by_hand():
     routing = Routing(4, torch.tensor([3, 1]), torch.tensor([2.8, 1.2]))
     assert float(balance_loss([routing])) == pytest.approx(1.2)
     assert load_metrics([routing]) == {"expert_load_max": pytest.approx(1.5), "experts_unused": 0.0}
+
+
+@pytest.mark.parametrize("targets", [EXPERTS[:1], EXPERTS[1:], EXPERTS, ["all-linear", *EXPERTS]])
+@pytest.mark.parametrize("adapter_format", ["peft", "per-expert"])
+def test_either_adapter_format_loads_and_merges_to_the_same_logits(adapter_format, targets, tmp_path):
+    base = write_checkpoint(tmp_path / "base", "qwen3_moe")
+    options = {"use_4bit": False, "target_modules": targets, "adapter_format": adapter_format, "max_steps": 3}
+    train(tmp_path, base, lora_dropout=0.0, **options)
+    names = load_file(tmp_path / "run" / "adapter_model.safetensors").keys()
+    assert any(".experts.3." in name for name in names) == (adapter_format == "per-expert")
+    assert main(["merge", str(tmp_path / "run"), str(tmp_path / "merged")]) == 0
+    ids = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        adapted, merged = (mini_forge.load_model(tmp_path / name).logits(ids) for name in ("run", "merged"))
+        plain = mini_forge.load_model(base).logits(ids)
+    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4)
+    assert float((plain - adapted).abs().max()) > 1e-2
+
+
+def test_one_adapter_for_each_expert_is_refused_where_nothing_would_read_it(tmp_path, capsys):
+    base = write_checkpoint(tmp_path / "base", "gpt_oss")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(settings(tmp_path, base, target_modules=EXPERTS, adapter_format="per-expert")))
+    assert main(["train", str(config)]) == 2
+    assert "adapter_format" in capsys.readouterr().err and not (tmp_path / "run").exists()

@@ -16,7 +16,7 @@ import torch
 
 from mini_forge.errors import CheckpointError, ConfigError
 from mini_forge.io.adapters import PREFIX, read_adapter_config, read_adapter_tensors
-from mini_forge.io.expert_adapters import fuse
+from mini_forge.io.expert_adapters import fuse, stack_targets
 from mini_forge.io.models import base_of, is_adapter
 from mini_forge.io.runs import TEMPORARY, publish_folder
 from mini_forge.io.weights import BNB_SUFFIXES, Checkpoint, Loader, read_json, weight_files, write_safetensors
@@ -157,7 +157,9 @@ def adapter_updates(run: Path, spec: LoraSpec, merger: Merger) -> dict[str, Upda
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in read_adapter_tensors(run).items()}
     weights = merger.weights()
     if merger.layout is not None:
-        stacks = sorted({n for n in weights if n.endswith(tuple(f".experts.{s}" for s in STACK_NAMES))}, reverse=True)
+        targets = tuple(f".{target}" for target in stack_targets(spec.targets, tensors) or () if "experts." in target)
+        endings = tuple(f".experts.{name}" for name in STACK_NAMES)
+        stacks = sorted(n for n in weights if n.endswith(endings) and n.endswith(targets))
         tensors = fuse(tensors, stacks, merger.spec.experts.count, merger.layout)
     updates = {}
     for key in [key for key in tensors if ".lora_A" in key]:

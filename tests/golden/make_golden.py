@@ -6,8 +6,8 @@
 
 Parts: `families` (tests/golden/families/NAME: checkpoint and logits), `training` (tests/golden/training: checkpoint,
 dataset, initial adapter and ten reference steps, three ways), `moe_training` (tests/golden/moe_training/FAMILY: the
-same for models with experts, with the tokenizer and rows of `training`) and `chat` (tests/golden/chat.json: rendered
-templates).
+same for models with experts, with the tokenizer and rows of `training`), `dpo` (tests/golden/dpo: reference steps of
+four preference losses) and `chat` (tests/golden/chat.json: rendered templates).
 Seeds are fixed, so a second run writes the same bytes on the same machine and versions.
 """
 
@@ -19,12 +19,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the order of float32 sums, and so the last bit, depends on it
 
 import make_chat
+import make_dpo
 import make_families
 import make_moe_training
 import make_training
 
 PARTS = {"families": make_families.main, "training": make_training.main,
-         "moe_training": make_moe_training.main, "chat": make_chat.main}  # fmt: skip
+         "moe_training": make_moe_training.main, "chat": make_chat.main, "dpo": make_dpo.main}  # fmt: skip
 
 
 def main(names: list[str]):
