@@ -6,12 +6,14 @@ machine, dataset statistics, and one example with its trained-on tokens marked.
 
 from pathlib import Path
 
-from mini_forge.config import TrainingConfig
+from mini_forge.config import TrainingConfig, detect_machine
 from mini_forge.config_json import read_object
 from mini_forge.data.batches import show_example
+from mini_forge.data.pairs import flatten, show_pair
 from mini_forge.data.tasks import TASKS, load_examples
 from mini_forge.errors import ConfigError, DataError
 from mini_forge.io.runs import RunFolder
+from mini_forge.memory_plan import format_memory, memory_plan, memory_report
 from mini_forge.prepare import Prepared, adapter_spec, prepare
 from mini_forge.providers import PROVIDERS
 from mini_forge.run import loop_settings, windows
@@ -20,7 +22,8 @@ from mini_forge.run import loop_settings, windows
 def check(config: TrainingConfig, *, resume: bool = False, overwrite: bool = False) -> dict:
     """The report of what `train` with the same arguments would do; raises UserError with every problem found."""
     prepared = prepare(config)
-    settings = loop_settings(config, windows(prepared).steps_per_epoch, has_eval=bool(prepared.eval))
+    window = windows(prepared)
+    settings = loop_settings(config, window.steps_per_epoch, has_eval=bool(prepared.eval))
     config = prepared.config
     lora = adapter_spec(config)
     notes = [*prepared.notes, *_folder_notes(config, resume, overwrite)]
@@ -35,7 +38,7 @@ def check(config: TrainingConfig, *, resume: bool = False, overwrite: bool = Fal
         "adapter": {"rank": lora.rank, "alpha": lora.alpha, "scaling": lora.scaling, "dropout": lora.dropout},
         "dataset": {
             **_statistics(prepared.train_stats),
-            "longest": max(len(document.ids) for document in prepared.train),
+            "longest": max(len(document.ids) for document in flatten(prepared.train)),
             "evaluation_rows": len(prepared.eval),
             "max_length": prepared.max_length,
             "template": prepared.template.name,
@@ -46,7 +49,8 @@ def check(config: TrainingConfig, *, resume: bool = False, overwrite: bool = Fal
             "per_epoch": settings.steps_per_epoch,
             "warmup": settings.warmup_steps,
         },
-        "example": show_example(prepared.train[0], prepared.tokenizer),
+        "memory": memory_report(memory_plan(prepared, window, settings.total_steps), detect_machine(config.device)),
+        "example": (show_pair if prepared.is_paired else show_example)(prepared.train[0], prepared.tokenizer),
         "notes": notes,
     }
 
@@ -84,10 +88,12 @@ def _statistics(stats) -> dict:
 
 
 def _end_tokens(prepared: Prepared) -> str:
-    """How many rows train on an end token last; the others were cut, or their template has none that is one token."""
+    """How many documents (a pair is two) train on an end token last; the others were cut, or their template has none
+    that is one token."""
     stops = set(prepared.template.stop_ids(prepared.tokenizer))
-    ended = sum(int(document.ids[-1]) in stops for document in prepared.train)
-    return f"{ended}/{len(prepared.train)}"
+    documents = flatten(prepared.train)
+    ended = sum(int(document.ids[-1]) in stops for document in documents)
+    return f"{ended}/{len(documents)}"
 
 
 def _folder_notes(config: TrainingConfig, resume: bool, overwrite: bool) -> list[str]:
@@ -105,6 +111,7 @@ def format_report(report: dict) -> str:
     lines += [f"  {key:<{width}}  {_short(item['value'])}  ({item['from']})" for key, item in report["config"].items()]
     for part in ("machine", "adapter", "dataset", "steps"):
         lines += ["", part, *(f"  {key}: {value}" for key, value in report[part].items())]
+    lines += ["", *format_memory(report["memory"])]
     lines += ["", "one example; ⟦…⟧ is trained on", report["example"]]
     lines += ["", *(f"note: {note}" for note in report["notes"])] if report["notes"] else []
     return "\n".join(lines)
