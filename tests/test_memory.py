@@ -19,7 +19,8 @@ from tests.tiny import CONFIG
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 MIB = 2**20
-SLACK = 110  # MiB, of the allocator: holes in its heap between what stays, up to 76 MiB with nf4
+# MiB, of the allocator: holes in its heap between what stays. With nf4 up to 30, and 80 where tensors are large.
+SLACK, LARGE_SLACK = 40, 90
 BIG = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "num_attention_heads": 16,
        "num_key_value_heads": 16, "vocab_size": 512}  # fmt: skip
 HUGE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 2, "num_attention_heads": 16,
@@ -118,7 +119,7 @@ def test_loading_peaks_at_the_stored_model_and_two_tensors(large, tiny, quantiza
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 def test_gigabytes_load_in_much_less_than_the_largest_tensor_above_the_stored_model(huge, tiny, quantization):
     peak, stored = peak_and_stored(huge, quantization, tiny)
-    assert stored <= peak < stored + 2 * 32 + SLACK
+    assert stored <= peak < stored + 2 * 32 + LARGE_SLACK
 
 
 @linux

@@ -74,8 +74,13 @@ def quantize_4bit(
     if weight.dtype not in FLOATS or weight.numel() == 0:
         raise UserError(f"weight: {weight.dtype} {tuple(weight.shape)} must be float32, bfloat16 or float16, not empty")
     flat = weight.detach().reshape(-1)
-    parts = [_encode(flat[i : i + CHUNK].float(), quant_type, blocksize) for i in range(0, flat.numel(), CHUNK)]
-    packed, absmax = (torch.cat(column) for column in zip(*parts, strict=True))
+    count = flat.numel()  # results first: parts made and freed between them would leave the heap in pieces
+    packed = torch.empty(-(-count // 2), dtype=torch.uint8, device=flat.device)
+    absmax = torch.empty(-(-count // blocksize), dtype=torch.float32, device=flat.device)
+    for i in range(0, count, CHUNK):
+        part, scales = _encode(flat[i : i + CHUNK].float(), quant_type, blocksize)
+        packed[i // 2 : i // 2 + len(part)] = part
+        absmax[i // blocksize : i // blocksize + len(scales)] = scales
     if not bool(absmax.isfinite().all()):
         raise UserError("weight: holds NaN or infinity, which 4 bits cannot hold; the checkpoint is damaged")
     plain = Quantized4bit(packed[:, None], absmax, weight.shape, weight.dtype, quant_type, blocksize)
