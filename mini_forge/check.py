@@ -69,7 +69,9 @@ def dataset_problems(path: str, overrides: dict) -> list[str]:
     beside = Path(path).parent / dataset
     dataset = str(beside) if not Path(dataset).exists() and beside.exists() else dataset
     try:
-        load_examples(dataset, task, keys.get("strategy", "sft"))
+        strategy = keys.get("strategy", "sft")
+        has_reward = strategy == "rlhf" and bool(keys.get("reward_model") or keys.get("reward_function"))
+        load_examples(dataset, task, strategy, needs_pairs=not has_reward)
     except DataError as error:
         return error.problems
     return []

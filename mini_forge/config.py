@@ -35,7 +35,7 @@ ALIASES = {  # the second dialect's name -> ours
 # A file with one of these is in the second dialect (or in both), where `task` and `compute_specs` may be left out.
 SECOND_DIALECT = {*ALIASES, "dtype", "chat_template", "system_prompt", "comment", "notes"}
 LEARNING_RATES = {"sft": 2e-4, "qlora": 2e-4, "rlhf": 1.41e-5, "dpo": 5e-7}
-PATHS = ("model_name", "dataset", "eval_dataset", "init_adapter")
+PATHS = ("model_name", "dataset", "eval_dataset", "init_adapter", "reward_model")
 
 TASKS = ("text-generation", "summarization", "extractive-question-answering")
 OPTIMIZERS = ("adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "sgd")
@@ -73,6 +73,10 @@ class TrainingConfig:
     lora_dropout: float = key(0.1, "Dropout probability for LoRA layers", minimum=0, maximum=1)
     target_modules: str | tuple[str, ...] = key("all-linear", "Linear modules that get an adapter, by name")
     use_rslora: bool = key(False, "Scale by lora_alpha / sqrt(lora_r) (2312.03732)")
+    adapter_format: str = key(
+        "peft", "How a finished run writes adapters of experts: fused as PEFT does, or one for each expert",
+        choices=("peft", "per-expert"),
+    )  # fmt: skip
     init_adapter: str | None = key(None, "Start from this adapter folder (PEFT format)", minLength=1)
 
     # How the frozen weights are stored
@@ -148,10 +152,21 @@ class TrainingConfig:
         None, "Python function that scores responses", pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
         because='"module:function"',
     )  # fmt: skip
+    reward_epochs: int = key(1, "Epochs over the pairs for a reward model trained from them", minimum=1)
+    reward_learning_rate: float = key(1e-4, "Peak learning rate of that reward model", exclusiveMinimum=0, maximum=1)
+    advantage: str = key(
+        "gae", "Where advantages come from: a value head (PPO), or groups of responses (GRPO)", choices=("gae", "group")
+    )
+    group_size: int = key(4, 'Responses to each prompt with advantage "group"', minimum=2)
     kl_coef: float = key(0.05, "Weight of the KL penalty towards the reference", minimum=0)
+    kl_estimator: str = key("k1", "Estimator of the penalty on each token", choices=("k1", "k3"))
+    kl_target: float | None = key(None, "KL in nats a response that kl_coef adapts to; null: fixed", exclusiveMinimum=0)
+    target_kl: float | None = key(
+        None, "Squared change of log-probabilities, halved, at which an update stops; null: never", exclusiveMinimum=0
+    )
     ppo_epochs: int = key(4, "Passes over each batch of rollouts", minimum=1)
     num_mini_batches: int = key(1, "Mini-batches per pass", minimum=1)
-    rollout_batch_size: int = key(16, "Prompts per batch of rollouts", minimum=1)
+    rollout_batch_size: int = key(16, "Responses per update", minimum=1)
     max_new_tokens: int = key(64, "Longest rollout in tokens", minimum=1)
     temperature: float = key(0.7, "Sampling temperature of rollouts", exclusiveMinimum=0)
     gamma: float = key(1.0, "Reward discount per token", minimum=0, maximum=1)
@@ -276,6 +291,8 @@ class _Reader:
         """(source, values) for what is left out, in order of precedence. Reads `values` as they fill."""
         strategy = values.get("strategy", DEFAULTS["strategy"])
         yield f"strategy {strategy}", {"learning_rate": LEARNING_RATES[strategy]}
+        if strategy == "rlhf":  # a step is a whole update
+            yield "strategy rlhf", {"logging_steps": 1}
         if strategy == "dpo" and values.get("loss_type") in LOSS_SUGGESTIONS:
             yield f"loss_type {values['loss_type']}", LOSS_SUGGESTIONS[values["loss_type"]]
         if strategy == "qlora":

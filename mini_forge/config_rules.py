@@ -12,9 +12,11 @@ DPO_KEYS = ("beta", "loss_type", "label_smoothing", "simpo_gamma", "precompute_r
 SMOOTHED_LOSSES = ("sigmoid", "robust", "exo_pair", "aot")
 REFERENCE_FREE_LOSSES = ("simpo", "orpo")
 RLHF_KEYS = (
-    "reward_model", "reward_function", "kl_coef", "ppo_epochs", "num_mini_batches", "rollout_batch_size",
+    "reward_model", "reward_function", "reward_epochs", "reward_learning_rate", "advantage", "group_size", "kl_coef",
+    "kl_estimator", "kl_target", "target_kl", "ppo_epochs", "num_mini_batches", "rollout_batch_size",
     "max_new_tokens", "temperature", "gamma", "gae_lambda", "clip_range", "value_clip_range", "value_coef",
 )  # fmt: skip
+GAE_KEYS = ("gamma", "gae_lambda", "value_clip_range", "value_coef", "kl_estimator")  # GRPO has no values, and k3
 
 
 def contradictions(v: dict, written: set[str]) -> Iterator[str]:
@@ -29,6 +31,8 @@ def contradictions(v: dict, written: set[str]) -> Iterator[str]:
             f"num_mini_batches: Must be ≤ rollout_batch_size, {v['rollout_batch_size']} (got {v['num_mini_batches']}); "
             "a mini-batch needs at least one rollout"
         )
+    if v["strategy"] == "rlhf":
+        yield from _reinforcement(v)
     if v["loss_type"] == "robust" and v["label_smoothing"] == 0.5:
         yield (
             'label_smoothing: Must be < 0.5 with loss_type "robust" (got 0.5); half of the labels flipped say nothing, '
@@ -38,6 +42,16 @@ def contradictions(v: dict, written: set[str]) -> Iterator[str]:
         yield (
             'label_smoothing: Must be > 0 with loss_type "exo_pair" (got 0), which takes its logarithm; leave the key '
             "out for 0.001"
+        )
+
+
+def _reinforcement(v: dict) -> Iterator[str]:
+    if v["reward_model"] and v["reward_function"]:
+        yield "reward_function: contradicts reward_model; a response has one reward, keep one of the two keys"
+    if v["advantage"] == "group" and v["rollout_batch_size"] % v["group_size"]:
+        yield (
+            f'rollout_batch_size: Must be a multiple of group_size, {v["group_size"]}, with advantage "group" (got '
+            f"{v['rollout_batch_size']}); every group is whole"
         )
 
 
@@ -82,6 +96,8 @@ def warnings(v: dict, written: set[str], defaults: dict) -> Iterator[str]:
                     yield f'{name}: no effect with strategy "{v["strategy"]}"; it belongs to "{strategy}"'
     if v["strategy"] == "dpo":
         yield from _preference_warnings(v, changed)
+    if v["strategy"] == "rlhf":
+        yield from _reinforcement_warnings(v, changed)
     if v["max_steps"] > 0 and "num_train_epochs" in changed:
         yield f"num_train_epochs: no effect, max_steps {v['max_steps']} decides how long training lasts"
     if "save_steps" in changed and v["save_strategy"] != "steps":
@@ -99,3 +115,17 @@ def _preference_warnings(v: dict, changed: set[str]) -> Iterator[str]:
     for name in ("train_on_prompt", "neftune_noise_alpha"):
         if name in changed:
             yield f'{name}: no effect with strategy "dpo", which compares responses without noise'
+
+
+def _reinforcement_warnings(v: dict, changed: set[str]) -> Iterator[str]:
+    for name in ("train_on_prompt", "neftune_noise_alpha", "early_stopping_patience", "load_best_model_at_end"):
+        if name in changed:
+            yield f'{name}: no effect with strategy "rlhf"'
+    useless = ("group_size",) if v["advantage"] == "gae" else GAE_KEYS
+    for name in useless:
+        if name in changed:
+            yield f'{name}: no effect with advantage "{v["advantage"]}"'
+    given = "reward_model" if v["reward_model"] else "reward_function"
+    for name in ("reward_epochs", "reward_learning_rate"):
+        if name in changed and v[given]:
+            yield f"{name}: no effect with {given}; it belongs to a reward model trained from pairs"

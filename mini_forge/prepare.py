@@ -6,7 +6,7 @@
 import hashlib
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,17 +16,18 @@ from mini_forge.config import PATHS, Plan, TrainingConfig, detect_machine, resol
 from mini_forge.data.batches import Document, TokenStats, split, tokenize
 from mini_forge.data.chat import Template, choose_template
 from mini_forge.data.pairs import PairDocument, flatten, tokenize_pairs
+from mini_forge.data.rows import read_rows
 from mini_forge.data.tasks import Example, Pair, load_examples
 from mini_forge.data.tokenizer import Tokenizer, load_tokenizer
 from mini_forge.errors import CheckpointError, ConfigError, DataError, UserError
 from mini_forge.io.adapters import read_adapter_config, read_adapter_tensors
 from mini_forge.io.expert_adapters import stack_targets
+from mini_forge.io.rewards import load_function
 from mini_forge.io.weights import read_json, resolve_model, weight_files
 from mini_forge.model.decoder import Decoder, DecoderSpec
 from mini_forge.model.families import decoder_spec
 from mini_forge.model.lora import LoraSpec, target_names
-
-AVAILABLE_STRATEGIES = ("sft", "qlora", "dpo")
+from mini_forge.training.rollouts import Prompt, encode_prompts, prompt_document
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Prepared:
     eval_stats: TokenStats | None
     eval_examples: list[Example] | list[Pair]
     notes: list[str]
+    prompts: list[Prompt] = field(default_factory=list)  # of rlhf, to answer
+    eval_prompts: list[Prompt] = field(default_factory=list)
 
     @property
     def is_paired(self) -> bool:
@@ -55,8 +58,18 @@ class Prepared:
 
 
 def is_paired(config: TrainingConfig) -> bool:
-    """Whether the run trains on pairs of responses, and so against a reference and without dropout."""
-    return config.strategy == "dpo"
+    """Whether the run trains on pairs of responses."""
+    return config.strategy == "dpo" or trains_reward(config)
+
+
+def trains_reward(config: TrainingConfig) -> bool:
+    """Whether the run's first stage is a reward model from pairs: where no reward is given."""
+    return config.strategy == "rlhf" and not config.reward_model and not config.reward_function
+
+
+def has_reference(config: TrainingConfig) -> bool:
+    """Whether the run compares the model with itself before training, and so has neither dropout nor noise."""
+    return config.strategy in ("dpo", "rlhf")
 
 
 def prepare(config: TrainingConfig) -> Prepared:
@@ -72,10 +85,17 @@ def prepare(config: TrainingConfig) -> Prepared:
 
     config = with_absolute_paths(config)
     config = attempt(with_init_adapter, config) or config
-    attempt(check_strategy, config)
     plan = attempt(lambda: resolve(config, detect_machine(config.device)))
-    train_rows = attempt(load_examples, config.dataset, config.task, config.strategy)
-    eval_rows = attempt(load_examples, config.eval_dataset, config.task, config.strategy) if config.eval_dataset else []
+    if config.reward_function and config.strategy == "rlhf":
+        attempt(load_function, config.reward_function)
+    load = partial(load_examples, task=config.task, strategy=config.strategy, needs_pairs=is_paired(config))
+    train_rows = attempt(load, config.dataset)
+    if train_rows is None and trains_reward(config):
+        problems.append(
+            "reward_model: not given, so a reward model is trained and every row must be a pair; for prompts alone "
+            "give reward_model or reward_function"
+        )
+    eval_rows = attempt(load, config.eval_dataset) if config.eval_dataset else []
     opened = attempt(_open_model, config)
     if problems:
         raise UserError(*problems)
@@ -87,14 +107,6 @@ def with_absolute_paths(config: TrainingConfig) -> TrainingConfig:
     named = {name: getattr(config, name) for name in PATHS}
     local = {name: os.path.abspath(value) for name, value in named.items() if value and os.path.exists(value)}
     return replace(config, **local)
-
-
-def check_strategy(config: TrainingConfig):
-    if config.strategy not in AVAILABLE_STRATEGIES:
-        raise ConfigError(
-            f"strategy: {config.strategy!r} is not available in this release; available: "
-            f"{', '.join(AVAILABLE_STRATEGIES)}"
-        )
 
 
 def model_identity(prepared: Prepared) -> str:
@@ -117,7 +129,7 @@ def _open_model(config: TrainingConfig):
 
 def adapter_spec(config: TrainingConfig) -> LoraSpec:
     """The run's LoRA. Against a reference it has no dropout: noise on one side is no preference."""
-    dropout = 0.0 if is_paired(config) else config.lora_dropout
+    dropout = 0.0 if has_reference(config) else config.lora_dropout
     targets = None if config.target_modules == "all-linear" else tuple(config.target_modules)
     return LoraSpec(config.lora_r, config.lora_alpha, dropout, targets, config.use_rslora)
 
@@ -159,8 +171,37 @@ def _tokenise_rows(config: TrainingConfig, template: Template, tokenizer: Tokeni
     return tokenize(rows, template, tokenizer, limit, config.train_on_prompt, config.system_prompt)
 
 
+def _prompts(config: TrainingConfig, template: Template, tokenizer: Tokenizer, limit: int, train_rows, eval_rows):
+    """(prompts, prompts to evaluate on, notes) of rlhf; of other strategies, none."""
+    if config.strategy != "rlhf":
+        return [], [], []
+    if config.max_new_tokens >= limit:
+        raise ConfigError(
+            f"max_new_tokens: {config.max_new_tokens} leaves no room for a prompt in {limit} tokens; give fewer, or "
+            "raise max_seq_length"
+        )
+    sides, cut = [], 0
+    for rows, path in ((train_rows, config.dataset), (eval_rows, config.eval_dataset or config.dataset)):
+        fields = {row.line: row.fields for row in read_rows(path)} if rows else {}
+        room = limit - config.max_new_tokens
+        prompts, cut_here = encode_prompts(rows, fields, template, tokenizer, room, config.system_prompt)
+        sides.append(prompts)
+        cut += cut_here
+    notes = ["peak memory: predicted without the rollouts and their key/value cache"]
+    if cut:
+        notes.append(f"{cut} prompts cut on the left to leave max_new_tokens {config.max_new_tokens} of {limit} tokens")
+    return *sides, notes
+
+
+def _documents_of(prompts: list[Prompt]) -> tuple[list[Document], TokenStats]:
+    """The prompts as documents without a token to train on, which rollouts will bring."""
+    documents = [prompt_document(prompt) for prompt in prompts]
+    tokens = sum(len(document.ids) for document in documents)
+    return documents, TokenStats(len(prompts), len(prompts), 0, 0, tokens, 0)
+
+
 def _preference_notes(config: TrainingConfig) -> list[str]:
-    if not is_paired(config):
+    if not has_reference(config):
         return []
     notes = []
     if config.lora_dropout:
@@ -188,9 +229,15 @@ def _tokenise(config, plan, opened, train_rows, eval_rows) -> Prepared:
         train_index, eval_index = split(len(train_rows), config.eval_split, config.seed)
         eval_rows = [train_rows[i] for i in eval_index]
         train_rows = [train_rows[i] for i in train_index]
-    rows_to_documents = partial(_tokenise_rows, config, template, tokenizer, limit)
-    train, train_stats = rows_to_documents(train_rows)
-    evaluation, eval_stats = rows_to_documents(eval_rows) if eval_rows else ([], None)
+    prompts, eval_prompts, prompt_notes = _prompts(config, template, tokenizer, min(limit, spec.max_positions),
+                                                   train_rows, eval_rows)  # fmt: skip
+    if has_reference(config) and not is_paired(config):
+        train, train_stats = _documents_of(prompts)
+        evaluation, eval_stats = _documents_of(eval_prompts)
+    else:
+        rows_to_documents = partial(_tokenise_rows, config, template, tokenizer, limit)
+        train, train_stats = rows_to_documents(train_rows)
+        evaluation, eval_stats = rows_to_documents(eval_rows) if eval_rows else ([], None)
     highest = max((int(document.ids.max()) for document in flatten([*train, *evaluation])), default=0)
     if highest >= spec.vocab_size:
         raise CheckpointError(
@@ -210,6 +257,6 @@ def _tokenise(config, plan, opened, train_rows, eval_rows) -> Prepared:
             f"{config.dataset}: {train_stats.truncated} rows truncated to {limit} tokens, "
             f"{train_stats.dropped} dropped because no token to train on was left"
         )
-    notes += _preference_notes(config)
+    notes += [*prompt_notes, *_preference_notes(config)]
     return Prepared(config, plan, folder, spec, tokenizer, template, limit, train, train_stats, train_rows, evaluation,
-                    eval_stats, eval_rows, notes)  # fmt: skip
+                    eval_stats, eval_rows, notes, prompts, eval_prompts)  # fmt: skip

@@ -4,6 +4,7 @@ import io
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,9 +21,11 @@ from mini_forge.io.models import load_model
 from mini_forge.io.runs import RunFolder, load_state, rng_state, set_rng_state, write_json
 from mini_forge.io.weights import load_base
 from mini_forge.model.decoder import Decoder
+from mini_forge.model.families.layout import PerExpert
 from mini_forge.model.lora import LoraSpec, inject
-from mini_forge.prepare import Prepared, adapter_spec, model_identity, prepare
+from mini_forge.prepare import Prepared, adapter_spec, has_reference, model_identity, prepare
 from mini_forge.providers import PROVIDERS
+from mini_forge.stages import Stages, clear, has_begun
 from mini_forge.training.dpo import fill_reference, preference_objective
 from mini_forge.training.loop import Interrupted, Loop, LoopSettings, peak_memory_bytes, stop_signals
 from mini_forge.training.losses import Objective
@@ -88,10 +91,14 @@ def train(
     model = build_model(prepared, lora, report)
     if resume:
         resume = _check_resume(folder, config, report)
-    loop = build_loop(prepared, model, lora, folder, on_metrics, on_step)
+    build = partial(build_stages, report=report) if config.strategy == "rlhf" else build_loop
+    loop = build(prepared, model, lora, folder, on_metrics, on_step)
     if not resume:  # nothing on disk is touched before this line
+        clear(folder, config.reward_model)
         folder.start(config.to_dict())
-    if resume:
+    elif config.strategy == "rlhf":
+        loop.restore()
+    else:
         _restore(folder, loop, model, prepared, report)
     _describe(prepared, model, loop, report)
     if config.precompute_reference and prepared.is_paired and config.loss_type not in REFERENCE_FREE:
@@ -114,10 +121,15 @@ def build_model(prepared: Prepared, lora: LoraSpec, report=print) -> Decoder:
         ops=provider.ops,
     )
     inject(model, lora, torch.Generator().manual_seed(config.seed))
+    if config.adapter_format == "per-expert" and not isinstance(model.layout, PerExpert | None):
+        raise ConfigError(
+            'adapter_format: "per-expert" is for models whose checkpoints store each expert by itself; this one stores '
+            'stacks, and other programs read its adapters only as "peft" writes them'
+        )
     if config.init_adapter:
         fill_adapter(model, Path(config.init_adapter).expanduser())
     model.gradient_checkpointing = config.gradient_checkpointing
-    model.neftune_alpha = None if prepared.is_paired else config.neftune_noise_alpha
+    model.neftune_alpha = None if has_reference(config) else config.neftune_noise_alpha
     return model.train()
 
 
@@ -131,6 +143,11 @@ def objective_of(config: TrainingConfig) -> Objective:
 def windows(prepared: Prepared) -> Windows:
     """The run's training documents, cut into optimizer steps."""
     config = prepared.config
+    if config.strategy == "rlhf":  # as many rows as an update of PPO asks; the reward stage has windows of its own
+        asked = config.rollout_batch_size // (config.group_size if config.advantage == "group" else 1)
+        size = min(config.per_device_train_batch_size, asked)
+        together = collate_pairs if prepared.is_paired else collate
+        return Windows(prepared.train, size, asked // size, False, False, 0, config.seed, together)
     capacity = prepared.max_length * (2 if prepared.is_paired else 1)  # a bin of pairs has room for the longest pair
     return Windows(
         prepared.train, config.per_device_train_batch_size, config.gradient_accumulation_steps, config.group_by_length,
@@ -192,6 +209,14 @@ def build_loop(
     return loop
 
 
+def build_stages(
+    prepared: Prepared, model: Decoder, lora: LoraSpec, folder: RunFolder, on_metrics=None, on_step=None, report=print
+) -> Stages:
+    """What takes the loop's place with strategy rlhf."""
+    on_metrics, on_step = on_metrics or (lambda record: None), on_step or (lambda step, total: None)
+    return Stages(prepared, model, lora, folder, _base_name(prepared), report, on_metrics, on_step)
+
+
 def loop_settings(config: TrainingConfig, steps_per_epoch: int, has_eval: bool) -> LoopSettings:
     total = config.max_steps if config.max_steps > 0 else steps_per_epoch * config.num_train_epochs
     save_steps = {"no": None, "steps": config.save_steps, "epoch": steps_per_epoch}[config.save_strategy]
@@ -219,7 +244,7 @@ def _base_name(prepared: Prepared) -> str:
 def _check_resume(folder: RunFolder, config: TrainingConfig, report) -> bool:
     """Whether there is something to resume. Raises ConfigError if the configuration is not the run's own."""
     folder.sweep()
-    if not folder.steps():
+    if not (folder.steps() or has_begun(folder)):
         report(f"{folder.path}: no checkpoint to resume from; starting from the beginning")
         return False
     recorded = TrainingConfig.from_file(folder.path / "training_config.json").to_dict()
@@ -309,7 +334,7 @@ def _finish(prepared: Prepared, model: Decoder, lora: LoraSpec, folder: RunFolde
     summary = summarise(prepared, loop, folder.metrics())
 
     def write(target: Path):
-        save_adapter(target, model, lora, _base_name(prepared))
+        save_adapter(target, model, lora, _base_name(prepared), config.adapter_format)
         prepared.tokenizer.save(target)
         # The very template of the training, whoever reads this folder: it may not be the checkpoint's own.
         (target / "chat_template.jinja").write_text(prepared.template.source, encoding="utf-8", newline="")
@@ -328,7 +353,7 @@ def _reason(error: Exception) -> str:
 def summarise(prepared: Prepared, loop: Loop, metrics: list[dict]) -> dict:
     """summary.json: how the run ended and what it cost."""
     progress, stats = loop.progress, prepared.train_stats
-    counted = "trained_pairs" if prepared.is_paired else "trained_tokens"
+    counted = "trained_pairs" if prepared.config.strategy == "dpo" else "trained_tokens"
     losses = [m["loss"] for m in metrics if "loss" in m]
     evaluations = [m["eval_loss"] for m in metrics if "eval_loss" in m]
     return {
@@ -340,6 +365,7 @@ def summarise(prepared: Prepared, loop: Loop, metrics: list[dict]) -> dict:
         "eval_loss_first": evaluations[0] if evaluations else None,
         "eval_loss_last": evaluations[-1] if evaluations else None,
         **_change(metrics, "eval_reward_accuracy"),
+        **_change(metrics, "eval_reward_mean"),
         "best_eval_loss": progress.best_loss,
         "best_step": progress.best_step,
         "tokens": progress.tokens,

@@ -1,6 +1,7 @@
 """Use a trained run or a plain model: the same template, system prompt and precision it was trained with."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from mini_forge.config import TrainingConfig, detect_machine, resolve
 from mini_forge.data.batches import split, tokenize
 from mini_forge.data.chat import Template, choose_template
 from mini_forge.data.pairs import tokenize_pairs
+from mini_forge.data.rows import read_rows
 from mini_forge.data.tasks import Example, Pair, load_examples, user_message
 from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.errors import ConfigError
@@ -17,8 +19,11 @@ from mini_forge.inference.generate import TextStream, generate, spelled_end, unt
 from mini_forge.io.models import load_model, load_tokenizer
 from mini_forge.io.runs import CONFIG_FILE
 from mini_forge.model.decoder import Decoder
-from mini_forge.prepare import is_paired
+from mini_forge.prepare import has_reference, is_paired
 from mini_forge.run import objective_of
+from mini_forge.stages import sampling_of, scorer_of
+from mini_forge.training.rlhf import evaluate_policy
+from mini_forge.training.rollouts import encode_prompts
 from mini_forge.training.sft import SFT
 
 
@@ -62,7 +67,7 @@ class Session:
             needs_bos = self.tokenizer.adds_bos and ids[:1] != [self.tokenizer.bos_id]
             return [self.tokenizer.bos_id, *ids] if needs_bos else ids
         system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-        takes_task = self.config is not None and not is_paired(self.config)  # a pair's prompt is what the user says
+        takes_task = self.config is not None and not has_reference(self.config)  # a pair's prompt is what the user says
         task = self.config.task if takes_task else "text-generation"
         return self.tokenizer.encode(self.template.render_prompt([*system, user_message(task, text)]))
 
@@ -92,7 +97,8 @@ def evaluate_run(
     max_new_tokens: int = 128,
 ) -> tuple[dict, list[dict]]:
     """Metrics and predictions of a run or adapter on a dataset: loss and perplexity, and the task's own scores; of a
-    run on pairs, how often and by how much it prefers the chosen response.
+    run on pairs, how often and by how much it prefers the chosen response; of rlhf, the mean reward of responses to
+    the prompts, sampled as in training with draws that are always the same, and their KL to the reference.
 
     Without `dataset`: the run's eval_dataset, else the very rows it held out."""
     session = Session.open(path)
@@ -100,6 +106,8 @@ def evaluate_run(
     examples = examples[:limit] if limit else examples
     config = session.config
     length = (config.max_seq_length if config else None) or session.model.spec.max_positions
+    if config is not None and config.strategy == "rlhf":
+        return _reward_metrics(session, path, examples, min(length, session.model.spec.max_positions))
     if config is not None and is_paired(config):
         return _pair_metrics(session, examples, length), []
     documents, stats = tokenize(
@@ -124,15 +132,35 @@ def _pair_metrics(session: Session, pairs: list[Pair], max_length: int) -> dict:
     return {"rows": len(pairs), "rows_dropped": stats.dropped} | metrics
 
 
+def _reward_metrics(session: Session, path: str, pairs: list[Pair], max_length: int) -> tuple[dict, list[dict]]:
+    config, model, tokenizer = session.config, session.model, session.tokenizer
+    rows = {row.line: row.fields for row in read_rows(pairs[0].file)}
+    room = max_length - config.max_new_tokens
+    prompts, cut = encode_prompts(pairs, rows, session.template, tokenizer, room, session.system_prompt)
+    score = scorer_of(config, resolve(config, detect_machine(config.device)), model, Path(path).expanduser())
+    sampling = sampling_of(config, session.template, tokenizer)
+    metrics, samples = evaluate_policy(
+        model, prompts, tokenizer, sampling, score, config.seed, config.per_device_eval_batch_size
+    )
+    predictions = [
+        {"prompt": sample["prompt"], "prediction": sample["response"],
+         "reference": None if pair.chosen is None else pair.chosen[-1].get("content"),
+         "reward": sample["reward"], "kl": sample["kl"]}
+        for pair, sample in zip(pairs, samples, strict=True)
+    ]  # fmt: skip
+    return {"rows": len(pairs), "truncated_prompts": cut} | metrics, predictions
+
+
 def _evaluation_examples(config: TrainingConfig | None, dataset: str | None) -> list[Example] | list[Pair]:
-    strategy = config.strategy if config else "sft"
+    task, strategy = (config.task, config.strategy) if config else ("text-generation", "sft")
+    load = partial(load_examples, task=task, strategy=strategy, needs_pairs=strategy == "dpo")
     if dataset is not None:
-        return load_examples(dataset, config.task if config else "text-generation", strategy)
+        return load(dataset)
     if config is None:
         raise ConfigError("--dataset: this folder has no training_config.json, so a dataset must be named")
     if config.eval_dataset:
-        return load_examples(config.eval_dataset, config.task, strategy)
-    rows = load_examples(config.dataset, config.task, strategy)
+        return load(config.eval_dataset)
+    rows = load(config.dataset)
     held_out = split(len(rows), config.eval_split, config.seed)[1]
     if not held_out:
         raise ConfigError("--dataset: the run held no rows out (eval_split 0); name a dataset to evaluate on")

@@ -350,11 +350,6 @@ def test_one_row_trains_with_a_warning(settings, tmp_path):
     assert math.isfinite(result.metrics[-1]["loss"])
 
 
-def test_strategies_not_in_this_release_are_refused(settings):
-    with pytest.raises(UserError, match="strategy: 'rlhf' is not available in this release; available: sft, qlora, dpo"):
-        run(settings, strategy="rlhf")
-
-
 def test_all_faults_are_told_at_once(settings, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"input": "x"}\n{broken\n')
     with pytest.raises(UserError) as raised:

@@ -1,0 +1,344 @@
+"""Strategy rlhf as a run knows it: a reward model learnt from the pairs, unless a reward is given, and then PPO.
+
+Both stages work on one backbone. The first leaves `reward/`, a run's folder of its own; once that is finished it is not
+trained again, so each stage goes on where it was stopped. `Stages` looks to a run as a loop does.
+"""
+
+import io
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from mini_forge.config import Plan, TrainingConfig
+from mini_forge.data.chat import Template
+from mini_forge.data.pairs import collate_pairs, data_fingerprint
+from mini_forge.data.tokenizer import Tokenizer
+from mini_forge.errors import ConfigError
+from mini_forge.inference.evaluate import evaluate_pairs
+from mini_forge.inference.generate import spelled_end, until
+from mini_forge.io.adapters import fill_adapter, save_adapter
+from mini_forge.io.rewards import load_function, load_reward, save_reward
+from mini_forge.io.runs import CONFIG_FILE, RunFolder, load_state, rng_state, set_rng_state, write_atomic, write_json
+from mini_forge.model.decoder import Decoder
+from mini_forge.model.lora import LoraSpec
+from mini_forge.prepare import Prepared, trains_reward
+from mini_forge.training.adapters_swap import fresh_factors, live_factors, put_factors
+from mini_forge.training.loop import Loop, LoopSettings
+from mini_forge.training.optim import load_optimizer_state, make_optimizer, optimizer_state, parameter_groups
+from mini_forge.training.ppo_loop import PPO, Progress
+from mini_forge.training.reward import RewardHead, Scorer, function_scorer, model_scorer, reward_objective
+from mini_forge.training.rlhf import PPOSettings, ValueHead, evaluate_policy
+from mini_forge.training.rollouts import Sampling, prompt_document
+from mini_forge.training.schedule import warmup_steps
+from mini_forge.training.windows import Windows
+
+REWARD_FOLDER, SAMPLES_FILE, STATE_FILE = "reward", "samples.jsonl", "trainer_state.pt"
+EVAL_PROMPTS = 64  # answered at each evaluation during training; `eval` answers all
+HEAD_SEED = 1  # beside the run's seed, so that reward and policy do not begin with the same adapter
+
+
+@dataclass
+class Stages:
+    """One rlhf run in progress, with a loop's `settings`, `parameters`, `progress` and `run`."""
+
+    prepared: Prepared
+    model: Decoder
+    lora: LoraSpec
+    folder: RunFolder
+    base_name: str
+    report: Callable[[str], None]
+    on_metrics: Callable[[dict], None]
+    on_step: Callable[[int, int], None]
+    ppo: PPO = field(init=False)
+    _running: Loop | PPO = field(init=False)
+
+    def __post_init__(self):
+        self._running = self.ppo = self._build_ppo()
+        if not trains_reward(self.prepared.config):  # what is wrong with a given reward is told before any work
+            self.ppo.score = self._scorer()
+
+    @property
+    def settings(self) -> PPOSettings:
+        return self.ppo.settings
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return self.ppo.parameters
+
+    @property
+    def progress(self):
+        return self._running.progress
+
+    def run(self) -> Progress:
+        if trains_reward(self.prepared.config):
+            self._reward_stage()
+            self.ppo.score = self._scorer()
+        self._running = self.ppo
+        return self.ppo.run()
+
+    def _scorer(self) -> Scorer:
+        return scorer_of(self.prepared.config, self.prepared.plan, self.model, self.folder.path)
+
+    def restore(self):
+        """Go on from the last checkpoint of PPO, if there is one; the reward stage looks after itself."""
+        steps = self.folder.steps()
+        self.folder.truncate_metrics(steps[-1] if steps else -1)
+        truncate_samples(self.folder.path / SAMPLES_FILE, steps[-1] if steps else -1)
+        if not steps:
+            return
+        source = self.folder.checkpoint(steps[-1])
+        state = load_state(source / STATE_FILE)
+        if state["data"] != self._fingerprint():
+            raise ConfigError(
+                f"dataset: {self.prepared.config.dataset!r} (or the tokenizer) has changed since {source} was saved, "
+                "so its place in the data means nothing; put it back, or start another run with init_adapter"
+            )
+        fill_adapter(self.model, source)
+        if self.ppo.value_head is not None:
+            self.ppo.value_head.load_state_dict(state["value_head"])
+        load_optimizer_state(self.ppo.optimizer, state["optimizer"])
+        self.ppo.restore(state["loop"])
+        set_rng_state(state["rng"])
+        self.report(f"resuming from {source}")
+
+    def _fingerprint(self) -> int:
+        return data_fingerprint([prompt_document(prompt) for prompt in self.prepared.prompts])
+
+    def _build_ppo(self) -> PPO:
+        prepared, model = self.prepared, self.model
+        config, plan = prepared.config, prepared.plan
+        settings = ppo_settings(config, len(prepared.prompts))
+        head = None if settings.is_grouped else ValueHead(model.spec.hidden_size).to(model.device)
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        named += [] if head is None else list(head.named_parameters())
+        return PPO(
+            settings=settings,
+            model=model,
+            value_head=head,
+            parameters=[p for _, p in named],
+            optimizer=optimizer_of(config, plan, named, config.learning_rate),
+            scaler=torch.amp.GradScaler(plan.device) if plan.use_scaler else None,
+            prompts=prepared.prompts,
+            tokenizer=prepared.tokenizer,
+            sampling=sampling_of(config, prepared.template, prepared.tokenizer),
+            score=None,  # known when the reward stage is over
+            evaluate=self._evaluate if prepared.eval_prompts else None,
+            save=self._save_ppo,
+            log=self._log,
+            log_sample=partial(append_line, self.folder.path / SAMPLES_FILE),
+            on_step=self.on_step,
+        )
+
+    def _log(self, record: dict):
+        self.folder.append_metrics(record)
+        self.on_metrics(record)
+
+    def _save_ppo(self, progress: Progress):
+        ppo = self.ppo
+        state = {"loop": ppo.state(), "optimizer": optimizer_state(ppo.optimizer), "rng": rng_state()}
+        state["data"] = self._fingerprint()
+        state["value_head"] = None if ppo.value_head is None else ppo.value_head.state_dict()
+        self._save(self.folder, progress.step, state)
+
+    def _save(self, folder: RunFolder, step: int, state: dict):
+        def write(target: Path):
+            save_adapter(target, self.model, self.lora, self.base_name)
+            buffer = io.BytesIO()  # written by us: torch.save tells of a full disk as a bare RuntimeError
+            torch.save(state, buffer)
+            (target / STATE_FILE).write_bytes(buffer.getbuffer())
+
+        folder.save_checkpoint(step, write, self.prepared.config.save_total_limit, None)
+
+    def _evaluate(self) -> dict:
+        began, prepared = time.perf_counter(), self.prepared
+        metrics, _ = evaluate_policy(
+            self.model, prepared.eval_prompts[:EVAL_PROMPTS], prepared.tokenizer, self.ppo.sampling, self.ppo.score,
+            prepared.config.seed, prepared.config.per_device_eval_batch_size,
+        )  # fmt: skip
+        return {**metrics, "eval_seconds": round(time.perf_counter() - began, 3)}
+
+    def _reward_stage(self):
+        """Train the reward model in `reward/`, or what is left of it. The policy's adapter stands aside meanwhile."""
+        folder = RunFolder(self.folder.path / REWARD_FOLDER)
+        if folder.is_finished():
+            self.report(f"reward model: {folder.path}, trained before")
+            return
+        policy, size = live_factors(self.model), self.model.spec.hidden_size
+        draws = torch.Generator().manual_seed(self.prepared.config.seed + HEAD_SEED)
+        put_factors(self.model, fresh_factors(self.model, self.lora, draws))
+        head = RewardHead(size, draws).to(self.model.device)
+        try:
+            self._running = loop = self._reward_loop(folder, head)
+            self._begin_reward(folder, loop, head)
+            loop.run()
+            self._finish_reward(folder, loop, head)
+        finally:
+            put_factors(self.model, policy)
+        for parameter in self.parameters:
+            parameter.grad = None  # of the reward's adapter
+
+    def _reward_loop(self, folder: RunFolder, head: RewardHead) -> Loop:
+        prepared, model = self.prepared, self.model
+        config, plan = prepared.config, prepared.plan
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad] + list(head.named_parameters())
+        window = Windows(
+            prepared.train, config.per_device_train_batch_size, config.gradient_accumulation_steps,
+            config.group_by_length, config.packing, 2 * prepared.max_length, config.seed, collate_pairs,
+        )  # fmt: skip
+        objective, batch_size = reward_objective(head), config.per_device_eval_batch_size
+
+        def evaluate():
+            return evaluate_pairs(model, prepared.eval, objective.sums, batch_size=batch_size)
+
+        def log(record: dict):
+            folder.append_metrics(record)
+            self.on_metrics({"stage": REWARD_FOLDER, **record})
+
+        def save(progress):
+            state = {"loop": loop.state(), "optimizer": optimizer_state(loop.optimizer), "rng": rng_state()}
+            self._save(folder, progress.step, {**state, "head": head.state_dict()})
+
+        model.train()
+        loop = Loop(
+            settings=reward_settings(config, window.steps_per_epoch),
+            parameters=[p for _, p in named],
+            optimizer=optimizer_of(config, plan, named, config.reward_learning_rate),
+            scaler=torch.amp.GradScaler(plan.device) if plan.use_scaler else None,
+            window=window,
+            count=objective.count,
+            loss=lambda batch: objective.loss(model, batch.to(plan.device)),
+            evaluate=evaluate if prepared.eval else None,
+            save=save,
+            log=log,
+            on_step=lambda step, total: None,  # the bar is of updates
+        )
+        return loop
+
+    def _begin_reward(self, folder: RunFolder, loop: Loop, head: RewardHead):
+        folder.sweep()
+        steps = folder.steps()
+        if not steps:
+            folder.start(self.prepared.config.to_dict())
+            self.report(f"reward model: {len(self.prepared.train)} pairs, {loop.settings.total_steps} steps")
+            return
+        source = folder.checkpoint(steps[-1])
+        state = load_state(source / STATE_FILE)
+        fill_adapter(self.model, source)
+        head.load_state_dict(state["head"])
+        load_optimizer_state(loop.optimizer, state["optimizer"])
+        loop.restore(state["loop"])
+        folder.truncate_metrics(steps[-1])
+        set_rng_state(state["rng"])
+        self.report(f"resuming the reward model from {source}")
+
+    def _finish_reward(self, folder: RunFolder, loop: Loop, head: RewardHead):
+        def write(target: Path):
+            save_reward(target, self.model, head, self.lora, self.base_name)
+            self.prepared.tokenizer.save(target)
+
+        folder.publish(write)
+        accuracies = [m["eval_reward_accuracy"] for m in folder.metrics() if "eval_reward_accuracy" in m]
+        first, last = (accuracies[0], accuracies[-1]) if accuracies else (None, None)
+        summary = {"status": "finished", "steps": loop.progress.step, "trained_pairs": loop.progress.trained_tokens,
+                   "eval_reward_accuracy_first": first, "eval_reward_accuracy_last": last,
+                   "seconds": round(loop.progress.seconds, 3)}  # fmt: skip
+        write_json(folder.path / "summary.json", summary)
+        told = (
+            "" if first is None else f"; prefers the chosen of held-out pairs in {first:.1%} before, {last:.1%} after"
+        )
+        self.report(f"reward model: saved in {folder.path}{told}")
+
+
+def has_begun(folder: RunFolder) -> bool:
+    """Whether there is something to resume."""
+    reward = RunFolder(folder.path / REWARD_FOLDER)
+    return bool(folder.steps() or reward.steps() or reward.is_finished())
+
+
+def clear(folder: RunFolder, reward_model: str | None):
+    """Remove what an earlier rlhf run left here beside what every run leaves, but not the reward model to be used."""
+    reward = folder.path / REWARD_FOLDER
+    is_wanted = reward_model is not None and Path(reward_model).expanduser().resolve() == reward.resolve()
+    if (reward / CONFIG_FILE).is_file() and not is_wanted:
+        shutil.rmtree(reward)
+    (folder.path / SAMPLES_FILE).unlink(missing_ok=True)
+
+
+def scorer_of(config: TrainingConfig, plan: Plan, model: Decoder, run: Path) -> Scorer:
+    """What gives responses their reward: the function, the reward model that was named, or the run's own."""
+    if config.reward_function:
+        return function_scorer(load_function(config.reward_function), config.reward_function)
+    stored = load_reward(
+        config.reward_model or run / REWARD_FOLDER, model, config.model_name, dtype=getattr(torch, plan.dtype),
+        device=plan.device, quantization=plan.quantization, nested=plan.nested,
+        compute_dtype=getattr(torch, plan.compute_dtype), ops=model.ops,
+    )  # fmt: skip
+    head = RewardHead.of(stored.score, stored.pad_id)
+    return model_scorer(stored.model, stored.factors, head, config.per_device_eval_batch_size)
+
+
+def sampling_of(config: TrainingConfig, template: Template, tokenizer: Tokenizer) -> Sampling:
+    """How the run's rollouts are drawn, and where they end."""
+    allowed = until(spelled_end(template, tokenizer), tokenizer)
+    is_ended = None if allowed is None else lambda tokens: allowed(0, tokens) == []
+    return Sampling(config.max_new_tokens, config.temperature, frozenset(template.stop_ids(tokenizer)), is_ended)
+
+
+def ppo_settings(config: TrainingConfig, prompts: int) -> PPOSettings:
+    """The configuration's keys for a number of prompts to train on."""
+    same = ("logging_steps", "rollout_batch_size", "ppo_epochs", "num_mini_batches", "learning_rate", "max_grad_norm",
+            "kl_coef", "kl_estimator", "kl_target", "target_kl", "gamma", "gae_lambda", "clip_range",
+            "value_clip_range", "value_coef", "advantage", "group_size", "seed")  # fmt: skip
+    responses = config.group_size if config.advantage == "group" else 1
+    per_epoch = math.ceil(prompts / (config.rollout_batch_size // responses))
+    total = config.max_steps if config.max_steps > 0 else per_epoch * config.num_train_epochs
+    return PPOSettings(
+        total_steps=total,
+        steps_per_epoch=per_epoch,
+        eval_steps=config.eval_steps,
+        save_steps={"no": None, "steps": config.save_steps, "epoch": per_epoch}[config.save_strategy],
+        micro_batch_size=config.per_device_train_batch_size,
+        schedule=config.lr_scheduler_type,
+        warmup_steps=warmup_steps(total * config.ppo_epochs * config.num_mini_batches, config.warmup_ratio),
+        **{name: getattr(config, name) for name in same},
+    )
+
+
+def reward_settings(config: TrainingConfig, steps_per_epoch: int) -> LoopSettings:
+    total = steps_per_epoch * config.reward_epochs
+    return LoopSettings(
+        total_steps=total,
+        steps_per_epoch=steps_per_epoch,
+        warmup_steps=warmup_steps(total, config.warmup_ratio),
+        learning_rate=config.reward_learning_rate,
+        schedule=config.lr_scheduler_type,
+        max_grad_norm=config.max_grad_norm,
+        logging_steps=config.logging_steps,
+        eval_steps=config.eval_steps,
+        save_steps={"no": None, "steps": config.save_steps, "epoch": steps_per_epoch}[config.save_strategy],
+    )
+
+
+def optimizer_of(config: TrainingConfig, plan: Plan, named: list, learning_rate: float):
+    groups = parameter_groups(named, config.weight_decay)
+    return make_optimizer(config.optim, groups, learning_rate, config.weight_decay, plan.device)
+
+
+def append_line(path: Path, record: dict):
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def truncate_samples(path: Path, step: int):
+    """Forget samples of updates after checkpoint `step`: the resumed run writes them again."""
+    if path.exists():
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        write_atomic(path, "".join(line + "\n" for line in kept))
