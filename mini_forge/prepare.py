@@ -23,7 +23,7 @@ from mini_forge.errors import CheckpointError, ConfigError, DataError, UserError
 from mini_forge.io.adapters import read_adapter_config, read_adapter_tensors
 from mini_forge.io.expert_adapters import stack_targets
 from mini_forge.io.rewards import load_function
-from mini_forge.io.weights import read_json, resolve_model, weight_files
+from mini_forge.io.weights import other_parts, read_json, resolve_model, weight_files
 from mini_forge.model.decoder import Decoder, DecoderSpec
 from mini_forge.model.families import decoder_spec
 from mini_forge.model.lora import LoraSpec, target_names
@@ -124,7 +124,12 @@ def _open_model(config: TrainingConfig):
     weight_files(folder)
     with torch.device("meta"):  # the names of the layers, without their weights
         target_names(Decoder(spec), adapter_spec(config).targets)
-    return folder, spec, tokenizer, choose_template(config.chat_template, config.model_name, tokenizer, config.task)
+    template = choose_template(config.chat_template, config.model_name, tokenizer, config.task)
+    if other := other_parts(folder):
+        template.notes.append(
+            f"{config.model_name}: only its text model is read; {other} tensors of other parts are not"
+        )
+    return folder, spec, tokenizer, template
 
 
 def adapter_spec(config: TrainingConfig) -> LoraSpec:

@@ -13,6 +13,7 @@ import mini_forge
 from mini_forge.errors import CheckpointError
 from mini_forge.io.adapters import PREFIX, load_adapter, read_adapter_config, save_adapter
 from mini_forge.io.expert_adapters import fuse, fused_tensors, per_expert_tensors, stack_targets
+from mini_forge.io.merge import merge_adapter
 from mini_forge.model.families.layout import InterleavedStacks, PerExpert, TransposedStacks
 from mini_forge.model.lora import LoraSpec, LoRAStack, inject, lora_layers
 from tests.golden_files import family
@@ -287,3 +288,20 @@ def test_swapping_and_interleaving_are_the_layouts_word():
     assert said == {"per expert": (False, False), "transposed": (True, False), "interleaved": (False, True)}
     with pytest.raises(AttributeError):
         fused_tensors(adapted_stacks(), SimpleNamespace())
+
+
+@pytest.mark.parametrize("targets", [("layers.0.self_attn.q_proj",), ("q_proj", "layers.1.mlp.experts.down_proj")])
+def test_targets_of_some_layers_only_are_saved_by_their_full_names(targets, tmp_path):
+    folder, ids, _ = family("qwen3_moe_hub")
+    model, spec = mini_forge.load_model(folder), LoraSpec(2, 4, 0.1, targets)
+    inject(model, spec)
+    for i, (_, layer) in enumerate(lora_layers(model)):
+        layer.lora_B.data.normal_(generator=torch.Generator().manual_seed(i))
+    save_adapter(tmp_path, model, spec, str(folder))
+    again = mini_forge.load_model(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again.logits(ids), model.eval().logits(ids))
+    record = json.loads((tmp_path / "adapter_config.json").read_text())
+    if any("experts" in target for target in targets):
+        assert record["lora_dropout"] == 0.0  # PEFT refuses dropout beside target_parameters
+    merge_adapter(tmp_path, tmp_path / "merged")

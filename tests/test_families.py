@@ -25,6 +25,7 @@ from mini_forge.model.quant import dequantize_4bit, quantize_4bit, quantize_8bit
 from mini_forge.model.rope import inverse_frequencies
 from mini_forge.model.spec import LayerSpec
 from tests import golden_files as golden
+from tests.tiny import CONFIG
 
 MODEL = Path(mini_forge.__file__).parent / "model"
 SHARED = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
@@ -538,3 +539,22 @@ def test_golden_configs_cover_both_forms_of_every_family():
         kinds.setdefault(config["model_type"].removesuffix("_text"), set()).add("torch_dtype" in config)
     assert all(forms == {True, False} for forms in kinds.values()), kinds
     assert kinds.keys() == {kind.removesuffix("_text") for kind in FAMILIES}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": []}, "model_type"),
+        ({"model_type": "llama4_text", "no_rope_layers": [1]}, "wrong kind"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "num_hidden_layers 4 but 1 layers"),
+        ({"model_type": "qwen2", "layer_types": ["linear_attention"] * 4}, "linear_attention"),
+        ({"num_key_value_heads": 3}, "multiple of num_key_value_heads"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers 0"),
+        ({"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 9}, "num_experts_per_tok"),
+    ],
+)
+def test_a_config_whose_numbers_cannot_be_a_models_is_refused(changes, message):
+    config = {**CONFIG, "num_hidden_layers": 4, "num_local_experts": 4, "num_experts_per_tok": 1, **changes}
+    with pytest.raises(CheckpointError, match=message):
+        decoder_spec(config)

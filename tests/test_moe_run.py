@@ -130,3 +130,16 @@ def test_one_adapter_for_each_expert_is_refused_where_nothing_would_read_it(tmp_
     config.write_text(json.dumps(settings(tmp_path, base, target_modules=EXPERTS, adapter_format="per-expert")))
     assert main(["train", str(config)]) == 2
     assert "adapter_format" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_parts_that_are_not_the_text_model_are_said_to_be_left_out(tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    base = write_checkpoint(tmp_path / "base", "llama4_text")
+    record = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({"model_type": "llama4", "text_config": record}))
+    tensors = {f"language_model.{name}": tensor for name, tensor in load_file(base / "model.safetensors").items()}
+    (base / "model.safetensors").unlink()
+    save_file({**tensors, "vision_model.weight": torch.zeros(2)}, base / "model.safetensors")
+    train(tmp_path, base, max_steps=1)
+    assert "only its text model is read; 1 tensors of other parts are not" in capsys.readouterr().out

@@ -17,7 +17,7 @@ from mini_forge.errors import CheckpointError
 from mini_forge.io.expert_adapters import fuse, fused_tensors, per_expert_tensors, stack_targets
 from mini_forge.io.weights import read_json, write_safetensors
 from mini_forge.model.decoder import Decoder
-from mini_forge.model.lora import LoraSpec, LoRAStack, inject, lora_layers
+from mini_forge.model.lora import LoraSpec, LoRAStack, inject, lora_layers, target_names
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -44,11 +44,16 @@ def save_adapter(folder: Path, model: Decoder, spec: LoraSpec, base_name: str, e
     write_safetensors(folder / WEIGHTS_FILE, entries, tensors.values())
     modules = {name.rsplit(".", 1)[-1] for name in layers if name not in stacks}
     parameters = {".".join(name.split(".")[-3:]) for name in stacks}
+    if is_fused and set(target_names(model, (*modules, *parameters))) != set(
+        layers
+    ):  # short names would name others too
+        modules, parameters = layers.keys() - stacks.keys(), set(stacks)
     if stacks and not is_fused:  # as if each expert were three linear layers
         modules |= {n.split(".lora_")[0].rsplit(".", 1)[-1] for n in tensors}
         parameters = set()
     record = _config_record(spec, sorted(modules), base_name)
     if parameters:
+        record["lora_dropout"] = 0.0  # PEFT refuses another beside target_parameters; it matters in training alone
         record["target_parameters"] = sorted(parameters, reverse=True)  # PEFT wraps in this order, gate_up innermost
     (folder / "adapter_config.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
 

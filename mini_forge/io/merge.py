@@ -26,7 +26,8 @@ from mini_forge.model.lora import STACK_NAMES, LoraSpec, inject
 from mini_forge.model.mxfp4 import dequantize_mxfp4
 from mini_forge.model.quant import Linear4bit, Linear8bit
 
-COPIED = ("generation_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "LICENSE")
+COPIED = ("generation_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "LICENSE",
+          "preprocessor_config.json", "processor_config.json")  # fmt: skip
 
 
 def merge_adapter(run: str | Path, out: str | Path) -> Path:
@@ -159,7 +160,7 @@ def adapter_updates(run: Path, spec: LoraSpec, merger: Merger) -> dict[str, Upda
     if merger.layout is not None:
         targets = tuple(f".{target}" for target in stack_targets(spec.targets, tensors) or () if "experts." in target)
         endings = tuple(f".experts.{name}" for name in STACK_NAMES)
-        stacks = sorted(n for n in weights if n.endswith(endings) and n.endswith(targets))
+        stacks = sorted(n for n in weights if n.endswith(endings) and f".{n}".endswith(targets))
         tensors = fuse(tensors, stacks, merger.spec.experts.count, merger.layout)
     updates = {}
     for key in [key for key in tensors if ".lora_A" in key]:
@@ -169,6 +170,8 @@ def adapter_updates(run: Path, spec: LoraSpec, merger: Merger) -> dict[str, Upda
                 f"{run}: the adapter's {name.removesuffix('.weight')} has no weight {name!r} in "
                 f"{merger.checkpoint.folder}"
             )
+        if not name.startswith("model.layers."):
+            raise CheckpointError(f"{run}: the adapter changes {name}; only layers of the decoder can be merged")
         if partner not in tensors:
             raise CheckpointError(f"{run}: the adapter has {key} but no {partner}")
         updates[name] = Update(tensors[key], tensors[partner], spec.scaling)

@@ -320,6 +320,11 @@ class StoredLayers:
         return weight, self.parts.pop(weight) if len(parts) == self.count[weight] else None
 
 
+def other_parts(folder: Path) -> int:
+    """How many tensors of a multimodal checkpoint are not its text model's."""
+    return sum(text_name(name) is None for file in weight_files(folder) for name in read_header(file))
+
+
 def text_entries(entries: dict[str, TensorEntry], layout) -> dict[str, TensorEntry]:
     """The tensors of the text model under its own names: multimodal checkpoints prefix them and hold other parts."""
     named = {text_name(name, layout): entry for name, entry in entries.items()}

@@ -24,13 +24,13 @@ __all__ = ["Decoder", "DecoderSpec", "ExpertsSpec", "KVCache", "LayerSpec", "nef
 
 
 class RMSNorm(nn.Module):
-    """`weight` None: without one. The product with the weight is made in float32 where the checkpoint asks for it."""
+    """The product with the weight is made in float32 where the checkpoint asks for it."""
 
     def __init__(self, size: int, spec: DecoderSpec, ops: Ops):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps, self.offset, self.ops = spec.norm_eps, spec.norm_offset, ops
-        self.is_wide = spec.norm_product == "float32"
+        self.is_wide = spec.norm_product == "float32" or spec.norm_offset != 0
 
     def forward(self, x):
         weight = self.weight.float() + self.offset if self.offset else self.weight

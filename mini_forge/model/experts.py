@@ -20,11 +20,11 @@ from mini_forge.model.spec import DecoderSpec
 @dataclass(frozen=True)
 class Routing:
     """Where the N tokens of a layer went: to each expert how many, (E,) int64, and the sum of their probabilities of
-    it, (E,) float32 with gradient."""
+    it, (E,) float32 with gradient, where the balance loss is wanted."""
 
     tokens: int
     chosen: torch.Tensor
-    probability: torch.Tensor
+    probability: torch.Tensor | None
 
 
 def balance_loss(routings: list[Routing]) -> torch.Tensor:
@@ -86,7 +86,7 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, spec: DecoderSpec, ops: Ops, shared: nn.Module | None):
         super().__init__()
         self.top_k, self.scoring, self.normalized = spec.experts.top_k, spec.experts.router, spec.experts.normalized
-        self.router_name = spec.experts.router_name
+        self.router_name, self.wants_balance = spec.experts.router_name, spec.experts.balance_coef > 0
         self.add_module(self.router_name, Router(spec))
         self.experts = Experts(spec, ops)
         self.shared_expert = shared
@@ -101,7 +101,7 @@ class MixtureOfExperts(nn.Module):
         tokens = chosen.flatten().bincount(minlength=logits.shape[-1])
         counts = tokens.tolist()
         if routings is not None:
-            routings.append(Routing(N, tokens, logits.float().softmax(-1).sum(0)))
+            routings.append(Routing(N, tokens, logits.float().softmax(-1).sum(0) if self.wants_balance else None))
         rows = x[:, None].expand(N, self.top_k, D)
         if self.scoring == "sigmoid":
             rows = rows * scores[..., None]

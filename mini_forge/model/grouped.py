@@ -20,6 +20,7 @@ class _FrozenProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, stack, counts):
         ctx.stack, ctx.counts = stack, counts
+        dtype, x = x.dtype, x.to(getattr(stack, "compute_dtype", x.dtype))
         if _use_grouped(x, stack):
             out = _grouped(x, stack.transpose(1, 2), counts)
         else:
@@ -29,17 +30,17 @@ class _FrozenProducts(torch.autograd.Function):
         if bias is not None:
             for e, rows in blocks(counts):
                 out[rows] += bias[e].to(x.dtype)
-        return out
+        return out.to(dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous()
+        dtype, grad = grad.dtype, grad.to(getattr(ctx.stack, "compute_dtype", grad.dtype)).contiguous()
         if _use_grouped(grad, ctx.stack):
             return _grouped(grad, ctx.stack, ctx.counts), None, None, None
         grad_x = grad.new_empty(len(grad), ctx.stack.shape[2])
         for e, rows in blocks(ctx.counts):
             torch.mm(grad[rows], expert_weight(ctx.stack, e, grad.dtype), out=grad_x[rows])
-        return grad_x, None, None, None
+        return grad_x.to(dtype), None, None, None
 
 
 def blocks(counts: list[int]):

@@ -313,7 +313,9 @@ def merge(model: nn.Module) -> nn.Module:
     for name, layer in list(lora_layers(model)):
         base = layer.base
         if not isinstance(base, nn.Linear | nn.Parameter):
-            raise ConfigError(f"merge: {name} has a quantized weight; load the model with quantization=None to merge")
+            raise ConfigError(
+                f"merge: {name} has a quantized weight; use the merge command, which merges into full precision"
+            )
         if isinstance(layer, LoRAStack):
             for e, weight in enumerate(base.data):
                 weight.copy_(weight.float() + layer.delta(e).to(weight.device))

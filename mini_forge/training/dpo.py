@@ -109,7 +109,7 @@ def fill_reference(
     """The pairs with their reference, and whether it was computed: it is read from `path` if that was written for `key`
     (JSON values that name data and model), else computed and written there, whole or not at all."""
     record = _read_record(path)
-    is_new = record is None or record.get("key") != key
+    is_new = record is None or record.get("key") != key or len(record.get("logps", ())) != len(pairs)
     if is_new:
         logps = precompute_reference(model, pairs, batch_size)
         write_atomic(path, json.dumps({"key": key, "logps": logps.tolist()}) + "\n")

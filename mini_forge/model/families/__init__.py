@@ -38,14 +38,40 @@ def expert_layout(config: dict):
 def decoder_spec(config: dict) -> DecoderSpec:
     """config: the parsed config.json. Raises CheckpointError for an unsupported model_type or a missing key."""
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         supported = ", ".join(FAMILIES)
         raise CheckpointError(f"config.json: model_type {kind!r} is not supported; supported: {supported}")
     try:
-        return FAMILIES[kind](config)
-    except KeyError as missing:
-        raise CheckpointError(f"config.json: model_type {kind!r} needs the key {missing}, which is absent") from None
+        return _checked(FAMILIES[kind](config), config.get("text_config", config))
     except CheckpointError:
         raise
-    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:  # a text where a number belongs, a zero
+    except KeyError as missing:
+        raise CheckpointError(f"config.json: model_type {kind!r} needs the key {missing}, which is absent") from None
+    except (
+        IndexError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+    ) as error:  # a text where a number belongs, a zero
         raise CheckpointError(f"config.json: a key has a value of the wrong kind ({error})") from None
+
+
+def _checked(spec: DecoderSpec, config: dict) -> DecoderSpec:
+    """The spec, if its numbers agree; raises CheckpointError where they cannot be a model's."""
+    kinds = set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention", "chunked_attention"}
+    experts = spec.experts
+    wrong = {
+        f"num_hidden_layers {config['num_hidden_layers']!r} but {len(spec.layers)} layers described":
+            len(spec.layers) != config["num_hidden_layers"] or not spec.layers,
+        f"layer_types has {sorted(map(str, kinds))}, which is not supported": bool(kinds),
+        f"num_attention_heads {spec.heads} is not a multiple of num_key_value_heads {spec.kv_heads}":
+            spec.heads % spec.kv_heads != 0,
+        f"tie_word_embeddings {spec.tied_head!r} must be true or false": not isinstance(spec.tied_head, bool),
+        "num_experts_per_tok must be at least 1 and at most the number of experts":
+            experts is not None and not 1 <= experts.top_k <= experts.count,
+    }  # fmt: skip
+    problems = [f"config.json: {text}" for text, is_wrong in wrong.items() if is_wrong]
+    if problems:
+        raise CheckpointError(*problems)
+    return spec

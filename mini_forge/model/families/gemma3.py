@@ -11,7 +11,9 @@ from mini_forge.model.spec import LayerSpec
 
 def spec(config):
     config = config.get("text_config", config)
-    for key, value in {"final_logit_softcapping": None, "use_bidirectional_attention": False}.items():
+    supported = {"final_logit_softcapping": None, "use_bidirectional_attention": False,
+                 "hidden_activation": "gelu_pytorch_tanh"}  # fmt: skip
+    for key, value in supported.items():
         if (config.get(key) or value) != value:
             raise CheckpointError(f"config.json: {key} {config[key]!r} is not supported; supported: {value}")
     count, pattern = config["num_hidden_layers"], config.get("sliding_window_pattern", 6)

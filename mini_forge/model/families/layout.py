@@ -74,7 +74,7 @@ class TransposedStacks:
 
     def place(self, name: str) -> Place | None:
         match = STACKS.fullmatch(name)
-        return None if match is None or match[2] == "_bias" else Place(match[1], None, match[2])
+        return None if match is None or match[2] is not None else Place(match[1])
 
     def canonical(self, place: Place, matrix: torch.Tensor) -> torch.Tensor:
         """One expert's stored matrix → (out, in)."""
