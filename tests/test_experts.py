@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+import mini_forge.model.grouped as grouped_module
+import mini_forge.model.lora as lora_module
 from mini_forge.errors import ConfigError
 from mini_forge.model.decoder import MLP
 from mini_forge.model.experts import MixtureOfExperts, Router, _PermuteRows
@@ -418,3 +420,30 @@ def test_checkpointing_changes_no_gradient_even_with_dropout():
     assert len(found) == 12
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts", [[3, 0, 5, 2], [0, 0, 10, 0]])
+def test_one_grouped_product_equals_the_loop_over_experts(counts, dtype, monkeypatch):
+    """The kernel that CUDA uses, in its CPU form: results, and the gradients of x, A and B."""
+    generator = torch.Generator().manual_seed(0)
+    base = nn.Parameter(torch.randn(4, 16, 24, generator=generator).to(dtype), requires_grad=False)
+    stack = LoRAStack(base, LoraSpec(8, 16), generator)
+    stack.lora_B.data.normal_(generator=generator)
+    start = torch.randn(10, 24, generator=generator).to(dtype)
+
+    def outcome():
+        x = start.clone().requires_grad_()
+        out = stack(x, None, counts)
+        grads = torch.autograd.grad(out.float().square().sum(), [x, stack.lora_A, stack.lora_B])
+        return [out, *grads]
+
+    looped = outcome()
+    calls = []
+    monkeypatch.setattr(grouped_module, "is_groupable", lambda *_: True)
+    monkeypatch.setattr(lora_module, "is_groupable", lambda *_: calls.append(1) or True)
+    at_once = outcome()
+    assert calls
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2  # bfloat16 keeps 8 bits
+    for one, other in zip(looped, at_once, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(one.detach().abs().max()))

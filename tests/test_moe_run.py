@@ -1,6 +1,7 @@
 """The main job on families with experts: 4-bit and MXFP4 bases learn by the command line, stop, go on and merge."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from mini_forge.model.experts import Routing, balance_loss, load_metrics
 from tests.tiny import write_rows
 from tests.tiny_experts import write_checkpoint
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -143,3 +145,38 @@ def test_parts_that_are_not_the_text_model_are_said_to_be_left_out(tmp_path, cap
     save_file({**tensors, "vision_model.weight": torch.zeros(2)}, base / "model.safetensors")
     train(tmp_path, base, max_steps=1)
     assert "only its text model is read; 1 tensors of other parts are not" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("gpt_oss_20b.json", "gpt_oss"),
+        ("training-gpt-oss-20b.json", "gpt_oss"),
+        ("qwen3_coder_30b.json", "qwen3_moe"),
+        ("training-qwen3-coder-30b.json", "qwen3_moe"),
+        ("training-llama-4-maverick.json", "llama4_text"),
+    ],
+)
+def test_the_shipped_configurations_train_tiny_models_of_their_kind_on_real_rows(name, kind, tmp_path):
+    """As shipped but for the model, the data, the machine, and a rate and length that fit twelve steps."""
+    base = write_checkpoint(tmp_path / "base", kind, mxfp4=kind == "gpt_oss")
+    lines = (CONFIGS / "quickstart" / "debian_summaries.jsonl").read_text(encoding="utf-8").splitlines()[:40]
+    rows = [json.loads(line) for line in lines]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"prompt": r["summary"], "completion": r["document"]}) + "\n" for r in rows))
+    changes = {
+        "model_name": str(base), "device": "cpu", "learning_rate": 1e-2, "max_steps": 12, "optim": "adamw_torch",
+        "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_seq_length": 96, "eval_split": 0.2,
+        "logging_steps": 1, "save_strategy": "no", "dtype": "float32", "bf16": False,
+    }  # fmt: skip
+    config = json.loads((CONFIGS / name).read_text())
+    for ours, other in {"model_name": "base_model", "optim": "optimizer"}.items():
+        if other in config:
+            changes[other] = changes.pop(ours)
+    options = [part for key, value in changes.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    run = tmp_path / "run"
+    assert main(["train", str(CONFIGS / name), *options, "--dataset", str(data), "--output-dir", str(run)]) == 0
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    held_out = [m["eval_loss"] for m in metrics if "eval_loss" in m]
+    assert held_out[-1] < held_out[0] - 0.2
+    assert json.loads((run / "training_config.json").read_text())["use_4bit"] is True

@@ -21,8 +21,8 @@ class _FrozenProducts(torch.autograd.Function):
     def forward(ctx, x, bias, stack, counts):
         ctx.stack, ctx.counts = stack, counts
         dtype, x = x.dtype, x.to(getattr(stack, "compute_dtype", x.dtype))
-        if _use_grouped(x, stack):
-            out = _grouped(x, stack.transpose(1, 2), counts)
+        if is_groupable(x, stack):
+            out = grouped(x, stack.transpose(1, 2), counts)
         else:
             out = x.new_empty(len(x), stack.shape[1])
             for e, rows in blocks(counts):
@@ -35,8 +35,8 @@ class _FrozenProducts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dtype, grad = grad.dtype, grad.to(getattr(ctx.stack, "compute_dtype", grad.dtype)).contiguous()
-        if _use_grouped(grad, ctx.stack):
-            return _grouped(grad, ctx.stack, ctx.counts), None, None, None
+        if is_groupable(grad, ctx.stack):
+            return grouped(grad, ctx.stack, ctx.counts), None, None, None
         grad_x = grad.new_empty(len(grad), ctx.stack.shape[2])
         for e, rows in blocks(ctx.counts):
             torch.mm(grad[rows], expert_weight(ctx.stack, e, grad.dtype), out=grad_x[rows])
@@ -52,12 +52,13 @@ def blocks(counts: list[int]):
         start += count
 
 
-def _use_grouped(x: torch.Tensor, stack) -> bool:
+def is_groupable(x: torch.Tensor, stack) -> bool:
     """Whether one grouped product serves: dense bfloat16 on CUDA, sizes in steps of 16 bytes."""
     is_dense = isinstance(stack, torch.Tensor) and stack.dtype == x.dtype == torch.bfloat16
     return is_dense and x.is_cuda and stack.shape[1] % 8 == 0 and stack.shape[2] % 8 == 0
 
 
-def _grouped(x: torch.Tensor, stack: torch.Tensor, counts: list[int]) -> torch.Tensor:
+def grouped(x: torch.Tensor, stack: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """x_e W_e for all experts in one kernel: x (M, in), stack (E, in, out) → (M, out), differentiable in both."""
     ends = torch.tensor(counts, device=x.device).cumsum(0).to(torch.int32)
     return F.grouped_mm(x, stack, offs=ends)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mini_forge.errors import ConfigError
-from mini_forge.model.grouped import blocks, grouped_products
+from mini_forge.model.grouped import blocks, grouped, grouped_products, is_groupable
 from mini_forge.model.quant import Linear4bit, Linear8bit, dequantized_weight
 from mini_forge.model.stacks import Stack4bit, Stack8bit, StackMxfp4
 
@@ -97,10 +97,13 @@ class LoRAStack(nn.Module):
         if not self.enabled:
             return out
         dropped = F.dropout(x, self.dropout, self.training)
+        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        if is_groupable(dropped, A) and is_groupable(dropped, B):
+            low = grouped(dropped, A.transpose(1, 2), counts)
+            return out + self.scaling * grouped(low, B.transpose(1, 2), counts)
         # unbind, not A[e]: the gradient of an index would be a zeroed stack for every expert
-        As, Bs = self.lora_A.to(x.dtype).unbind(), self.lora_B.to(x.dtype).unbind()
-        updates = [(dropped[rows] @ As[e].t()) @ Bs[e].t() for e, rows in blocks(counts)]
-        return out + self.scaling * torch.cat(updates)
+        As, Bs = A.unbind(), B.unbind()
+        return out + self.scaling * torch.cat([(dropped[rows] @ As[e].t()) @ Bs[e].t() for e, rows in blocks(counts)])
 
     def delta(self, expert: int) -> torch.Tensor:
         """s·B_e A_e, the (out, in) float32 matrix that merging adds to the expert's weight."""
