@@ -13,8 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mini_forge.io.adapters import save_adapter
+from mini_forge.io.weights import load_base
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.families import decoder_spec, expert_layout
+from mini_forge.model.lora import LoraSpec, inject
 from tests.tiny import CONFIG
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -126,3 +129,37 @@ def test_gigabytes_load_in_much_less_than_the_largest_tensor_above_the_stored_mo
 def test_stacks_of_experts_load_an_expert_at_a_time(experts, tiny):
     peak, stored = peak_and_stored(experts, "nf4", tiny)
     assert stored <= peak < stored + 2 * 4 + SLACK
+
+
+MEASURE_MERGE = """
+import sys, torch
+torch.set_num_threads(1)
+from mini_forge.io.merge import largest_difference, merge_adapter
+merge_adapter(sys.argv[1], sys.argv[3] + "/first")  # what is imported on the way is not counted
+largest_difference(sys.argv[1], sys.argv[3] + "/first")
+rss = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
+peak = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
+open("/proc/self/clear_refs", "w").write("5")
+before = rss()
+merge_adapter(sys.argv[2], sys.argv[3] + "/second")
+merged = peak() - before
+largest_difference(sys.argv[2], sys.argv[3] + "/second")
+print(merged, peak() - before)
+"""
+
+
+@linux
+def test_merging_holds_a_tensor_and_comparing_some_layers_not_the_model(large, tiny, tmp_path):
+    """The model has 192 MiB (384 in float32, in which it is compared), its largest tensor 8 and 16; a layer in float32
+    64. Holes that freed tensors leave in the heap come on top: measured 68 to 108 merging, 165 to 213 comparing."""
+    for name, base in (("small", tiny), ("big", large)):
+        model, spec = load_base(base, dtype=torch.bfloat16), LoraSpec(4, 8, targets=("q_proj", "down_proj"))
+        inject(model, spec)
+        (tmp_path / name).mkdir()
+        save_adapter(tmp_path / name, model, spec, str(base))
+        del model
+    command = [sys.executable, "-c", MEASURE_MERGE, *(str(tmp_path / name) for name in ("small", "big", "."))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    merging, comparing = (int(peak) / MIB for peak in done.stdout.split())
+    print(f"merging: {merging:.0f} MiB, comparing: {comparing:.0f}")
+    assert merging < 160 and comparing < 280
