@@ -551,6 +551,7 @@ def test_golden_configs_cover_both_forms_of_every_family():
         ({"num_key_value_heads": 3}, "multiple of num_key_value_heads"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
         ({"num_hidden_layers": 0}, "num_hidden_layers 0"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters by kind of layer"),
         ({"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 9}, "num_experts_per_tok"),
     ],
 )

@@ -247,7 +247,7 @@ class Loader:
             raise CheckpointError(
                 f"{entry.file}: tensor {name!r} has shape {list(entry.shape)}, config.json asks for {list(shape)}"
             )
-        if name in self.linears and not entry.dtype.is_floating_point:
+        if not entry.dtype.is_floating_point:
             raise CheckpointError(f"{name}: stored as {entry.dtype} in a form that is not known here")
         if name in self.linears and self.storage.quantization is not None:
             return [Piece(name, entry, partial(self._put_quantized, name))]

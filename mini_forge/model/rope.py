@@ -91,6 +91,8 @@ _REQUIRED = {
 def rope_spec(config: dict, default_theta: float = 10000.0) -> RopeSpec:
     """From a Hugging Face config: `rope_parameters` (new) or `rope_theta` with `rope_scaling` (old)."""
     record = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if any(isinstance(value, dict) for value in record.values()):
+        raise CheckpointError("config.json: rope_parameters by kind of layer are not supported for this model_type")
     theta = record.get("rope_theta", config.get("rope_theta", default_theta))
     kind = record.get("rope_type", record.get("type", "default"))
     if kind not in SCALINGS:
