@@ -119,13 +119,14 @@ def model_identity(prepared: Prepared) -> str:
 
 def _open_model(config: TrainingConfig):
     folder = resolve_model(config.model_name)
-    spec = decoder_spec(read_json(folder / "config.json"))
+    record = read_json(folder / "config.json")
+    spec = decoder_spec(record)
     tokenizer = load_tokenizer(folder)
     weight_files(folder)
     with torch.device("meta"):  # the names of the layers, without their weights
         target_names(Decoder(spec), adapter_spec(config).targets)
     template = choose_template(config.chat_template, config.model_name, tokenizer, config.task)
-    if other := other_parts(folder):
+    if "text_config" in record and (other := other_parts(folder)):
         template.notes.append(
             f"{config.model_name}: only its text model is read; {other} tensors of other parts are not"
         )

@@ -1,6 +1,5 @@
 """`train(config)`: the one place that wires configuration, data, model, objective, loop and run folder together."""
 
-import io
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from mini_forge.inference.evaluate import evaluate_loss, evaluate_pairs
 from mini_forge.io.adapters import fill_adapter, save_adapter
 from mini_forge.io.card import model_card
 from mini_forge.io.models import load_model
-from mini_forge.io.runs import RunFolder, load_state, rng_state, set_rng_state, write_json
+from mini_forge.io.runs import RunFolder, load_state, rng_state, save_state, set_rng_state, write_json
 from mini_forge.io.weights import load_base
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.families.layout import PerExpert
@@ -175,9 +174,7 @@ def build_loop(
     def write_checkpoint(target: Path):
         save_adapter(target, model, lora, _base_name(prepared))
         state = {"loop": loop.state(), "optimizer": optimizer_state(optimizer), "rng": rng_state(), "data": fingerprint}
-        buffer = io.BytesIO()  # written by us: torch.save tells of a full disk as a bare RuntimeError
-        torch.save(state, buffer)
-        (target / "trainer_state.pt").write_bytes(buffer.getbuffer())
+        save_state(target / "trainer_state.pt", state)
 
     def log(record):
         folder.append_metrics(record)

@@ -4,7 +4,6 @@ Both stages work on one backbone. The first leaves `reward/`, a run's folder of 
 trained again, so each stage goes on where it was stopped. `Stages` looks to a run as a loop does.
 """
 
-import io
 import json
 import math
 import shutil
@@ -25,7 +24,16 @@ from mini_forge.inference.evaluate import evaluate_pairs
 from mini_forge.inference.generate import spelled_end, until
 from mini_forge.io.adapters import fill_adapter, save_adapter
 from mini_forge.io.rewards import load_function, load_reward, save_reward
-from mini_forge.io.runs import CONFIG_FILE, RunFolder, load_state, rng_state, set_rng_state, write_atomic, write_json
+from mini_forge.io.runs import (
+    CONFIG_FILE,
+    RunFolder,
+    load_state,
+    rng_state,
+    save_state,
+    set_rng_state,
+    write_atomic,
+    write_json,
+)
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.lora import LoraSpec
 from mini_forge.prepare import Prepared, trains_reward
@@ -150,9 +158,7 @@ class Stages:
     def _save(self, folder: RunFolder, step: int, state: dict):
         def write(target: Path):
             save_adapter(target, self.model, self.lora, self.base_name)
-            buffer = io.BytesIO()  # written by us: torch.save tells of a full disk as a bare RuntimeError
-            torch.save(state, buffer)
-            (target / STATE_FILE).write_bytes(buffer.getbuffer())
+            save_state(target / STATE_FILE, state)
 
         folder.save_checkpoint(step, write, self.prepared.config.save_total_limit, None)
 

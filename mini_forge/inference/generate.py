@@ -9,7 +9,8 @@ import torch
 from mini_forge.data.chat import Template
 from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.errors import CheckpointError, ConfigError
-from mini_forge.model.decoder import Decoder, KVCache
+from mini_forge.model.cache import KVCache, read_prompts
+from mini_forge.model.decoder import Decoder
 
 Allowed = Callable[[int, list[int]], list[int] | None]
 
@@ -44,7 +45,7 @@ def generate(
     with evaluating(model):
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
         cache = KVCache(model, len(rows), int(lengths.max()) + max_new_tokens)
-        hidden = _read_prompts(model, prompts, lengths, cache)  # (B, D)
+        hidden = read_prompts(model, prompts, lengths, cache)  # (B, D)
         for step in range(max_new_tokens):
             logits = _finite(model.head(hidden))
             if allowed is not None:
@@ -156,15 +157,6 @@ def until(end: str, tokenizer: Tokenizer) -> Allowed | None:
     if not end:
         return None
     return lambda _, tokens: [] if end in tokenizer.decode(tokens, skip_special=False) else None
-
-
-def _read_prompts(model: Decoder, prompts, lengths: torch.Tensor, cache: KVCache) -> torch.Tensor:
-    """Fill the cache, rows padded on the right; returns the hidden state of each row's last token, (B, D)."""
-    longest = int(lengths.max())
-    padded = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=model.device)
-    position = torch.arange(longest, device=model.device).expand_as(padded)
-    hidden = model(padded, position=position, cache=cache)  # (B, T, D)
-    return hidden[torch.arange(len(prompts), device=model.device), lengths - 1]
 
 
 def _finite(logits: torch.Tensor) -> torch.Tensor:

@@ -93,6 +93,11 @@ def read_adapter_config(folder: Path) -> tuple[LoraSpec, str]:
     for key, neutral in NEUTRAL.items():
         if record.get(key) not in neutral:
             raise CheckpointError(f"{path}: {key} = {record[key]!r} is not supported; plain LoRA only")
+    return lora_spec(record, path), record.get("base_model_name_or_path") or ""
+
+
+def lora_spec(record: dict, path: Path) -> LoraSpec:
+    """The LoRA that adapter_config.json's `record` describes; `path` is for errors, CheckpointError."""
     targets = record.get("target_modules")
     if isinstance(targets, str) and targets != "all-linear":
         raise CheckpointError(f"{path}: target_modules {targets!r} is a pattern; a list of module names is needed")
@@ -101,14 +106,13 @@ def read_adapter_config(folder: Path) -> tuple[LoraSpec, str]:
     rank, alpha, dropout = record.get("r"), record.get("lora_alpha"), record.get("lora_dropout") or 0.0
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise CheckpointError(f"{path}: needs numbers `r` (at least 1) and `lora_alpha`")
-    spec = LoraSpec(
+    return LoraSpec(
         rank=rank,
         alpha=alpha,
         dropout=dropout,
         targets=None if targets == ["all-linear"] and not parameters else (*targets, *parameters),
         use_rslora=bool(record.get("use_rslora", False)),
     )
-    return spec, record.get("base_model_name_or_path") or ""
 
 
 def load_adapter(model: Decoder, folder: Path, spec: LoraSpec | None = None) -> LoraSpec:

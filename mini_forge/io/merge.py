@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -54,7 +55,7 @@ def _write_merged(merger: "Merger", run: Path, out: Path):
     try:
         for file in weight_files(merger.checkpoint.folder):
             stored = [n for n, e in merger.checkpoint.entries.items() if e.file == file and not _is_companion(n)]
-            entries = [merger.entry(name) for name in stored]
+            entries = [merger.entries[name] for name in stored]
             write_safetensors(temporary / file.name, entries, (merger.merged(name) for name in stored))
         _write_records(merger, run, temporary)
         if out.exists():
@@ -103,8 +104,12 @@ class Merger:
         places = (self.place(name) for name in self.checkpoint.entries)
         return {name for name in self.own.values() if name} | {place.name for place in places if place is not None}
 
-    def entry(self, stored: str) -> tuple[str, torch.dtype, tuple[int, ...]]:
-        """Name, dtype and shape of the merged tensor."""
+    @cached_property
+    def entries(self) -> dict[str, tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, dtype and shape of each merged tensor. Found once: of a quantized weight it takes reading it."""
+        return {name: self._entry(name) for name in self.checkpoint.entries if not _is_companion(name)}
+
+    def _entry(self, stored: str) -> tuple[str, torch.dtype, tuple[int, ...]]:
         entry, place, linear = self.checkpoint.entries[stored], self.place(stored), self._linear(stored)
         if linear is not None:
             return stored, self.dense_dtype, (linear.out_features, linear.in_features)
@@ -133,7 +138,7 @@ class Merger:
             return _added(tensor, delta, stored)
         if place.part in PACKED:
             scales = self.checkpoint.read(stored.removesuffix("_blocks") + "_scales")
-            dense = torch.empty(self.entry(stored)[2], dtype=self.dense_dtype)
+            dense = torch.empty(self.entries[stored][2], dtype=self.dense_dtype)
             for matrix, blocks, scale in zip(dense, tensor, scales, strict=True):
                 matrix.copy_(dequantize_mxfp4(blocks, scale, self.dense_dtype).t())
             tensor = dense
@@ -195,8 +200,8 @@ def _write_records(merger: Merger, run: Path, out: Path):
     if index.exists():
         record = read_json(index)
         files = {n: f for n, f in record["weight_map"].items() if n in checkpoint.entries and not _is_companion(n)}
-        record["weight_map"] = {merger.entry(n)[0]: f for n, f in files.items()}
-        total = sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in map(merger.entry, files))
+        record["weight_map"] = {merger.entries[n][0]: f for n, f in files.items()}
+        total = sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in map(merger.entries.get, files))
         record["metadata"] = {**(record.get("metadata") or {}), "total_size": total}
         (out / index.name).write_text(json.dumps(record, indent=2) + "\n")
     for folder in (checkpoint.folder, run):  # the run's own tokenizer files, where it has them, come last and win

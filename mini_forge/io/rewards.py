@@ -12,13 +12,13 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from mini_forge.errors import CheckpointError, ConfigError
-from mini_forge.io.adapters import NEUTRAL, PREFIX, WEIGHTS_FILE, read_adapter_tensors, save_adapter
+from mini_forge.io.adapters import NEUTRAL, PREFIX, WEIGHTS_FILE, lora_spec, read_adapter_tensors, save_adapter
 from mini_forge.io.expert_adapters import fuse, stack_targets
 from mini_forge.io.models import is_adapter
 from mini_forge.io.weights import Loader, load_base, read_json, resolve_model, write_safetensors
@@ -90,14 +90,7 @@ def read_reward_config(folder: Path) -> tuple[LoraSpec, str]:
             raise CheckpointError(
                 f"{path}: {key} = {record.get(key)!r} is not that of a reward model; it must be {values[-1]!r}"
             )
-    rank, alpha, targets = record.get("r"), record.get("lora_alpha"), record.get("target_modules")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise CheckpointError(f"{path}: needs numbers `r` (at least 1) and `lora_alpha`")
-    if not isinstance(targets, list) and targets not in (None, "all-linear"):
-        raise CheckpointError(f"{path}: target_modules {targets!r} is a pattern; a list of module names is needed")
-    names = None if targets == "all-linear" else (*(targets or ()), *(record.get("target_parameters") or ()))
-    spec = LoraSpec(rank, alpha, 0.0, names, bool(record.get("use_rslora", False)))
-    return spec, record.get("base_model_name_or_path") or ""
+    return replace(lora_spec(record, path), dropout=0.0), record.get("base_model_name_or_path") or ""
 
 
 def load_function(name: str, folder: Path | None = None) -> Callable:

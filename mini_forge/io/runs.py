@@ -5,6 +5,7 @@ is a folder `checkpoints/step-N` that appears by one rename; a half-written one 
 away by the next run.
 """
 
+import io
 import json
 import os
 import random
@@ -183,6 +184,13 @@ def set_rng_state(state: dict):
     random.setstate((3, tuple(state["python"]), state["python_gauss"]))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def save_state(path: Path, state: dict):
+    """Write a `trainer_state.pt`. By our own hand: torch.save tells of a full disk as a bare RuntimeError."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def load_state(path: Path) -> dict:

@@ -36,3 +36,14 @@ class KVCache:
         like = model.model.embed_tokens.weight
         self.capacity = capacity
         self.layers = [LayerCache(batch, capacity, model.spec, like) for _ in model.spec.layers]
+
+
+def read_prompts(model: nn.Module, prompts: list[list[int]], lengths: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    """Fill an empty cache with prompts of `lengths` (B,), padded on the right.
+
+    Returns the hidden state of each row's last token, (B, D)."""
+    longest = int(lengths.max())
+    padded = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=model.device)
+    position = torch.arange(longest, device=model.device).expand_as(padded)
+    hidden = model(padded, position=position, cache=cache)  # (B, T, D)
+    return hidden[torch.arange(len(prompts), device=model.device), lengths - 1]

@@ -19,7 +19,8 @@ from mini_forge.data.rows import first_problems
 from mini_forge.data.tasks import Pair
 from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.errors import DataError, TrainingError
-from mini_forge.model.decoder import Decoder, KVCache
+from mini_forge.model.cache import KVCache, read_prompts
+from mini_forge.model.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def sample_responses(
     running = set(range(B))
     with without_dropout(model):
         cache = KVCache(model, B, int(lengths.max()) + limit)
-        hidden = _read_prompts(model, prompts, lengths, cache)  # (B, D)
+        hidden = read_prompts(model, prompts, lengths, cache)  # (B, D)
         for step in range(limit):
             ids, logps = _draw(model.head(hidden / sampling.temperature), generator)
             _take(ids.tolist(), logps.tolist(), rows, running, sampling)
@@ -156,15 +157,6 @@ def _draw(logits: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tenso
         )
     ids = torch.multinomial(logps.exp().to(generator.device), 1, generator=generator).to(logits.device)
     return ids.squeeze(-1), logps.gather(-1, ids).squeeze(-1)
-
-
-def _read_prompts(model: Decoder, prompts, lengths: torch.Tensor, cache: KVCache) -> torch.Tensor:
-    """Fill the cache, rows padded on the right; returns the hidden state of each row's last token, (B, D)."""
-    longest = int(lengths.max())
-    padded = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=model.device)
-    position = torch.arange(longest, device=model.device).expand_as(padded)
-    hidden = model(padded, position=position, cache=cache)  # (B, T, D)
-    return hidden[torch.arange(len(prompts), device=model.device), lengths - 1]
 
 
 def _take(ids: list[int], logps: list[float], rows, running: set[int], sampling: Sampling):
