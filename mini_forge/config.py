@@ -39,13 +39,15 @@ PATHS = ("model_name", "dataset", "eval_dataset", "init_adapter", "reward_model"
 
 TASKS = ("text-generation", "summarization", "extractive-question-answering")
 OPTIMIZERS = ("adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "sgd")
-PREFERENCE_LOSSES = (
+PREFERENCE_LOSSES = (  # on pairs
     "sigmoid", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "aot",
     "discopop", "simpo", "orpo",
 )  # fmt: skip
+UNPAIRED_LOSSES = ("kto",)  # on single responses with a label
 LOSS_SUGGESTIONS = {  # loss_type -> what its paper works with, where our defaults would not
     "exo_pair": {"label_smoothing": 1e-3},
     "simpo": {"beta": 2.0},
+    "kto": {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4},
 }
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -100,6 +102,10 @@ class TrainingConfig:
     per_device_eval_batch_size: int = key(1, "Evaluation batch size per device", minimum=1)
     gradient_accumulation_steps: int = key(4, "Batches per optimizer step", minimum=1)
     gradient_checkpointing: bool = key(True, "Recompute activations: less memory, slightly slower")
+    recompute: str = key(
+        "selective", "What gradient_checkpointing computes again: the MLPs, or whole layers (slower, leanest)",
+        choices=("selective", "full"),
+    )  # fmt: skip
     learning_rate: float = key(2e-4, "Peak learning rate; left out: the strategy's", exclusiveMinimum=0, maximum=1)
     lr_scheduler_type: str = key(
         "cosine", "Learning rate schedule after warmup", choices=("linear", "cosine", "constant", "polynomial")
@@ -141,9 +147,11 @@ class TrainingConfig:
 
     # DPO
     beta: float = key(0.1, "Strength of the tie to the reference model", exclusiveMinimum=0)
-    loss_type: str = key("sigmoid", "Preference loss", choices=PREFERENCE_LOSSES)
+    loss_type: str = key("sigmoid", "Preference loss", choices=PREFERENCE_LOSSES + UNPAIRED_LOSSES)
     label_smoothing: float = key(0.0, "Expected share of flipped preferences", minimum=0, maximum=0.5)
     simpo_gamma: float = key(0.5, "Margin that simpo asks of the chosen reward", minimum=0)
+    desirable_weight: float = key(1.0, "Weight of rows with label true in kto", exclusiveMinimum=0)
+    undesirable_weight: float = key(1.0, "Weight of rows with label false in kto", exclusiveMinimum=0)
     precompute_reference: bool = key(False, "Compute the reference once, before training, and keep it on disk")
 
     # RLHF (PPO)

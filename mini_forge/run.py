@@ -127,7 +127,7 @@ def build_model(prepared: Prepared, lora: LoraSpec, report=print) -> Decoder:
         )
     if config.init_adapter:
         fill_adapter(model, Path(config.init_adapter).expanduser())
-    model.gradient_checkpointing = config.gradient_checkpointing
+    model.recompute = config.recompute if config.gradient_checkpointing else None
     model.neftune_alpha = None if has_reference(config) else config.neftune_noise_alpha
     return model.train()
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mini_forge.errors import CheckpointError
+from mini_forge.model import decoder
 from mini_forge.model.decoder import KVCache, neftune_noise
 from mini_forge.model.families import decoder_spec
 from mini_forge.model.functional import apply_rope, attention, rms_norm
@@ -111,19 +112,58 @@ def test_cached_steps_equal_one_pass_for_rows_of_unequal_length(changes):
         torch.testing.assert_close(new, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_checkpointing_changes_no_gradient_even_with_dropout():
-    def gradients(checkpointing):
-        model = random_model().train()
-        inject(model, LoraSpec(2, 4, dropout=0.3), torch.Generator().manual_seed(0))
-        for i, (_, layer) in enumerate(lora_layers(model)):
-            layer.lora_B.data.normal_(generator=torch.Generator().manual_seed(i))
-        model.gradient_checkpointing = checkpointing
-        torch.manual_seed(5)
-        model(torch.arange(20)[None]).square().sum().backward()
-        return [p.grad for p in model.parameters() if p.requires_grad]
+def adapter_gradients(recompute, dropout=0.3, targets=None, **config):
+    model = random_model(**config).train()
+    inject(model, LoraSpec(2, 4, dropout=dropout, targets=targets), torch.Generator().manual_seed(0))
+    for i, (_, layer) in enumerate(lora_layers(model)):
+        layer.lora_B.data.normal_(generator=torch.Generator().manual_seed(i))
+    model.recompute = recompute
+    torch.manual_seed(5)
+    model(torch.arange(20)[None]).square().sum().backward()
+    return [p.grad for p in model.parameters() if p.requires_grad]
 
-    for a, b in zip(gradients(False), gradients(True), strict=True):
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("config", [{}, {"model_type": "phi3"}, {"model_type": "qwen3", "head_dim": 12}], ids=str)
+def test_recomputing_changes_no_gradient_even_with_dropout(recompute, config):
+    for a, b in zip(adapter_gradients(None, **config), adapter_gradients(recompute, **config), strict=True):
         assert torch.equal(a, b)
+
+
+def test_recomputing_an_mlp_that_is_not_adapted_changes_no_gradient():
+    targets = ("q_proj", "v_proj", "up_proj")  # one of the three is
+    for a, b in zip(*(adapter_gradients(r, targets=targets) for r in (None, "selective")), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * a.abs().max().item())  # other order of sums
+
+
+def test_an_mlp_in_tiles_has_the_gradients_of_the_whole(monkeypatch):
+    whole = adapter_gradients(None, dropout=0.0)
+    monkeypatch.setattr(decoder, "TILE_TOKENS", 7)  # 20 tokens: 7, 7 and 6
+    for a, b in zip(whole, adapter_gradients("selective", dropout=0.0), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * a.abs().max().item())
+
+
+def test_what_is_kept_for_the_backward_is_what_it_cannot_make_again():
+    """Of the MLP's width: gate and up; with recompute "selective" neither; never the product of the two."""
+
+    def widths(recompute):
+        model = random_model(intermediate_size=52).train()
+        inject(model, LoraSpec(2, 4), torch.Generator().manual_seed(0))
+        model.recompute = recompute
+        kept = {}
+
+        def keep(tensor):
+            kept[tensor.data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            hidden = model(torch.arange(20)[None])
+        del hidden
+        return sorted(tuple(t.shape) for t in kept.values() if t.dim() == 2 and t.shape == (20, 52))
+
+    layers = len(random_model().model.layers)
+    assert len(widths(None)) == 2 * layers
+    assert len(widths("selective")) == 0
 
 
 def test_rms_norm_by_hand():

@@ -408,15 +408,16 @@ def test_merging_into_quantized_stacks_is_refused(kind):
         merge(holder)
 
 
-def test_checkpointing_changes_no_gradient_even_with_dropout():
-    def gradients(checkpointing):
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputing_changes_no_gradient_even_with_dropout(recompute):
+    def gradients(recompute):
         model, _ = adapted_model(dropout=0.3, std=1.0)
-        model.train().gradient_checkpointing = checkpointing
+        model.train().recompute = recompute
         torch.manual_seed(5)
         model(torch.arange(20)[None]).square().sum().backward()
         return [p.grad for p in model.parameters() if p.requires_grad]
 
-    found, expected = gradients(True), gradients(False)
+    found, expected = gradients(recompute), gradients(None)
     assert len(found) == 12
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from mini_forge.errors import ConfigError
-from mini_forge.model import lora
-from mini_forge.model.lora import LoRALinear, LoraSpec, disabled, dropout_keep, inject, lora_layers, merge, project
+from mini_forge.model.lora import LoRALinear, LoraSpec, disabled, inject, lora_layers, merge, project
+from mini_forge.model.products import adapted_products, draw_seeds, dropout_keep
 from mini_forge.model.quant import Linear4bit, Linear8bit
 from tests.tiny import random_model
 
@@ -179,7 +179,7 @@ def test_shared_projections_have_the_gradients_of_finite_differences(dropout):
 
     def run(x, *factors):
         torch.manual_seed(3)
-        return tuple(lora._LoRAProducts.apply(x, tuple(layers), *factors))
+        return adapted_products(None, (x,), layers, draw_seeds(layers), factors)
 
     assert torch.autograd.gradcheck(run, (x, *factors))
 

@@ -14,13 +14,15 @@ from torch.utils.checkpoint import checkpoint
 from mini_forge.model import functional
 from mini_forge.model.cache import KVCache, LayerCache
 from mini_forge.model.experts import MixtureOfExperts, Routing
-from mini_forge.model.lora import project
+from mini_forge.model.lora import is_adapted, is_frozen, project, project_again, project_unit
 from mini_forge.model.masks import Documents, document_positions
 from mini_forge.model.ops import PLAIN, Ops, gated_unit
 from mini_forge.model.rope import Rope
 from mini_forge.model.spec import DecoderSpec, ExpertsSpec, LayerSpec
 
 __all__ = ["Decoder", "DecoderSpec", "ExpertsSpec", "KVCache", "LayerSpec", "neftune_noise"]
+
+TILE_TOKENS = 1024  # an MLP that is recomputed runs on so many tokens at a time: enough for full-speed products
 
 
 class RMSNorm(nn.Module):
@@ -59,9 +61,9 @@ class Attention(nn.Module):
         self.norm_after_rope = spec.qk_norm == "weightless" and layer.rope is not None
         self.sinks = nn.Parameter(torch.zeros(H)) if spec.sinks else None
 
-    def forward(self, x, stream: "Stream", cache: LayerCache | None):
-        """x (N, D) → (N, D)."""
-        query, key, value = self._project(x)
+    def forward(self, x, norm: RMSNorm, stream: "Stream", cache: LayerCache | None):
+        """The residual stream (N, D) → what attention to norm(x) adds to it, (N, D)."""
+        query, key, value = self._project(x, norm)
         if self.q_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         if self.layer.rope is not None:
@@ -78,11 +80,11 @@ class Attention(nn.Module):
             mixed = cache.attend(query, key, value, stream.cache_position, self.layer, self.scale, self.sinks)
         return self.o_proj(mixed.flatten(-2))
 
-    def _project(self, x):
+    def _project(self, x, norm):
         """Queries (N, H, C), keys and values (N, K, C)."""
         if self.is_fused:
-            return self.qkv_proj(x).unflatten(-1, (-1, self.head_size)).split(self.sizes, dim=1)
-        projected = project(x, self.q_proj, self.k_proj, self.v_proj)
+            return project(x, self.qkv_proj, make=norm)[0].unflatten(-1, (-1, self.head_size)).split(self.sizes, dim=1)
+        projected = project(x, self.q_proj, self.k_proj, self.v_proj, make=norm)
         return (p.unflatten(-1, (-1, self.head_size)) for p in projected)
 
     def _rotate(self, x, cos, sin):
@@ -111,12 +113,27 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(size, D, bias=spec.mlp_bias)
         self.unit = gated_unit(ops, spec.activation, spec.clamp)
 
-    def forward(self, x):
+    def forward(self, x, norm: RMSNorm | None = None, recompute: bool = False):
+        """x (N, D) → the MLP of norm(x), or of x. recompute: keep x alone, and make gate and up again in the backward,
+        a piece of the tokens at a time."""
+        if not recompute:
+            return project_unit(*self._halves(x, norm), self.down_proj, self.unit)
+        return torch.cat([self._recomputed(rows, norm) for rows in x.split(TILE_TOKENS)])
+
+    def _halves(self, x, norm):
         if self.is_fused:
-            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        else:
-            gate, up = project(x, self.gate_proj, self.up_proj)
-        return self.down_proj(self.unit(gate, up))
+            return self._split(*project(x, self.gate_up_proj, make=norm))
+        return project(x, self.gate_proj, self.up_proj, make=norm)
+
+    def _split(self, gate_up):
+        return gate_up.chunk(2, dim=-1)
+
+    def _recomputed(self, x, norm):
+        inner = (self.gate_up_proj,) if self.is_fused else (self.gate_proj, self.up_proj)
+        if not (is_adapted(*inner, self.down_proj) and is_frozen(norm)):
+            return checkpoint(self.forward, x, norm, use_reentrant=False)
+        unit = (lambda both: self.unit(*self._split(both))) if self.is_fused else self.unit
+        return project_again(x, norm, inner, self.down_proj, unit)
 
 
 def make_mlp(spec: DecoderSpec, layer: LayerSpec, ops: Ops) -> nn.Module:
@@ -142,16 +159,22 @@ class Block(nn.Module):
         self.has_experts = layer.experts
 
     def forward(self, x, stream, cache=None):
-        attended = self.self_attn(self.input_layernorm(x), stream, cache)
+        attended = self.self_attn(x, self.input_layernorm, stream, cache)
         if self.post_norms:
             x = x + self.post_attention_layernorm(attended)
-            return x + self.post_feedforward_layernorm(self._mlp(self.pre_feedforward_layernorm(x), stream))
+            return x + self.post_feedforward_layernorm(self._mlp(x, self.pre_feedforward_layernorm, stream))
         x = self._add(x, attended)
-        return self._add(x, self._mlp(self.post_attention_layernorm(x), stream))
+        return self._add(x, self._mlp(x, self.post_attention_layernorm, stream))
 
-    def _mlp(self, x, stream: "Stream"):
+    def _mlp(self, x, norm: RMSNorm, stream: "Stream"):
         mlp = self.get_submodule(self.mlp_name)
-        return mlp(x, stream.routings) if self.has_experts else mlp(x)
+        if not self.has_experts:
+            return mlp(x, norm, stream.recompute_mlp)
+
+        def experts(x):
+            return mlp(norm(x), stream.routings)
+
+        return checkpoint(experts, x, use_reentrant=False) if stream.recompute_mlp else experts(x)
 
     def _add(self, x, update):
         return x + update if self.residual_scale == 1 else x + update * self.residual_scale
@@ -160,13 +183,15 @@ class Block(nn.Module):
 @dataclass(frozen=True)
 class Stream:
     """What all layers share in one forward pass: rotations cos, sin (N, C) by name, query temperatures (N,), document
-    bounds or cache positions (B, T), and in training the list to which layers with experts append their Routing."""
+    bounds or cache positions (B, T), in training the list to which layers with experts append their Routing, and
+    whether the backward makes the MLPs' activations again."""
 
     rotations: dict[str, tuple[torch.Tensor, torch.Tensor]]
     temperature: torch.Tensor | None
     documents: Documents | None
     cache_position: torch.Tensor | None
     routings: list[Routing] | None = None
+    recompute_mlp: bool = False
 
 
 class Backbone(nn.Module):
@@ -199,7 +224,9 @@ class Decoder(nn.Module):
         self.ropes = {name: Rope(rope, spec.head_size) for name, rope in ropes.items() if rope is not None}
         self.layout = None  # how experts lie on disk (model/families/layout.py), set when a checkpoint is loaded
         self.routings: list[Routing] = []  # of the last forward pass in training
-        self.gradient_checkpointing = False
+        # What the backward makes again instead of keeping it: "selective", the MLPs (half of the layers' products, two
+        # thirds of their activations); "full", whole layers; None, only what is made element by element.
+        self.recompute: str | None = None
         self.neftune_alpha: float | None = None
 
     @property
@@ -219,7 +246,7 @@ class Decoder(nn.Module):
         not used."""
         x, stream = self.begin(input_ids, position, document, cache)
         for i, block in enumerate(self.model.layers):
-            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if self.recompute == "full" and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, stream, use_reentrant=False)
             else:
                 x = block(x, stream, None if cache is None else cache.layers[i])
@@ -253,7 +280,8 @@ class Decoder(nn.Module):
             temperature = 1 + a * torch.log1p(torch.floor((flat.float() + 1) / floor))
         rotations = {name: rope(flat, dtype) for name, rope in self.ropes.items()}
         routings = [] if self.training and self.spec.experts is not None else None
-        return Stream(rotations, temperature, documents, position if is_cached else None, routings)
+        recompute_mlp = self.recompute == "selective" and self.training and torch.is_grad_enabled()
+        return Stream(rotations, temperature, documents, position if is_cached else None, routings, recompute_mlp)
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """(…, D) hidden states → (…, V) float32 logits."""

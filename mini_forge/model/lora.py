@@ -2,26 +2,22 @@
 
     y = base(x) + s · (dropout(x) Aᵀ) Bᵀ        A (R, in), B (out, R), s = alpha/R, or alpha/√R for rsLoRA
 
-The backward is written by hand. Autograd on the plain formula would keep x and dropout(x) for every projection; this
-keeps x once (q, k and v share it) and the narrow x̃Aᵀ, makes a 4-bit weight anew, and draws the dropout mask again from
-its seed:
-
-    dB = s · dYᵀ(x̃Aᵀ)     dA = s · (dY B)ᵀ x̃     dX = dY W + mask ⊙ s(dY B)A        x̃ = dropout(x)
+The gradients are written by hand, in `products.py`.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from mini_forge.errors import ConfigError
 from mini_forge.model.grouped import blocks, grouped, grouped_products, is_groupable
-from mini_forge.model.quant import Linear4bit, Linear8bit, dequantized_weight
+from mini_forge.model.products import adapted_products, draw_seeds, lora_factors
+from mini_forge.model.quant import Linear4bit, Linear8bit
 from mini_forge.model.stacks import Stack4bit, Stack8bit, StackMxfp4
 
 LINEAR_TYPES = (nn.Linear, Linear4bit, Linear8bit)
@@ -113,117 +109,43 @@ class LoRAStack(nn.Module):
 ADAPTED = (LoRALinear, LoRAStack)
 
 
-def project(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
-    """[layer(x) for layer in layers], as one function where all are adapted: q, k, v share x, and so do gate and up.
+def project(x: torch.Tensor, *layers: nn.Module, make: nn.Module | None = None) -> Sequence[torch.Tensor]:
+    """[layer(make(x)) for layer in layers], as one function where all are adapted: q, k, v share x, and so do gate, up.
 
-    Together they save x once, read it once for all low-rank products, and add their gradients up in one buffer."""
-    if not all(isinstance(layer, LoRALinear) and layer.enabled for layer in layers):
-        return [layer.base(x) if isinstance(layer, LoRALinear) and not layer.enabled else layer(x) for layer in layers]
-    factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
-    return list(_LoRAProducts.apply(x, layers, *factors))
-
-
-class _LoRAProducts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, layers, *factors):
-        flat = x.reshape(-1, x.shape[-1])
-        rates = [layer.dropout if layer.training else 0.0 for layer in layers]
-        # Seeds come from the global generator, so a resumed run and a recomputed block draw the same masks again.
-        ctx.seeds = [(rate, int(torch.randint(2**62, ()))) if rate else None for rate in rates]
-        ctx.scales = [layer.scaling * kept_scale(rate) for layer, rate in zip(layers, rates, strict=True)]
-        ctx.bases = [layer.base for layer in layers]
-        lows = _low_products(_dropped(flat, ctx.seeds), [A.to(x.dtype) for A in factors[::2]])
-        ctx.save_for_backward(x, *factors, *lows)
-        outs = [_base_product(flat, base) for base in ctx.bases]
-        for out, low, B, scale in zip(outs, lows, factors[1::2], ctx.scales, strict=True):
-            out.addmm_(low, B.to(x.dtype).t(), alpha=scale)
-        return tuple(out.view(*x.shape[:-1], -1) for out in outs)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        x, *saved = ctx.saved_tensors
-        factors, lows = saved[: 2 * len(ctx.bases)], saved[2 * len(ctx.bases) :]
-        flat = x.reshape(-1, x.shape[-1])
-        grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        As, Bs = ([factor.to(x.dtype) for factor in part] for part in (factors[::2], factors[1::2]))
-        keeps = _masks(flat, ctx.seeds)
-        grad_lows = [(g @ B).mul_(s) for g, B, s in zip(grads, Bs, ctx.scales, strict=True)]  # s·(dY B), (N, R)
-        grad_factors = [None] * len(factors)
-        if any(ctx.needs_input_grad[2:]):
-            inputs = [flat if keep is None else flat * keep for keep in keeps]
-            for i, (g, low, scale) in enumerate(zip(grads, lows, ctx.scales, strict=True)):
-                # (R, N)(N, out), then turned: a product with a thin left side runs faster than one with a thin right
-                grad_factors[2 * i + 1] = (low.t() @ g).mul_(scale).t().to(factors[2 * i + 1].dtype).contiguous()
-            for i, grad_A in enumerate(_outer_products(grad_lows, inputs)):
-                grad_factors[2 * i] = grad_A.to(factors[2 * i].dtype)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _base_gradient(grads[0], ctx.bases[0])
-            for grad, base in zip(grads[1:], ctx.bases[1:], strict=True):
-                _base_gradient(grad, base, onto=grad_x)
-            for grad_low, A, keep in zip(grad_lows, As, keeps, strict=True):
-                if keep is None:
-                    grad_x.addmm_(grad_low, A)
-                else:
-                    grad_x.add_((grad_low @ A).mul_(keep))
-            grad_x = grad_x.view(x.shape)
-        return grad_x, None, *grad_factors
+    Together they keep x once, not make(x), read it once for all low-rank products, and add their gradients up in one
+    buffer. make: a module, such as a norm; None is the identity."""
+    if is_adapted(*layers) and is_frozen(make):
+        return adapted_products(make, (x,), layers, draw_seeds(layers))
+    x = make(x) if make else x
+    return [layer.base(x) if isinstance(layer, LoRALinear) and not layer.enabled else layer(x) for layer in layers]
 
 
-def _low_products(inputs: list[torch.Tensor], As: list[torch.Tensor]) -> list[torch.Tensor]:
-    """x̃ Aᵀ of each projection, (N, R); one product for all where they share their input (no dropout)."""
-    if any(x is not inputs[0] for x in inputs):
-        return [x @ A.t() for x, A in zip(inputs, As, strict=True)]
-    return list((inputs[0] @ torch.cat(As).t()).split([len(A) for A in As], dim=1))
+def project_unit(gate: torch.Tensor, up: torch.Tensor, layer: nn.Module, unit: Callable) -> torch.Tensor:
+    """layer(unit(gate, up)), without keeping what `unit` gives."""
+    if is_adapted(layer):
+        return adapted_products(unit, (gate, up), (layer,), draw_seeds((layer,)))[0]
+    return project(unit(gate, up), layer)[0]
 
 
-def _outer_products(lows: list[torch.Tensor], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    """lowᵀ x̃ of each projection, (R, in); one product for all where they share their input."""
-    if any(x is not inputs[0] for x in inputs):
-        return [low.t() @ x for low, x in zip(lows, inputs, strict=True)]
-    return list((torch.cat(lows, dim=1).t() @ inputs[0]).split([low.shape[1] for low in lows]))
+def project_again(
+    x: torch.Tensor, norm: nn.Module, inner: Sequence[LoRALinear], outer: LoRALinear, unit: Callable
+) -> torch.Tensor:
+    """outer(unit(*(layer(norm(x)) for layer in inner))), of which only x is kept: the backward makes the rest again."""
+    seeds, factors = draw_seeds(inner), lora_factors(inner)
+
+    def make(x, *factors):
+        return unit(*adapted_products(norm, (x,), inner, seeds, factors))
+
+    return adapted_products(make, (x, *factors), (outer,), draw_seeds((outer,)))[0]
 
 
-def _masks(x: torch.Tensor, seeds: list[tuple[float, int] | None]) -> list[torch.Tensor | None]:
-    return [None if seed is None else dropout_keep(x.shape, *seed, x.device) for seed in seeds]
+def is_adapted(*layers: nn.Module) -> bool:
+    """Whether all are LoRALinear, and switched on."""
+    return all(isinstance(layer, LoRALinear) and layer.enabled for layer in layers)
 
 
-def _dropped(x: torch.Tensor, seeds: list[tuple[float, int] | None]) -> list[torch.Tensor]:
-    """x for each projection with its own dropout mask, not yet divided by 1 - rate."""
-    return [x if keep is None else x * keep for keep in _masks(x, seeds)]
-
-
-def _base_product(x: torch.Tensor, base: nn.Module) -> torch.Tensor:
-    compute = getattr(base, "compute_dtype", x.dtype)
-    bias = None if base.bias is None else base.bias.to(compute)
-    return F.linear(x.to(compute), dequantized_weight(base, compute), bias).to(x.dtype)
-
-
-def _base_gradient(grad: torch.Tensor, base: nn.Module, onto: torch.Tensor | None = None) -> torch.Tensor:
-    """dY W, or that added to `onto` in place."""
-    compute = getattr(base, "compute_dtype", grad.dtype)
-    weight = dequantized_weight(base, compute)
-    if onto is None:
-        return (grad.to(compute) @ weight).to(grad.dtype)
-    return onto.addmm_(grad, weight) if compute == grad.dtype else onto.add_(grad.to(compute) @ weight)
-
-
-def kept_scale(rate: float) -> float:
-    """1/(1 - rate), the factor on what dropout keeps; 0 where it keeps nothing."""
-    return 1 / (1 - rate) if rate < 1 else 0.0
-
-
-def dropout_keep(shape: torch.Size, rate: float, seed: int, device: torch.device) -> torch.Tensor:
-    """A bool mask, True with probability 1 - rate (to within 2⁻¹⁷); the same for the same seed.
-
-    On the CPU from 16-bit words of numpy's SFC64 generator: torch's own takes 15 times as long, more than the products
-    it would be drawn for (measured on 900 × 576 elements: 2.9 ms against 0.2)."""
-    if device.type != "cpu":
-        generator = torch.Generator(device).manual_seed(seed)
-        return torch.rand(shape, device=device, generator=generator) >= rate
-    words = np.random.SFC64(seed).random_raw(-(-shape.numel() // 4)).view(np.int16)
-    threshold = round(rate * 2**16) - 2**15
-    return (torch.from_numpy(words)[: shape.numel()] >= threshold).view(shape)
+def is_frozen(module: nn.Module | None) -> bool:
+    return module is None or not any(p.requires_grad for p in module.parameters())
 
 
 def linear_names(model: nn.Module) -> list[str]:
