@@ -39,6 +39,7 @@ _WHERE = {
     "generate": "inference.generate",
     "token_nll": "training.losses",
     "dpo_loss": "training.preferences",
+    "kto_loss": "training.kto",
     "gae": "training.ppo_math",
     "lr_at": "training.schedule",
     "warmup_steps": "training.schedule",

@@ -6,9 +6,10 @@ machine, dataset statistics, and one example with its trained-on tokens marked.
 
 from pathlib import Path
 
-from mini_forge.config import TrainingConfig, detect_machine
+from mini_forge.config import UNPAIRED_LOSSES, TrainingConfig, detect_machine
 from mini_forge.config_json import read_object
 from mini_forge.data.batches import show_example
+from mini_forge.data.labelled import show_labelled
 from mini_forge.data.pairs import flatten, show_pair
 from mini_forge.data.tasks import TASKS, load_examples
 from mini_forge.errors import ConfigError, DataError
@@ -26,6 +27,7 @@ def check(config: TrainingConfig, *, resume: bool = False, overwrite: bool = Fal
     settings = loop_settings(config, window.steps_per_epoch, has_eval=bool(prepared.eval))
     config = prepared.config
     lora = adapter_spec(config)
+    show = show_labelled if prepared.is_labelled else show_pair if prepared.is_paired else show_example
     notes = [*prepared.notes, *_folder_notes(config, resume, overwrite)]
     return {
         "config": {k: {"value": v, "from": config.provenance.get(k, "default")} for k, v in config.to_dict().items()},
@@ -50,7 +52,7 @@ def check(config: TrainingConfig, *, resume: bool = False, overwrite: bool = Fal
             "warmup": settings.warmup_steps,
         },
         "memory": memory_report(memory_plan(prepared, window, settings.total_steps), detect_machine(config.device)),
-        "example": (show_pair if prepared.is_paired else show_example)(prepared.train[0], prepared.tokenizer),
+        "example": show(prepared.train[0], prepared.tokenizer),
         "notes": notes,
     }
 
@@ -71,7 +73,8 @@ def dataset_problems(path: str, overrides: dict) -> list[str]:
     try:
         strategy = keys.get("strategy", "sft")
         has_reward = strategy == "rlhf" and bool(keys.get("reward_model") or keys.get("reward_function"))
-        load_examples(dataset, task, strategy, needs_pairs=not has_reward)
+        is_labelled = strategy == "dpo" and keys.get("loss_type") in UNPAIRED_LOSSES
+        load_examples(dataset, task, strategy, not has_reward, is_labelled)
     except DataError as error:
         return error.problems
     return []

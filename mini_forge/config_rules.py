@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 PRECISION_FLAGS = {"float16": "fp16", "bfloat16": "bf16", "float32": None}  # dtype -> the flag that says the same
 
-DPO_KEYS = ("beta", "loss_type", "label_smoothing", "simpo_gamma", "precompute_reference")
+KTO_KEYS = ("desirable_weight", "undesirable_weight")
+DPO_KEYS = ("beta", "loss_type", "label_smoothing", "simpo_gamma", "precompute_reference", *KTO_KEYS)
 SMOOTHED_LOSSES = ("sigmoid", "robust", "exo_pair", "aot")
 REFERENCE_FREE_LOSSES = ("simpo", "orpo")
 RLHF_KEYS = (
@@ -33,6 +34,8 @@ def contradictions(v: dict, written: set[str]) -> Iterator[str]:
         )
     if v["strategy"] == "rlhf":
         yield from _reinforcement(v)
+    if v["strategy"] == "dpo" and v["loss_type"] == "kto":
+        yield from _unpaired(v)
     if v["loss_type"] == "robust" and v["label_smoothing"] == 0.5:
         yield (
             'label_smoothing: Must be < 0.5 with loss_type "robust" (got 0.5); half of the labels flipped say nothing, '
@@ -52,6 +55,20 @@ def _reinforcement(v: dict) -> Iterator[str]:
         yield (
             f'rollout_batch_size: Must be a multiple of group_size, {v["group_size"]}, with advantage "group" (got '
             f"{v['rollout_batch_size']}); every group is whole"
+        )
+
+
+def _unpaired(v: dict) -> Iterator[str]:
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        if v[name] == 1:
+            yield (
+                f'{name}: Must be ≥ 2 with loss_type "kto" (got 1), whose reference point comes from prompts with the '
+                "completions of other rows of their batch; give at least 2, or leave the key out"
+            )
+    if v["precompute_reference"]:
+        yield (
+            'precompute_reference: true contradicts loss_type "kto", which also needs the reference of prompts with '
+            "other rows' completions, and those change with every epoch; leave precompute_reference out"
         )
 
 
@@ -110,6 +127,9 @@ def _preference_warnings(v: dict, changed: set[str]) -> Iterator[str]:
         yield f'label_smoothing: no effect with loss_type "{loss_type}"; it belongs to {owners}'
     if "simpo_gamma" in changed and loss_type != "simpo":
         yield f'simpo_gamma: no effect with loss_type "{loss_type}"; it belongs to "simpo"'
+    for name in KTO_KEYS:
+        if name in changed and loss_type != "kto":
+            yield f'{name}: no effect with loss_type "{loss_type}"; it belongs to "kto"'
     if v["precompute_reference"] and loss_type in REFERENCE_FREE_LOSSES:
         yield f'precompute_reference: no effect with loss_type "{loss_type}", which has no reference'
     for name in ("train_on_prompt", "neftune_noise_alpha"):

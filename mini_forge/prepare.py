@@ -6,18 +6,20 @@
 import hashlib
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from mini_forge.config import PATHS, Plan, TrainingConfig, detect_machine, resolve
-from mini_forge.data.batches import Document, TokenStats, split, tokenize
+from mini_forge.config import PATHS, UNPAIRED_LOSSES, Plan, TrainingConfig, detect_machine, resolve
+from mini_forge.data.batches import Document, TokenStats, collate, split, tokenize
 from mini_forge.data.chat import Template, choose_template
-from mini_forge.data.pairs import PairDocument, flatten, tokenize_pairs
+from mini_forge.data.labelled import LabelledDocument, collate_labelled, labelled_fingerprint, tokenize_labelled
+from mini_forge.data.pairs import PairDocument, collate_pairs, data_fingerprint, flatten, tokenize_pairs
 from mini_forge.data.rows import read_rows
-from mini_forge.data.tasks import Example, Pair, load_examples
+from mini_forge.data.tasks import Example, Labelled, Pair, load_examples
 from mini_forge.data.tokenizer import Tokenizer, load_tokenizer
 from mini_forge.errors import CheckpointError, ConfigError, DataError, UserError
 from mini_forge.io.adapters import read_adapter_config, read_adapter_tensors
@@ -41,12 +43,12 @@ class Prepared:
     tokenizer: Tokenizer
     template: Template
     max_length: int
-    train: list[Document] | list[PairDocument]
+    train: list[Document] | list[PairDocument] | list[LabelledDocument]
     train_stats: TokenStats
-    train_examples: list[Example] | list[Pair]
-    eval: list[Document] | list[PairDocument]
+    train_examples: list[Example] | list[Pair] | list[Labelled]
+    eval: list[Document] | list[PairDocument] | list[LabelledDocument]
     eval_stats: TokenStats | None
-    eval_examples: list[Example] | list[Pair]
+    eval_examples: list[Example] | list[Pair] | list[Labelled]
     notes: list[str]
     prompts: list[Prompt] = field(default_factory=list)  # of rlhf, to answer
     eval_prompts: list[Prompt] = field(default_factory=list)
@@ -56,10 +58,32 @@ class Prepared:
         """Whether `train` and `eval` hold pairs."""
         return is_paired(self.config)
 
+    @property
+    def is_labelled(self) -> bool:
+        """Whether they hold single responses with a label."""
+        return is_labelled(self.config)
+
+    @property
+    def collate(self) -> Callable[[list], object]:
+        """What makes a microbatch of some of `train`."""
+        share = shares_prefixes(self.config, self.spec)
+        if self.is_labelled:
+            return partial(collate_labelled, max_length=self.max_length, share_prefixes=share)
+        return partial(collate_pairs if self.is_paired else collate, share_prefixes=share)
+
+    def fingerprint(self) -> int:
+        """A checksum of all that is trained on, by which a resumed run knows that its data are the same."""
+        return (labelled_fingerprint if self.is_labelled else data_fingerprint)(self.train)
+
 
 def is_paired(config: TrainingConfig) -> bool:
     """Whether the run trains on pairs of responses."""
-    return config.strategy == "dpo" or trains_reward(config)
+    return (config.strategy == "dpo" and not is_labelled(config)) or trains_reward(config)
+
+
+def is_labelled(config: TrainingConfig) -> bool:
+    """Whether the run trains on single responses with a label."""
+    return config.strategy == "dpo" and config.loss_type in UNPAIRED_LOSSES
 
 
 def trains_reward(config: TrainingConfig) -> bool:
@@ -70,6 +94,13 @@ def trains_reward(config: TrainingConfig) -> bool:
 def has_reference(config: TrainingConfig) -> bool:
     """Whether the run compares the model with itself before training, and so has neither dropout nor noise."""
     return config.strategy in ("dpo", "rlhf")
+
+
+def shares_prefixes(config: TrainingConfig, spec: DecoderSpec) -> bool:
+    """Whether what a microbatch's documents begin with is computed once: where that changes no result, so not with
+    noise that is drawn for each token, nor where a balance loss counts tokens."""
+    has_noise = not has_reference(config) and (config.lora_dropout or config.neftune_noise_alpha)
+    return not has_noise and not (spec.experts is not None and spec.experts.balance_coef)
 
 
 def prepare(config: TrainingConfig) -> Prepared:
@@ -88,18 +119,22 @@ def prepare(config: TrainingConfig) -> Prepared:
     plan = attempt(lambda: resolve(config, detect_machine(config.device)))
     if config.reward_function and config.strategy == "rlhf":
         attempt(load_function, config.reward_function)
-    load = partial(load_examples, task=config.task, strategy=config.strategy, needs_pairs=is_paired(config))
-    train_rows = attempt(load, config.dataset)
+    train_rows = attempt(load_rows, config, config.dataset)
     if train_rows is None and trains_reward(config):
         problems.append(
             "reward_model: not given, so a reward model is trained and every row must be a pair; for prompts alone "
             "give reward_model or reward_function"
         )
-    eval_rows = attempt(load, config.eval_dataset) if config.eval_dataset else []
+    eval_rows = attempt(load_rows, config, config.eval_dataset) if config.eval_dataset else []
     opened = attempt(_open_model, config)
     if problems:
         raise UserError(*problems)
     return _tokenise(config, plan, opened, train_rows, eval_rows)
+
+
+def load_rows(config: TrainingConfig, path: str) -> list[Example] | list[Pair] | list[Labelled]:
+    """The rows of a dataset in the form that the run trains on. Raises DataError with every problem."""
+    return load_examples(path, config.task, config.strategy, is_paired(config), is_labelled(config))
 
 
 def with_absolute_paths(config: TrainingConfig) -> TrainingConfig:
@@ -170,8 +205,10 @@ def with_init_adapter(config: TrainingConfig) -> TrainingConfig:
     return replace(config, **shape, provenance=sources)
 
 
-def _tokenise_rows(config: TrainingConfig, template: Template, tokenizer: Tokenizer, limit: int, rows: list):
-    """(documents, stats) of rows as the run trains on them: texts, or pairs."""
+def tokenise_rows(config: TrainingConfig, template: Template, tokenizer: Tokenizer, limit: int, rows: list):
+    """(documents, stats) of rows as the run trains on them: texts, pairs, or responses with a label."""
+    if is_labelled(config):
+        return tokenize_labelled(rows, template, tokenizer, limit, config.system_prompt)
     if is_paired(config):
         return tokenize_pairs(rows, template, tokenizer, limit, config.system_prompt)
     return tokenize(rows, template, tokenizer, limit, config.train_on_prompt, config.system_prompt)
@@ -222,6 +259,22 @@ def _preference_notes(config: TrainingConfig) -> list[str]:
     return notes
 
 
+def _label_notes(config: TrainingConfig, documents: list[LabelledDocument]) -> list[str]:
+    """Whether the weights balance the labels: λ_D n_D / (λ_U n_U) from 1 to 4/3, KTO (2402.01306) Eq. 8."""
+    desirable = sum(document.is_desirable for document in documents)
+    undesirable = len(documents) - desirable
+    counts = f"{config.dataset}: {desirable} desirable and {undesirable} undesirable rows"
+    if not desirable or not undesirable:
+        return [f"{counts}; with rows of one label alone the model learns to give more, or less, of anything"]
+    ratio = config.desirable_weight * desirable / (config.undesirable_weight * undesirable)
+    if 0.95 < ratio < 1.4:  # a few rows more or less are no matter
+        return []
+    return [
+        f"{counts}, weighed {ratio:.2f} to 1; KTO's authors advise 1 to 1.33 (2402.01306, Eq. 8): desirable_weight "
+        f"{config.desirable_weight / ratio:.3g} to {config.desirable_weight / ratio * 4 / 3:.3g}"
+    ]
+
+
 def _tokenise(config, plan, opened, train_rows, eval_rows) -> Prepared:
     folder, spec, tokenizer, template = opened
     notes = [*config.warnings, *plan.notes, *template.notes]
@@ -237,11 +290,11 @@ def _tokenise(config, plan, opened, train_rows, eval_rows) -> Prepared:
         train_rows = [train_rows[i] for i in train_index]
     prompts, eval_prompts, prompt_notes = _prompts(config, template, tokenizer, min(limit, spec.max_positions),
                                                    train_rows, eval_rows)  # fmt: skip
-    if has_reference(config) and not is_paired(config):
+    if config.strategy == "rlhf" and not is_paired(config):
         train, train_stats = _documents_of(prompts)
         evaluation, eval_stats = _documents_of(eval_prompts)
     else:
-        rows_to_documents = partial(_tokenise_rows, config, template, tokenizer, limit)
+        rows_to_documents = partial(tokenise_rows, config, template, tokenizer, limit)
         train, train_stats = rows_to_documents(train_rows)
         evaluation, eval_stats = rows_to_documents(eval_rows) if eval_rows else ([], None)
     highest = max((int(document.ids.max()) for document in flatten([*train, *evaluation])), default=0)
@@ -263,6 +316,6 @@ def _tokenise(config, plan, opened, train_rows, eval_rows) -> Prepared:
             f"{config.dataset}: {train_stats.truncated} rows truncated to {limit} tokens, "
             f"{train_stats.dropped} dropped because no token to train on was left"
         )
-    notes += [*prompt_notes, *_preference_notes(config)]
+    notes += [*prompt_notes, *_preference_notes(config), *(_label_notes(config, train) if is_labelled(config) else [])]
     return Prepared(config, plan, folder, spec, tokenizer, template, limit, train, train_stats, train_rows, evaluation,
                     eval_stats, eval_rows, notes, prompts, eval_prompts)  # fmt: skip

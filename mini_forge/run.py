@@ -10,10 +10,9 @@ import torch
 
 from mini_forge import __version__
 from mini_forge.config import TrainingConfig
-from mini_forge.data.batches import collate
-from mini_forge.data.pairs import collate_pairs, data_fingerprint
+from mini_forge.data.pairs import data_fingerprint
 from mini_forge.errors import ConfigError, TrainingError, is_out_of_memory
-from mini_forge.inference.evaluate import evaluate_loss, evaluate_pairs
+from mini_forge.inference.evaluate import evaluate_labelled, evaluate_loss, evaluate_pairs
 from mini_forge.io.adapters import fill_adapter, save_adapter
 from mini_forge.io.card import model_card
 from mini_forge.io.models import load_model
@@ -22,10 +21,11 @@ from mini_forge.io.weights import load_base
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.families.layout import PerExpert
 from mini_forge.model.lora import LoraSpec, inject
-from mini_forge.prepare import Prepared, adapter_spec, has_reference, model_identity, prepare
+from mini_forge.prepare import Prepared, adapter_spec, has_reference, is_labelled, is_paired, model_identity, prepare
 from mini_forge.providers import PROVIDERS
 from mini_forge.stages import Stages, clear, has_begun
 from mini_forge.training.dpo import fill_reference, preference_objective
+from mini_forge.training.kto import KTOOptions, kto_objective, label_means
 from mini_forge.training.loop import Interrupted, Loop, LoopSettings, peak_memory_bytes, stop_signals
 from mini_forge.training.losses import Objective
 from mini_forge.training.memory import keep_freed_memory
@@ -136,6 +136,8 @@ def objective_of(config: TrainingConfig) -> Objective:
     """What the run's strategy minimises."""
     if config.strategy != "dpo":
         return OBJECTIVES[config.strategy]
+    if is_labelled(config):
+        return kto_objective(KTOOptions(config.beta, config.desirable_weight, config.undesirable_weight))
     return preference_objective(config.loss_type, LossOptions(config.beta, config.label_smoothing, config.simpo_gamma))
 
 
@@ -145,13 +147,23 @@ def windows(prepared: Prepared) -> Windows:
     if config.strategy == "rlhf":  # as many rows as an update of PPO asks; the reward stage has windows of its own
         asked = config.rollout_batch_size // (config.group_size if config.advantage == "group" else 1)
         size = min(config.per_device_train_batch_size, asked)
-        together = collate_pairs if prepared.is_paired else collate
-        return Windows(prepared.train, size, asked // size, False, False, 0, config.seed, together)
+        return Windows(prepared.train, size, asked // size, False, False, 0, config.seed, prepared.collate)
     capacity = prepared.max_length * (2 if prepared.is_paired else 1)  # a bin of pairs has room for the longest pair
     return Windows(
         prepared.train, config.per_device_train_batch_size, config.gradient_accumulation_steps, config.group_by_length,
-        config.packing, capacity, config.seed, collate_pairs if prepared.is_paired else collate,
+        config.packing, capacity, config.seed, prepared.collate,
     )  # fmt: skip
+
+
+def held_out_metrics(config: TrainingConfig, model: Decoder, documents: list, max_length: int) -> dict:
+    """`eval_…` metrics of documents of the form that the run trains on, by what it minimises."""
+    objective, batch_size = objective_of(config), config.per_device_eval_batch_size
+    if is_labelled(config):
+        means = evaluate_labelled(model, documents, objective.sums, batch_size=batch_size, max_length=max_length)
+        return label_means(means, "eval_")
+    if is_paired(config):
+        return evaluate_pairs(model, documents, objective.sums, batch_size=batch_size)
+    return evaluate_loss(model, documents, objective.total_and_count, batch_size=batch_size)
 
 
 def build_loop(
@@ -165,7 +177,7 @@ def build_loop(
     )  # fmt: skip
     window = windows(prepared)
     settings = loop_settings(config, window.steps_per_epoch, has_eval=bool(prepared.eval))
-    objective, fingerprint = objective_of(config), data_fingerprint(prepared.train)
+    objective, fingerprint = objective_of(config), prepared.fingerprint()
 
     def save(progress):
         keep_best = progress.best_step if config.load_best_model_at_end else None
@@ -177,17 +189,14 @@ def build_loop(
         save_state(target / "trainer_state.pt", state)
 
     def log(record):
+        record = label_means(record) if prepared.is_labelled and "loss" in record else record
         folder.append_metrics(record)
         if on_metrics is not None:
             on_metrics(record)
 
     def evaluate():
         began = time.perf_counter()
-        batch_size = config.per_device_eval_batch_size
-        if prepared.is_paired:
-            result = evaluate_pairs(model, prepared.eval, objective.sums, batch_size=batch_size)
-        else:
-            result = evaluate_loss(model, prepared.eval, objective.total_and_count, batch_size=batch_size)
+        result = held_out_metrics(config, model, prepared.eval, prepared.max_length)
         return {**result, "eval_seconds": round(time.perf_counter() - began, 3)}
 
     loop = Loop(
@@ -259,7 +268,7 @@ def _restore(folder: RunFolder, loop: Loop, model: Decoder, prepared: Prepared, 
     step = folder.steps()[-1]
     source = folder.checkpoint(step)
     state = load_state(source / "trainer_state.pt")
-    if state["data"] != data_fingerprint(prepared.train):
+    if state["data"] != prepared.fingerprint():
         raise ConfigError(
             f"dataset: {prepared.config.dataset!r} (or the tokenizer) has changed since {source} was saved, so its "
             "place in the data means nothing; put it back, or start another run with init_adapter"
@@ -350,7 +359,7 @@ def _reason(error: Exception) -> str:
 def summarise(prepared: Prepared, loop: Loop, metrics: list[dict]) -> dict:
     """summary.json: how the run ended and what it cost."""
     progress, stats = loop.progress, prepared.train_stats
-    counted = "trained_pairs" if prepared.config.strategy == "dpo" else "trained_tokens"
+    unit = "rows" if prepared.is_labelled else "pairs" if prepared.config.strategy == "dpo" else "tokens"
     losses = [m["loss"] for m in metrics if "loss" in m]
     evaluations = [m["eval_loss"] for m in metrics if "eval_loss" in m]
     return {
@@ -362,11 +371,12 @@ def summarise(prepared: Prepared, loop: Loop, metrics: list[dict]) -> dict:
         "eval_loss_first": evaluations[0] if evaluations else None,
         "eval_loss_last": evaluations[-1] if evaluations else None,
         **_change(metrics, "eval_reward_accuracy"),
+        **_change(metrics, "eval_reward_margin"),
         **_change(metrics, "eval_reward_mean"),
         "best_eval_loss": progress.best_loss,
         "best_step": progress.best_step,
         "tokens": progress.tokens,
-        counted: progress.trained_tokens,
+        f"trained_{unit}": progress.trained_tokens,
         "seconds": round(progress.seconds, 3),
         "tokens_per_second": round(progress.tokens / max(progress.step_seconds, 1e-9), 2),
         "peak_memory_bytes": peak_memory_bytes(loop.parameters[0].device),

@@ -9,18 +9,17 @@ import torch
 from mini_forge.config import TrainingConfig, detect_machine, resolve
 from mini_forge.data.batches import split, tokenize
 from mini_forge.data.chat import Template, choose_template
-from mini_forge.data.pairs import tokenize_pairs
 from mini_forge.data.rows import read_rows
-from mini_forge.data.tasks import Example, Pair, load_examples, user_message
+from mini_forge.data.tasks import Labelled, Pair, load_examples, user_message
 from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.errors import ConfigError
-from mini_forge.inference.evaluate import evaluate_generation, evaluate_loss, evaluate_pairs
+from mini_forge.inference.evaluate import evaluate_generation, evaluate_loss
 from mini_forge.inference.generate import TextStream, generate, spelled_end, until
 from mini_forge.io.models import load_model, load_tokenizer
 from mini_forge.io.runs import CONFIG_FILE
 from mini_forge.model.decoder import Decoder
-from mini_forge.prepare import has_reference, is_paired
-from mini_forge.run import objective_of
+from mini_forge.prepare import has_reference, is_labelled, tokenise_rows
+from mini_forge.run import held_out_metrics
 from mini_forge.stages import sampling_of, scorer_of
 from mini_forge.training.rlhf import evaluate_policy
 from mini_forge.training.rollouts import encode_prompts
@@ -97,7 +96,7 @@ def evaluate_run(
     max_new_tokens: int = 128,
 ) -> tuple[dict, list[dict]]:
     """Metrics and predictions of a run or adapter on a dataset: loss and perplexity, and the task's own scores; of a
-    run on pairs, how often and by how much it prefers the chosen response; of rlhf, the mean reward of responses to
+    run on pairs or labelled responses, by how much it prefers the good ones; of rlhf, the mean reward of responses to
     the prompts, sampled as in training with draws that are always the same, and their KL to the reference.
 
     Without `dataset`: the run's eval_dataset, else the very rows it held out."""
@@ -108,8 +107,8 @@ def evaluate_run(
     length = (config.max_seq_length if config else None) or session.model.spec.max_positions
     if config is not None and config.strategy == "rlhf":
         return _reward_metrics(session, path, examples, min(length, session.model.spec.max_positions))
-    if config is not None and is_paired(config):
-        return _pair_metrics(session, examples, length), []
+    if config is not None and config.strategy == "dpo":
+        return _preference_metrics(session, examples, length), []
     documents, stats = tokenize(
         examples, session.template, session.tokenizer, length, bool(config and config.train_on_prompt),
         session.system_prompt,
@@ -124,12 +123,10 @@ def evaluate_run(
     return metrics | scores, predictions
 
 
-def _pair_metrics(session: Session, pairs: list[Pair], max_length: int) -> dict:
-    config = session.config
-    documents, stats = tokenize_pairs(pairs, session.template, session.tokenizer, max_length, session.system_prompt)
-    sums, batch_size = objective_of(config).sums, config.per_device_eval_batch_size
-    metrics = evaluate_pairs(session.model, documents, sums, batch_size=batch_size)
-    return {"rows": len(pairs), "rows_dropped": stats.dropped} | metrics
+def _preference_metrics(session: Session, rows: list[Pair] | list[Labelled], max_length: int) -> dict:
+    documents, stats = tokenise_rows(session.config, session.template, session.tokenizer, max_length, rows)
+    metrics = held_out_metrics(session.config, session.model, documents, max_length)
+    return {"rows": len(rows), "rows_dropped": stats.dropped} | metrics
 
 
 def _reward_metrics(session: Session, path: str, pairs: list[Pair], max_length: int) -> tuple[dict, list[dict]]:
@@ -151,9 +148,10 @@ def _reward_metrics(session: Session, path: str, pairs: list[Pair], max_length: 
     return {"rows": len(pairs), "truncated_prompts": cut} | metrics, predictions
 
 
-def _evaluation_examples(config: TrainingConfig | None, dataset: str | None) -> list[Example] | list[Pair]:
+def _evaluation_examples(config: TrainingConfig | None, dataset: str | None):
     task, strategy = (config.task, config.strategy) if config else ("text-generation", "sft")
-    load = partial(load_examples, task=task, strategy=strategy, needs_pairs=strategy == "dpo")
+    takes_labels = config is not None and is_labelled(config)
+    load = partial(load_examples, task=task, strategy=strategy, needs_pairs=strategy == "dpo", is_labelled=takes_labels)
     if dataset is not None:
         return load(dataset)
     if config is None:

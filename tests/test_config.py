@@ -96,6 +96,8 @@ BROKEN = [
     ("beta", 0, "beta: Must be > 0"),
     ("loss_type", "dpo", 'loss_type: Must be in ["sigmoid", "ipo", "hinge", "robust", "exo_pair"'),
     ("simpo_gamma", -1, "simpo_gamma: Must be ≥ 0"),
+    ("desirable_weight", 0, "desirable_weight: Must be > 0"),
+    ("undesirable_weight", 0, "undesirable_weight: Must be > 0"),
     ("label_smoothing", 0.6, "label_smoothing: Must be between 0 and 0.5"),
     ("reward_model", "", "reward_model: Cannot be empty"),
     ("reward_function", "rewards.py", 'reward_function: Must be of the form "module:function"'),

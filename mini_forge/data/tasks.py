@@ -1,15 +1,16 @@
-"""What the rows of a dataset mean: each format's keys, checked, to an `Example` or a `Pair`.
+"""What the rows of a dataset mean: each format's keys, checked, to an `Example`, a `Pair` or a `Labelled`.
 
     text-generation               messages · instruction,output (and input) · prompt,completion · input,output · text
     summarization                 document,summary · article,summary · input,output
     extractive-question-answering context,question,answers {text, answer_start} · context,question,answer
     dpo, rlhf                     prompt,chosen,rejected (rlhf with a reward model or function: prompt)
+    dpo with loss_type "kto"      prompt,completion,label
 
 The first format whose keys a row has is its format; other keys are ignored. Every row is checked, and every problem
 is reported as `FILE:LINE: …`. To add a format, add a line to `TASKS`' tables and a function below.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from mini_forge.data.rows import kind, raise_problems, scan
@@ -45,25 +46,49 @@ class Pair:
     file: str = ""
 
 
+@dataclass(frozen=True)
+class Labelled:
+    """A prompt, one continuation, and whether that is what is wanted."""
+
+    prompt: tuple[dict, ...]
+    completion: tuple[dict, ...]
+    is_desirable: bool
+    line: int = 0
+    file: str = ""
+
+
 class _Fault(ValueError):
     """What is wrong with one row, without its place."""
 
 
-def load_examples(path, task: str, strategy: str = "sft", needs_pairs: bool = True) -> list[Example] | list[Pair]:
+def load_examples(
+    path, task: str, strategy: str = "sft", needs_pairs: bool = True, is_labelled: bool = False
+) -> list[Example] | list[Pair] | list[Labelled]:
     """The rows of a dataset as Examples, or as Pairs for strategy dpo and rlhf. Raises DataError with every problem.
 
-    `needs_pairs` False (rlhf with a reward model or function) asks of a row only its prompt."""
+    `needs_pairs` False (rlhf with a reward model or function) asks of a row only its prompt; `is_labelled` (dpo with a
+    loss on single responses) asks for a response and its label, and gives Labelled."""
     read = TASKS[task]
     if strategy in ("dpo", "rlhf"):
-        read = pair if needs_pairs else prompt_only
-    examples, problems = [], []
+        read = labelled if is_labelled else pair if needs_pairs else prompt_only
+    return list(_read_rows(path, read))
+
+
+def read_examples(path, task: str) -> Iterator[Example]:
+    """The same Examples one by one, none of them kept; DataError with every problem comes after the last."""
+    return _read_rows(path, TASKS[task])
+
+
+def _read_rows(path, read: Callable[[dict], Example | Pair | Labelled]) -> Iterator[Example | Pair | Labelled]:
+    problems = []
     for row in scan(path, problems):
         try:
-            examples.append(replace(read(row.fields), line=row.line, file=str(path)))
+            example = read(row.fields)
         except _Fault as fault:
             problems.append((row.line, str(fault)))
+        else:
+            yield replace(example, line=row.line, file=str(path))
     raise_problems(path, problems)
-    return examples
 
 
 def user_message(task: str, prompt: str) -> dict:
@@ -85,6 +110,10 @@ def extractive_question_answering(fields: dict) -> Example:
 
 def pair(fields: dict) -> Pair:
     return _read_row(fields, "dpo and rlhf", {("prompt", "chosen", "rejected"): _preference})
+
+
+def labelled(fields: dict) -> Labelled:
+    return _read_row(fields, 'dpo with loss_type "kto"', {("prompt", "completion", "label"): _labelled})
 
 
 def prompt_only(fields: dict) -> Pair:
@@ -199,15 +228,25 @@ def _letters(text: str) -> str:
 
 def _preference(row: dict) -> Pair:
     prompt = _turns(row, "prompt", "user")
-    continuations = []
-    for key in ("chosen", "rejected"):
-        turns = _turns(row, key, "assistant")
-        if turns[: len(prompt)] == prompt and len(turns) > len(prompt):  # the whole conversation given again
-            turns = turns[len(prompt) :]
-        if turns[-1]["role"] != "assistant":
-            raise _Fault(f"{key} must end with an assistant turn, ends with {turns[-1]['role']!r}")
-        continuations.append(turns)
-    return Pair(prompt, *continuations)
+    return Pair(prompt, _continuation(row, "chosen", prompt), _continuation(row, "rejected", prompt))
+
+
+def _labelled(row: dict) -> Labelled:
+    prompt = _turns(row, "prompt", "user")
+    completion = _continuation(row, "completion", prompt)
+    if not isinstance(row["label"], bool):
+        raise _Fault(f"label must be true (a desirable completion) or false, without quotes, is {kind(row['label'])}")
+    return Labelled(prompt, completion, row["label"])
+
+
+def _continuation(row: dict, key: str, prompt: tuple[dict, ...]) -> tuple[dict, ...]:
+    """The turns of a response to `prompt`, the last of them the assistant's."""
+    turns = _turns(row, key, "assistant")
+    if turns[: len(prompt)] == prompt and len(turns) > len(prompt):  # the whole conversation given again
+        turns = turns[len(prompt) :]
+    if turns[-1]["role"] != "assistant":
+        raise _Fault(f"{key} must end with an assistant turn, ends with {turns[-1]['role']!r}")
+    return turns
 
 
 def _turns(row: dict, key: str, role: str) -> tuple[dict, ...]:

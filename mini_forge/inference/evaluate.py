@@ -4,12 +4,14 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from mini_forge.data.batches import Batch, Document, collate
 from mini_forge.data.chat import Template
+from mini_forge.data.labelled import LabelledBatch, LabelledDocument, collate_labelled
 from mini_forge.data.pairs import PairBatch, PairDocument, collate_pairs
 from mini_forge.data.tasks import Example
 from mini_forge.data.tokenizer import Tokenizer
@@ -64,20 +66,42 @@ def evaluate_pairs(
 
     `pair_sums(model, batch)` gives the summed loss, its count and the metrics' sums. Raises DataError without pairs,
     TrainingError for a loss that is not finite."""
-    if not pairs:
-        raise DataError("evaluation: no pairs to evaluate on; give a dataset with at least one")
-    ordered = sorted(pairs, key=lambda pair: pair.inputs, reverse=True)
+    means, count = _means(model, pairs, pair_sums, batch_size, collate_pairs)
+    return {**means, "eval_pairs": count}
+
+
+def evaluate_labelled(
+    model: Decoder,
+    documents: Sequence[LabelledDocument],
+    row_sums: Callable[[Decoder, LabelledBatch], tuple[torch.Tensor, int, dict[str, float]]],
+    *,
+    batch_size: int,
+    max_length: int,
+) -> dict[str, float | int]:
+    """`eval_loss` per row, `eval_rows`, and each metric's mean over all rows as `eval_…`; as `evaluate_pairs`.
+
+    `max_length`: of the prompts with each other's completions that KTO compares with, in tokens. Rows meet in batches
+    of `batch_size`, longest first, so that is part of the loss."""
+    collate_rows = partial(collate_labelled, max_length=max_length)
+    means, count = _means(model, documents, row_sums, batch_size, collate_rows)
+    return {**means, "eval_rows": count}
+
+
+def _means(model: Decoder, documents: Sequence, batch_sums, batch_size: int, together) -> tuple[dict[str, float], int]:
+    """The mean loss and metrics over all documents, and how many were counted; `together` makes batches of them."""
+    if not documents:
+        raise DataError("evaluation: no rows to evaluate on; give a dataset with at least one")
+    ordered = sorted(documents, key=lambda document: document.inputs, reverse=True)
     total, count, sums = 0.0, 0, {}
     with evaluating(model):
         for start in range(0, len(ordered), batch_size):
-            batch_total, batch_count, batch_sums = pair_sums(model, collate_pairs(ordered[start : start + batch_size]))
+            batch_total, batch_count, metrics = batch_sums(model, together(ordered[start : start + batch_size]))
             total, count = total + float(batch_total), count + batch_count
-            for name, value in batch_sums.items():
+            for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
     if not math.isfinite(total):
         raise TrainingError(f"evaluation: the loss is {total}; the weights are damaged or overflow in this precision")
-    means = {f"eval_{name}": value / count for name, value in sums.items()}
-    return {"eval_loss": total / count, **means, "eval_pairs": count}
+    return {"eval_loss": total / count, **{f"eval_{name}": value / count for name, value in sums.items()}}, count
 
 
 def evaluate_generation(

@@ -7,7 +7,8 @@
 Parts: `families` (tests/golden/families/NAME: checkpoint and logits), `training` (tests/golden/training: checkpoint,
 dataset, initial adapter and ten reference steps, three ways), `moe_training` (tests/golden/moe_training/FAMILY: the
 same for models with experts, with the tokenizer and rows of `training`), `dpo` (tests/golden/dpo: reference steps of
-four preference losses) and `chat` (tests/golden/chat.json: rendered templates).
+four preference losses), `kto` (tests/golden/kto: the same on labelled rows) and `chat` (tests/golden/chat.json:
+rendered templates).
 Seeds are fixed, so a second run writes the same bytes on the same machine and versions.
 """
 
@@ -21,11 +22,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the order of float32 sums, and 
 import make_chat
 import make_dpo
 import make_families
+import make_kto
 import make_moe_training
 import make_training
 
 PARTS = {"families": make_families.main, "training": make_training.main,
-         "moe_training": make_moe_training.main, "chat": make_chat.main, "dpo": make_dpo.main}  # fmt: skip
+         "moe_training": make_moe_training.main, "chat": make_chat.main, "dpo": make_dpo.main,
+         "kto": make_kto.main}  # fmt: skip
 
 
 def main(names: list[str]):
