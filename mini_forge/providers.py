@@ -1,39 +1,67 @@
 """Providers: which functions the decoder calls. The only module that imports kernels.
 
-`huggingface` is the plain reference path. `unsloth` is the fused path; `missing` says, op by op, why one is not fused,
-and those ops stay plain. What is in use is printed when a run starts; nothing is swapped in silence.
+`huggingface` is the plain reference path. `unsloth` is the fused path: hand-written gradients, in Triton for CUDA
+tensors and else in torch. `missing` says, op by op, what is not so and why. What is in use is printed when a run
+starts; nothing is swapped in silence.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+
+import torch
 
 from mini_forge.model.ops import PLAIN, Ops
+from mini_forge_kernels import TRITON_OPS
+from mini_forge_kernels import missing as missing_in_triton
+from mini_forge_kernels.attention import attention
 from mini_forge_kernels.rms_norm import rms_norm
-from mini_forge_kernels.rope import apply_rope
-from mini_forge_kernels.swiglu import swiglu
+from mini_forge_kernels.rope import apply_rope, rope_qk
+from mini_forge_kernels.swiglu import clamped_swiglu, swiglu
+
+FUSED = {
+    "rms_norm": rms_norm,
+    "apply_rope": apply_rope,
+    "rope_qk": rope_qk,
+    "swiglu": swiglu,
+    "clamped_swiglu": clamped_swiglu,
+    "attention": attention,
+}
+UNFUSED = {"gelu_glu": "no fused form"}
 
 
 @dataclass(frozen=True)
 class Provider:
-    """The ops a model is built with, and a reason for each op that is not fused though the provider asks for it."""
+    """The ops a model is built with; what each runs in on the device, "triton", "torch" or "plain"; and a reason for
+    each op that is not fused, or not in Triton though it has such a form."""
 
     ops: Ops
-    missing: dict[str, str]
+    backends: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
 
     def describe(self) -> str:
-        reasons = "".join(f"; {op} plain: {why}" for op, why in self.missing.items())
-        return f"ops: {self.ops.name}{reasons}"
+        """One line: "ops: fused; triton: rms_norm, swiglu; plain: attention (why)"."""
+        parts = [f"ops: {self.ops.name}"]
+        groups: dict[tuple[str, str | None], list[str]] = {}
+        for op in (*self.backends, *(op for op in self.missing if op not in self.backends)):
+            groups.setdefault((self.backends.get(op, "plain"), self.missing.get(op)), []).append(op)
+        for (backend, why), ops in groups.items():
+            parts.append(f"{backend}: {', '.join(ops)}" + (f" ({why})" if why else ""))
+        return "; ".join(parts)
 
 
-def plain() -> Provider:
-    return Provider(PLAIN, {})
+def plain(device: torch.device | str | None = None) -> Provider:
+    return Provider(PLAIN)
 
 
-def fused() -> Provider:
-    """LoRA products and the loss head have hand-written gradients everywhere; this adds what lies between."""
-    ops = replace(
-        PLAIN, name="fused (rms_norm, apply_rope, swiglu)", rms_norm=rms_norm, apply_rope=apply_rope, swiglu=swiglu
-    )
-    return Provider(ops, {"attention": "torch's own kernels are used"})
+def fused(device: torch.device | str | None = None) -> Provider:
+    """LoRA products and the loss head have hand-written gradients everywhere; this adds what lies between.
+
+    The ops serve every device; `device` (default: a GPU where there is one) is what the reasons speak of."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    missing = {op: why for op, why in missing_in_triton(device).items() if op in FUSED} | UNFUSED
+    backends = {op: "triton" if op in TRITON_OPS and op not in missing else "torch" for op in FUSED}
+    if device.type != "cpu":
+        backends["attention"], missing["attention"] = "plain", "torch's own kernels are used"
+    return Provider(replace(PLAIN, name="fused", **FUSED), backends, missing)
 
 
 PROVIDERS = {"huggingface": plain, "unsloth": fused}

@@ -144,7 +144,7 @@ def test_an_mlp_in_tiles_has_the_gradients_of_the_whole(monkeypatch):
 
 
 def test_what_is_kept_for_the_backward_is_what_it_cannot_make_again():
-    """Of the MLP's width: gate and up; with recompute "selective" neither; never the product of the two."""
+    """Of the MLP's width gate and up, with recompute "selective" neither; never the product of the two."""
 
     def widths(recompute):
         model = random_model(intermediate_size=52).train()

@@ -6,21 +6,22 @@ tokens is L - 1 inputs and its first token is never a target. A document ends wi
 model's loss cannot depend on what follows), because a rendered example does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from mini_forge.data.chat import Rendered, Template
-from mini_forge.data.packing import pack
+from mini_forge.data.packing import best_fit
+from mini_forge.data.prefixes import Segment, plan_segments
 from mini_forge.data.rows import first_problems
 from mini_forge.data.tasks import Example
 from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.errors import DataError
 
 IGNORED = -100  # a target that is not trained on
-_ENCODED_AT_ONCE = 4096  # texts: enough for all cores, and offsets of a whole dataset never in memory
+_ENCODED_AT_ONCE = 2**20  # characters: texts enough for all cores, and 40 MB of tokens, offsets and their spelling
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +51,9 @@ class TokenStats:
 
 @dataclass(frozen=True)
 class Batch:
-    """One row of documents, each (1, T) int64."""
+    """One row of documents, each (1, T) int64. tokens: of all documents, also where T is less because some begin alike:
+    then `parents` names, of every run of equal `document`, the one that it continues (-1: none), and what several
+    documents share has a number from `documents` on."""
 
     input_ids: torch.Tensor
     targets: torch.Tensor  # -100 where not trained on
@@ -59,10 +62,19 @@ class Batch:
     documents: int
     tokens: int
     lines: tuple[int, ...]  # of the dataset file, to name a document that does harm
+    parents: tuple[int, ...] | None = None
 
     def to(self, device) -> "Batch":
         names = ("input_ids", "targets", "position", "document")
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+
+    def trained(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(rows, targets, document) of the tokens that are trained on, each (M,) int64, document after document."""
+        targets, document = self.targets.flatten(), self.document.flatten()
+        rows = (targets != IGNORED).nonzero().squeeze(-1)
+        if self.parents is not None:  # documents that share a beginning lie together, whatever their numbers
+            rows = rows[document[rows].argsort(stable=True)]
+        return rows, targets[rows], document[rows]
 
 
 def tokenize(
@@ -75,49 +87,104 @@ def tokenize(
 ) -> tuple[list[Document], TokenStats]:
     """The examples as documents of at most `max_length` tokens, and what that took.
 
+    Raises DataError for every row the template refuses."""
+    rows = list(encode(examples, template, tokenizer, max_length, train_on_prompt, system_prompt))
+    documents = [document for document, _ in rows if document is not None]
+    tokens = sum(len(document.ids) for document in documents)
+    trained = sum(int(document.is_trained.sum()) for document in documents)
+    kept, truncated = len(documents), sum(is_truncated for _, is_truncated in rows)
+    return documents, TokenStats(len(rows), kept, len(rows) - kept, truncated, tokens, trained)
+
+
+def encode(
+    examples: Iterable[Example],
+    template: Template,
+    tokenizer: Tokenizer,
+    max_length: int | None = None,
+    train_on_prompt: bool = False,
+    system_prompt: str | None = None,
+) -> Iterator[tuple[Document | None, bool]]:
+    """Each example's document, None if no token to train on is left, and whether it lost tokens to `max_length`.
+
     Each text is encoded whole, once. A token is trained on if it holds a character of a response, so one that straddles
-    the boundary is. Raises DataError for every row the template refuses."""
-    rendered = _render(examples, template, system_prompt)
-    documents, truncated = [], 0
-    for start in range(0, len(rendered), _ENCODED_AT_ONCE):
-        part = range(start, min(start + _ENCODED_AT_ONCE, len(rendered)))
-        encoded = tokenizer.encode_batch([rendered[i].text for i in part])
-        for i, (ids, offsets) in zip(part, encoded, strict=True):
-            is_trained = np.ones(len(ids), dtype=bool) if train_on_prompt else touches(offsets, rendered[i].trained)
+    the boundary is. Only some examples are in memory at a time. Raises DataError, after the last, for every row the
+    template refuses; none is encoded after the first of them."""
+    problems: list[str] = []
+    for group in _groups(_render(examples, template, system_prompt, problems)):
+        if problems:
+            continue
+        encoded = tokenizer.encode_batch([rendered.text for _, rendered in group])
+        for (line, rendered), (ids, offsets) in zip(group, encoded, strict=True):
+            is_trained = np.ones(len(ids), dtype=bool) if train_on_prompt else touches(offsets, rendered.trained)
             keep = _keep(is_trained, max_length, len(ids) > 0 and ids[0] == tokenizer.bos_id)
             is_trained = is_trained[keep]
             is_trained[:1] = False  # nothing precedes it to predict it from
-            if is_trained.any():
-                documents.append(Document(ids[keep], is_trained, examples[i].line))
-                truncated += len(keep) < len(ids)
-    tokens = sum(len(document.ids) for document in documents)
-    trained = sum(int(document.is_trained.sum()) for document in documents)
-    kept = len(documents)
-    return documents, TokenStats(len(rendered), kept, len(rendered) - kept, truncated, tokens, trained)
+            is_kept = bool(is_trained.any())
+            yield Document(ids[keep], is_trained, line) if is_kept else None, is_kept and len(keep) < len(ids)
+    if problems:
+        raise DataError(*first_problems(problems))
 
 
-def collate(documents: Sequence[Document]) -> Batch:
-    """Documents end to end as one row of T = sum of (L - 1) tokens."""
-    ids = np.concatenate([document.ids[:-1] for document in documents])
-    targets = np.concatenate([np.where(d.is_trained[1:], d.ids[1:], IGNORED) for d in documents])
-    lengths = [document.inputs for document in documents]
-    position = np.concatenate([np.arange(length) for length in lengths])
-    index = np.repeat(np.arange(len(documents)), lengths)
-    rows = (torch.from_numpy(row.astype(np.int64))[None] for row in (ids, targets, position, index))
-    lines = tuple(document.line for document in documents)
-    return Batch(*rows, documents=len(documents), tokens=len(ids), lines=lines)
+def collate(documents: Sequence[Document], share_prefixes: bool = False) -> Batch:
+    """Documents end to end as one row of T = sum of (L - 1) tokens, or fewer where they share their beginnings."""
+    inputs = [document.ids[:-1] for document in documents]
+    targets = [np.where(d.is_trained[1:], d.ids[1:], IGNORED) for d in documents]
+    segments = [Segment(i, 0, len(ids), -1, i) for i, ids in enumerate(inputs)]
+    if share_prefixes:
+        segments = plan_segments(inputs, [int(np.argmax(row != IGNORED)) for row in targets])
+    names = [s.document if s.document >= 0 else len(documents) + i for i, s in enumerate(segments)]
+    columns = (
+        [inputs[s.source][s.start : s.end] for s in segments],
+        [targets[s.source][s.start : s.end] for s in segments],
+        [np.arange(s.start, s.end) for s in segments],
+        [np.full(s.end - s.start, name) for s, name in zip(segments, names, strict=True)],
+    )
+    rows = (torch.from_numpy(np.concatenate(column).astype(np.int64))[None] for column in columns)
+    parents = tuple(s.parent for s in segments) if len(segments) > len(documents) else None
+    tokens, lines = sum(map(len, inputs)), tuple(document.line for document in documents)
+    return Batch(*rows, documents=len(documents), tokens=tokens, lines=lines, parents=parents)
 
 
 def split(n: int, eval_split: float, seed: int) -> tuple[list[int], list[int]]:
     """(training, evaluation) row indices, each in file order, drawn by the seed. Any share above 0 gives at least one
     evaluation row, and one training row always stays."""
-    held_out = 0 if eval_split <= 0 else min(max(1, round(n * eval_split)), n - 1)
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
-    return sorted(order[held_out:]), sorted(order[:held_out])
+    is_held_out = held_out(n, eval_split, seed)
+    return np.flatnonzero(~is_held_out).tolist(), np.flatnonzero(is_held_out).tolist()
+
+
+def held_out(n: int, eval_split: float, seed: int) -> np.ndarray:
+    """The same split as (n,) bool: the evaluation rows."""
+    count = 0 if eval_split <= 0 else min(max(1, round(n * eval_split)), n - 1)
+    is_held_out = np.zeros(n, dtype=bool)
+    is_held_out[torch.randperm(n, generator=torch.Generator().manual_seed(seed)).numpy()[:count]] = True
+    return is_held_out
+
+
+@dataclass(frozen=True, eq=False)
+class Epoch(Sequence):
+    """The microbatches of one epoch as lists of document indices. Two arrays, because a million lists take 100 MB."""
+
+    documents: np.ndarray  # int64, those of the first microbatch, then those of the second, …
+    starts: np.ndarray  # (microbatches + 1,) int64: where in `documents` each begins, and the end
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"microbatch {index} of {len(self)}")
+        index %= len(self)
+        return self.documents[self.starts[index] : self.starts[index + 1]].tolist()
+
+    def tokens(self, lengths: np.ndarray) -> np.ndarray:
+        """(microbatches,) int64: the tokens of each, of documents with these lengths."""
+        return np.add.reduceat(lengths[self.documents], self.starts[:-1], dtype=np.int64)
 
 
 def plan_epoch(
-    lengths: Sequence[int],
+    lengths: Sequence[int] | np.ndarray,
     batch_size: int,
     accumulation: int = 1,
     group_by_length: bool = False,
@@ -125,32 +192,41 @@ def plan_epoch(
     capacity: int = 0,
     seed: int = 0,
     epoch: int = 0,
-) -> list[list[int]]:
-    """The microbatches of one epoch as lists of document indices; a function of its arguments alone.
+) -> Epoch:
+    """The microbatches of one epoch; a function of its arguments alone.
 
     `lengths` are documents' inputs. With packing a microbatch is `batch_size` bins of at most `capacity` tokens, the
     bins in random order, and `group_by_length` has no effect. The last microbatch may be short."""
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
-    units = pack(lengths, capacity) if packing else [[index] for index in range(len(lengths))]
-    if group_by_length and not packing:
-        order = group_lengths(lengths, batch_size * accumulation, generator)
-    else:
-        order = torch.randperm(len(units), generator=generator).tolist()
-    groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    return [[index for unit in group for index in units[unit]] for group in groups]
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if not packing:
+        if group_by_length:
+            order = group_lengths(lengths, batch_size * accumulation, generator)
+        else:
+            order = torch.randperm(len(lengths), generator=generator).numpy()
+        return Epoch(order, np.append(np.arange(0, len(order), batch_size), len(order)))
+    documents, starts = best_fit(lengths, capacity)
+    order = torch.randperm(len(starts) - 1, generator=generator).numpy()
+    begins, sizes = starts[order], np.diff(starts)[order]
+    ends = np.cumsum(sizes)
+    within = np.arange(len(lengths)) - np.repeat(ends - sizes, sizes)  # 0, 1, … in each bin
+    documents = documents[np.repeat(begins, sizes) + within]
+    return Epoch(documents, np.r_[0, ends[batch_size - 1 : -1 : batch_size], ends[-1:]])
 
 
-def group_lengths(lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> list[int]:
-    """A random order in which neighbours are alike in length; the longest document comes first, so that too little
-    memory shows at once. The order of transformers' `get_length_grouped_indices`."""
-    n = len(lengths)
+def group_lengths(lengths: Sequence[int] | np.ndarray, batch_size: int, generator: torch.Generator) -> np.ndarray:
+    """A random order, (n,) int64, in which neighbours are alike in length; the longest document comes first, so that
+    too little memory shows at once. The order of transformers' `get_length_grouped_indices`."""
+    n, lengths = len(lengths), np.asarray(lengths, dtype=np.int64)
     mega = batch_size * max(1, min(n // (4 * batch_size), 50))  # sorted within stretches of up to 50 batches
-    order = torch.randperm(n, generator=generator).tolist()
-    stretches = [sorted(order[i : i + mega], key=lambda d: lengths[d], reverse=True) for i in range(0, n, mega)]
-    longest = max(range(len(stretches)), key=lambda s: lengths[stretches[s][0]], default=0)
-    if stretches:
-        stretches[0][0], stretches[longest][0] = stretches[longest][0], stretches[0][0]
-    return [index for stretch in stretches for index in stretch]
+    order = torch.randperm(n, generator=generator).numpy()
+    for start in range(0, n, mega):
+        stretch = order[start : start + mega]
+        order[start : start + mega] = stretch[np.argsort(-lengths[stretch], kind="stable")]
+    if n:
+        longest = mega * np.argmax(lengths[order[::mega]])
+        order[[0, longest]] = order[[longest, 0]]
+    return order
 
 
 def show_example(document: Document, tokenizer: Tokenizer) -> str:
@@ -164,17 +240,31 @@ def show_example(document: Document, tokenizer: Tokenizer) -> str:
     return shown
 
 
-def _render(examples: Sequence[Example], template: Template, system_prompt: str | None) -> list[Rendered]:
-    """Every example's text. Raises DataError with every row the template refuses."""
-    rendered, problems = [], []
+def _render(
+    examples: Iterable[Example], template: Template, system_prompt: str | None, problems: list[str]
+) -> Iterator[tuple[int, Rendered]]:
+    """Every example's line and text; what the template refuses goes to `problems`."""
     for example in examples:
         try:
-            rendered.append(template.render(example, system_prompt))
+            rendered = template.render(example, system_prompt)
         except DataError as error:
             problems += error.problems
-    if problems:
-        raise DataError(*first_problems(problems))
-    return rendered
+        else:
+            yield example.line, rendered
+
+
+def _groups(rendered: Iterable[tuple[int, Rendered]]) -> Iterator[list[tuple[int, Rendered]]]:
+    """Texts to encode together: no more than `_ENCODED_AT_ONCE` characters of them, or a longer one alone."""
+    group, characters = [], 0
+    for each in rendered:
+        length = len(each[1].text)
+        if group and characters + length > _ENCODED_AT_ONCE:
+            yield group
+            group, characters = [], 0
+        group.append(each)
+        characters += length
+    if group:
+        yield group
 
 
 def touches(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -4,11 +4,9 @@ The run's template spells the prompt once, and the chosen and the rejected respo
 cut in the same place where it is too long. Each side is a document of its own, so a batch of P pairs is one row of 2P
 documents without padding: chosen, rejected, chosen, rejected, …
 
-The prompt is therefore computed twice. Sharing it would save P/(2P + C + R) of the tokens of prompt, chosen and
-rejected: 21 % on right and wrong solutions of GSM8K's problems (P 89, C 126, R 123 on average, with SmolLM2's template
-and its system prompt), at most 44 % on the quickstart's one-line responses to a paragraph (102, 14, 13). It needs
-attention over a tree of continuations in place of whole documents, in every attention function, window, sink and
-position of the model: too much for a fifth of a step on the data that preferences are usually made of.
+What both sides begin with is computed once (`prefixes.py`). That saves P/(2P + C + R) of the tokens of prompt, chosen
+and rejected: 21 % on right and wrong solutions of GSM8K's problems (P 89, C 126, R 123 on average, with SmolLM2's
+template and its system prompt), 44 % on the quickstart's one-line responses to a paragraph (102, 14, 13).
 """
 
 import zlib
@@ -90,7 +88,7 @@ def tokenize_pairs(
         encoded = iter(tokenizer.encode_batch([text for sides in part for text, _ in sides]))
         for pair, sides in zip(pairs[start:], part, strict=False):
             whole = [(ids, touches(offsets, spans)) for (_, spans), (ids, offsets) in zip(sides, encoded, strict=False)]
-            cut = _cut(whole, max_length, tokenizer.bos_id)
+            cut = cut_sides(whole, max_length, tokenizer.bos_id)
             if all(is_response.any() for _, is_response in cut):
                 documents.append(PairDocument(*(Document(*side, pair.line) for side in cut)))
                 truncated += any(len(ids) < len(before[0]) for (ids, _), before in zip(cut, whole, strict=True))
@@ -99,11 +97,11 @@ def tokenize_pairs(
     return documents, TokenStats(len(pairs), len(documents), len(pairs) - len(documents), truncated, tokens, trained)
 
 
-def collate_pairs(pairs: Sequence[PairDocument]) -> PairBatch:
-    """Pairs end to end."""
+def collate_pairs(pairs: Sequence[PairDocument], share_prefixes: bool = False) -> PairBatch:
+    """Pairs end to end, or as a tree whose branches begin together."""
     known = [pair.reference for pair in pairs]
     reference = None if any(each is None for each in known) else torch.from_numpy(np.stack(known))
-    return PairBatch(collate(flatten(pairs)), len(pairs), reference)
+    return PairBatch(collate(flatten(pairs), share_prefixes), len(pairs), reference)
 
 
 def flatten(documents: Sequence[Document | PairDocument]) -> list[Document]:
@@ -159,7 +157,9 @@ def _two_continuations(pair: Pair, template: Template, system_prompt: str | None
     return tuple((text, [(start, spans[0][1]), *spans[1:]]) for text, spans in sides)
 
 
-def _cut(whole: Sequence[tuple[np.ndarray, np.ndarray]], max_length: int | None, bos_id: int | None) -> list[tuple]:
+def cut_sides(
+    whole: Sequence[tuple[np.ndarray, np.ndarray]], max_length: int | None, bos_id: int | None
+) -> list[tuple]:
     """(ids, is_response) of both sides, each at most `max_length` tokens.
 
     The prompt loses its left (behind a BOS) by what the longer side has too much, the same on both sides, down to the

@@ -61,8 +61,8 @@ class Attention(nn.Module):
         self.norm_after_rope = spec.qk_norm == "weightless" and layer.rope is not None
         self.sinks = nn.Parameter(torch.zeros(H)) if spec.sinks else None
 
-    def forward(self, x, norm: RMSNorm, stream: "Stream", cache: LayerCache | None):
-        """The residual stream (N, D) → what attention to norm(x) adds to it, (N, D)."""
+    def forward(self, x, norm: RMSNorm, stream: "Stream", cache: LayerCache | None, rows=None):
+        """The residual stream (N, D) → what attention to norm(x) adds to it, (N, D), or to its `rows`."""
         query, key, value = self._project(x, norm)
         if self.q_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
@@ -78,7 +78,7 @@ class Attention(nn.Module):
             mixed = self._attend(query, key, value, stream.documents)
         else:
             mixed = cache.attend(query, key, value, stream.cache_position, self.layer, self.scale, self.sinks)
-        return self.o_proj(mixed.flatten(-2))
+        return self.o_proj(_rows(mixed.flatten(-2), rows))
 
     def _project(self, x, norm):
         """Queries (N, H, C), keys and values (N, K, C)."""
@@ -158,8 +158,10 @@ class Block(nn.Module):
         self.add_module(spec.mlp_name, make_mlp(spec, layer, ops))
         self.has_experts = layer.experts
 
-    def forward(self, x, stream, cache=None):
-        attended = self.self_attn(x, self.input_layernorm, stream, cache)
+    def forward(self, x, stream, cache=None, rows=None):
+        """(N, D) → (N, D), or only the `rows` (M,) that are asked for, (M, D)."""
+        attended = self.self_attn(x, self.input_layernorm, stream, cache, rows)
+        x = _rows(x, rows)
         if self.post_norms:
             x = x + self.post_attention_layernorm(attended)
             return x + self.post_feedforward_layernorm(self._mlp(x, self.pre_feedforward_layernorm, stream))
@@ -178,6 +180,10 @@ class Block(nn.Module):
 
     def _add(self, x, update):
         return x + update if self.residual_scale == 1 else x + update * self.residual_scale
+
+
+def _rows(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    return x if rows is None else x.index_select(0, rows)
 
 
 @dataclass(frozen=True)
@@ -238,23 +244,28 @@ class Decoder(nn.Module):
     def device(self) -> torch.device:
         return self.model.embed_tokens.weight.device
 
-    def forward(self, input_ids, position=None, document=None, cache: KVCache | None = None) -> torch.Tensor:
-        """Final-norm hidden states (B, T, D) in the model's dtype.
+    def forward(
+        self, input_ids, position=None, document=None, cache: KVCache | None = None, parents=None, rows=None
+    ) -> torch.Tensor:  # fmt: skip
+        """Final-norm hidden states (B, T, D) in the model's dtype, or (M, D) of the `rows` that are asked for.
 
         input_ids (B, T) int64; position (B, T) int64, by default counted within each document; document (B, T), by
         default one per row. With a `cache`, new tokens of each row continue what the cache holds and `document` is
-        not used."""
-        x, stream = self.begin(input_ids, position, document, cache)
+        not used. parents: of each document, in their order, the earlier one that it continues, or -1 (`Batch`). rows
+        (M,) int64: the tokens of the N = B·T whose states are wanted; the last layer computes no others."""
+        x, stream = self.begin(input_ids, position, document, cache, parents)
         for i, block in enumerate(self.model.layers):
+            layer_cache = None if cache is None else cache.layers[i]
+            wanted = rows if i == len(self.model.layers) - 1 else None
             if self.recompute == "full" and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, stream, use_reentrant=False)
+                x = checkpoint(block, x, stream, layer_cache, wanted, use_reentrant=False)
             else:
-                x = block(x, stream, None if cache is None else cache.layers[i])
+                x = block(x, stream, layer_cache, wanted)
         # A copy: a checkpointed block that runs again in the backward appends again.
         self.routings = list(stream.routings or ())
-        return self.finish(x, *input_ids.shape)
+        return self.finish(x, *input_ids.shape) if rows is None else self._finish(x)
 
-    def begin(self, input_ids, position=None, document=None, cache: KVCache | None = None):
+    def begin(self, input_ids, position=None, document=None, cache: KVCache | None = None, parents=None):
         """What the first block takes: embeddings (N, D) and the Stream that all blocks share."""
         B, T = input_ids.shape
         x = self.model.embed_tokens(input_ids).flatten(0, 1)
@@ -262,7 +273,7 @@ class Decoder(nn.Module):
             x = x * torch.tensor(self.spec.embed_scale, dtype=x.dtype, device=x.device)
         documents = None
         if cache is None:
-            documents = Documents.from_ids(torch.zeros_like(input_ids) if document is None else document)
+            documents = Documents.from_ids(torch.zeros_like(input_ids) if document is None else document, parents)
             position = document_positions(documents).view(B, T) if position is None else position
         if self.training and self.neftune_alpha:
             x = x + neftune_noise(x, documents, self.neftune_alpha)
@@ -270,7 +281,10 @@ class Decoder(nn.Module):
 
     def finish(self, x, B: int, T: int) -> torch.Tensor:
         """What the last block gives, (N, D), → final-norm hidden states (B, T, D)."""
-        x = self.model.norm(x).view(B, T, -1)
+        return self._finish(x).view(B, T, -1)
+
+    def _finish(self, x):
+        x = self.model.norm(x)
         return x if self.spec.hidden_scale == 1 else x * self.spec.hidden_scale
 
     def _stream(self, position, dtype, documents: Documents | None, is_cached: bool) -> Stream:

@@ -67,7 +67,12 @@ def attention(
 
     query (N, H, C), key and value (N, K, C), tokens of all documents end to end; scale None is 1/√C. sinks (H,): one
     more logit in every softmax of a head, with no value behind it (2309.17453). Returns (N, H, C).
-    Key j is visible to query i of the same document iff 0 <= i - j < window."""
+    Key j is visible to query i of the same document iff 0 <= i - j < window. Documents that share their beginning are
+    put together whole first, at the cost of copies."""
+    if documents.tree is not None:
+        tree = documents.tree
+        whole = (x.index_select(0, tree.rows) for x in (query, key, value))
+        return attention(*whole, tree.whole, window, scale, sinks).index_select(0, tree.first)
     if sinks is None and documents.use_varlen(query):
         return _varlen_attention(query, key, value, documents, window, scale)
     if sinks is not None:

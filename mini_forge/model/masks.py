@@ -4,7 +4,7 @@ A batch is a stream of N = B·T tokens in which documents lie end to end. A docu
 needs only the documents' boundaries, not an (N, N) mask.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -12,10 +12,13 @@ import torch
 
 @dataclass(frozen=True)
 class Documents:
-    """Boundaries of the documents in the flattened stream: `lengths` in tokens, `starts` (P + 1,) int32 on device."""
+    """Boundaries of the documents in the flattened stream: `lengths` in tokens, `starts` (P + 1,) int32 on device.
+
+    tree: where documents share their beginnings the stream holds these once, and lengths and starts are of segments."""
 
     lengths: list[int]
     starts: torch.Tensor
+    tree: "Tree | None" = None
     _masks: dict = field(default_factory=dict, compare=False, repr=False)  # masks and chunkings made so far
 
     @property
@@ -23,17 +26,21 @@ class Documents:
         return max(self.lengths)
 
     @classmethod
-    def from_ids(cls, document: torch.Tensor) -> "Documents":
-        """document (B, T) integers; a new document begins with each row and wherever the number changes.
+    def from_ids(cls, document: torch.Tensor, parents: tuple[int, ...] | None = None) -> "Documents":
+        """document (B, T) integers; a new document begins with each row and wherever the number changes. parents: of
+        each, the earlier one that it continues, or -1; None: each stands alone.
 
         Reads the boundaries back to the host: one synchronisation a batch, instead of one a layer."""
         B, T = document.shape
         begins = torch.ones(B, T, dtype=torch.bool, device=document.device)
         begins[:, 1:] = document[:, 1:] != document[:, :-1]
-        starts = torch.nonzero(begins.flatten()).flatten()
-        starts = torch.cat((starts, starts.new_tensor([B * T]))).int()
-        edges = starts.tolist()
-        return cls([b - a for a, b in zip(edges, edges[1:], strict=False)], starts)
+        edges = [*torch.nonzero(begins.flatten()).flatten().tolist(), B * T]
+        return cls.of_lengths([b - a for a, b in zip(edges, edges[1:], strict=False)], document.device, parents)
+
+    @classmethod
+    def of_lengths(cls, lengths: list[int], device, parents: tuple[int, ...] | None = None) -> "Documents":
+        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        return cls(lengths, starts, None if parents is None else Tree.of(lengths, parents, device))
 
     def use_varlen(self, query: torch.Tensor) -> bool:
         """Whether the one-kernel CUDA path applies: it has 16-bit types only; elsewhere SDPA runs per document."""
@@ -57,15 +64,48 @@ class Documents:
 
     def chunked(self, chunk: int) -> "Documents":
         """Every document cut into pieces of `chunk` tokens: attention within chunks is attention within these."""
+        if self.tree is not None:
+            return replace(self, tree=replace(self.tree, whole=self.tree.whole.chunked(chunk), is_chunked=True))
         if chunk not in self._masks:
             lengths = [min(chunk, n - i) for n in self.lengths for i in range(0, n, chunk)]
-            starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=self.starts.device)
-            self._masks[chunk] = Documents(lengths, starts)
+            self._masks[chunk] = Documents.of_lengths(lengths, self.starts.device)
         return self._masks[chunk]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Segments that continue others, and the whole documents they make.
+
+    parents: of each segment an earlier one, or -1. `stream[rows]` is the stream of the whole documents, each with what it
+    continues before it; `whole_stream[first]` is the stream of segments again. is_chunked: `whole` has been cut further."""
+
+    parents: tuple[int, ...]
+    rows: torch.Tensor  # (M,) int64
+    first: torch.Tensor  # (N,) int64
+    whole: Documents
+    is_chunked: bool = False
+
+    @classmethod
+    def of(cls, lengths: list[int], parents: tuple[int, ...], device) -> "Tree":
+        ends = list(accumulate(lengths))
+        own = [range(end - length, end) for length, end in zip(lengths, ends, strict=True)]
+        inner = set(parents)
+        rows, whole = [], []
+        for leaf in (i for i in range(len(lengths)) if i not in inner):
+            chain = [leaf]
+            while (parent := parents[chain[-1]]) >= 0:
+                chain.append(parent)
+            rows += [row for segment in reversed(chain) for row in own[segment]]
+            whole.append(sum(lengths[segment] for segment in chain))
+        rows = torch.tensor(rows)
+        first = torch.full((ends[-1],), len(rows)).scatter_reduce(0, rows, torch.arange(len(rows)), "amin")
+        return cls(tuple(parents), rows.to(device), first.to(device), Documents.of_lengths(whole, device))
 
 
 def document_positions(documents: Documents) -> torch.Tensor:
     """(N,) int64: each token's index within its own document."""
+    if documents.tree is not None:
+        return document_positions(documents.tree.whole)[documents.tree.first]
     lengths = torch.tensor(documents.lengths, device=documents.starts.device)
     first = documents.starts[:-1].long().repeat_interleave(lengths)
     return torch.arange(first.numel(), device=first.device) - first

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mini_forge.data.batches import IGNORED, Batch
+from mini_forge.data.batches import Batch
 from mini_forge.data.pairs import PairBatch, PairDocument, collate_pairs
 from mini_forge.io.runs import write_atomic
 from mini_forge.model.decoder import Decoder
@@ -27,11 +27,9 @@ def response_logps(model: Decoder, batch: Batch) -> tuple[torch.Tensor, torch.Te
 
     Both (documents,) float32; the sum differentiable in the model's trained parameters. Summed in float32: a few
     hundred terms in 16 bits would lose the difference between two responses."""
-    hidden = model(batch.input_ids, batch.position, batch.document).flatten(0, 1)
-    targets = batch.targets.flatten()
-    is_response = (targets != IGNORED).nonzero().squeeze(-1)
-    nll = token_nll(hidden[is_response], model.head_weight, targets[is_response])
-    owner = batch.document.flatten()[is_response]
+    rows, targets, owner = batch.trained()
+    hidden = model(batch.input_ids, batch.position, batch.document, parents=batch.parents, rows=rows)
+    nll = token_nll(hidden, model.head_weight, targets)
     zeros = nll.new_zeros(batch.documents)
     return zeros.index_add(0, owner, -nll), zeros.index_add(0, owner, torch.ones_like(nll))
 
@@ -98,7 +96,7 @@ def precompute_reference(model: Decoder, pairs: Sequence[PairDocument], batch_si
     order = sorted(range(len(pairs)), key=lambda i: pairs[i].inputs, reverse=True)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = collate_pairs([pairs[i] for i in chosen]).to(model.device)
+        batch = collate_pairs([pairs[i] for i in chosen], share_prefixes=True).to(model.device)
         logps[chosen] = reference_logps(model, batch).cpu().numpy()
     return logps
 

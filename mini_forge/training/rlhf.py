@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mini_forge.data.batches import IGNORED, Batch, Document, collate
+from mini_forge.data.batches import Batch, Document, collate
 from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.lora import disabled
@@ -119,11 +119,9 @@ def policy_outputs(
     model: Decoder, batch: Batch, temperature: float, value_head: ValueHead | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log π(token) and V(before token) of the batch's N response tokens, both (N,) float32; zeros without a head."""
-    hidden = model(batch.input_ids, batch.position, batch.document).flatten(0, 1)
-    targets = batch.targets.flatten()
-    is_response = (targets != IGNORED).nonzero().squeeze(-1)
-    hidden = hidden[is_response]
-    logps = -token_nll(hidden / temperature, model.head_weight, targets[is_response])
+    rows, targets, _ = batch.trained()
+    hidden = model(batch.input_ids, batch.position, batch.document, parents=batch.parents, rows=rows)
+    logps = -token_nll(hidden / temperature, model.head_weight, targets)
     return logps, torch.zeros_like(logps) if value_head is None else value_head(hidden)
 
 
@@ -135,7 +133,7 @@ def policy_and_reference(
     columns: tuple[list, list, list] = ([], [], [])
     with without_dropout(model):
         for part in parts:
-            batch = collate([documents[i] for i in part]).to(model.device)
+            batch = collate([documents[i] for i in part], share_prefixes=True).to(model.device)
             logps, values = policy_outputs(model, batch, temperature, value_head)
             with disabled(model):
                 reference, _ = policy_outputs(model, batch, temperature)
@@ -173,7 +171,7 @@ def ppo_loss(
 
     policy + value_coef·value (1707.06347 Eq. 9 without its entropy); of groups, policy + kl_coef·k3 (2402.03300 Eq. 3,
     with every token weighing the same whatever its response's length). Differentiable in adapter and head."""
-    batch = collate([experience.documents[i] for i in rows]).to(model.device)
+    batch = collate([experience.documents[i] for i in rows], share_prefixes=True).to(model.device)
     names = ("is_response", "logps", "ref_logps", "values", "advantages", "returns")
     is_response, old, ref, old_values, advantages, returns = (getattr(experience, name)[list(rows)] for name in names)
     flat, flat_values = policy_outputs(model, batch, temperature, value_head)

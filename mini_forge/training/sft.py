@@ -10,10 +10,12 @@ from mini_forge.training.losses import LossSum, Objective, token_nll
 
 def sft_loss(model: Decoder, batch: Batch) -> LossSum:
     """Summed negative log-likelihood, in nats, of the batch's trained-on tokens. The head runs on them alone."""
-    hidden = model(batch.input_ids, batch.position, batch.document).flatten(0, 1)
-    targets = batch.targets.flatten()
-    is_trained = (targets != -100).nonzero().squeeze(-1)
-    nll = token_nll(hidden[is_trained], model.head_weight, targets[is_trained])
+    rows, targets, _ = batch.trained()
+    # A balance loss and the experts' load are of all tokens, so there the last layer computes them all.
+    wanted = rows if model.spec.experts is None else None
+    hidden = model(batch.input_ids, batch.position, batch.document, parents=batch.parents, rows=wanted)
+    hidden = hidden if wanted is not None else hidden.flatten(0, 1)[rows]
+    nll = token_nll(hidden, model.head_weight, targets)
     if not model.routings:
         return LossSum(nll.sum(), nll.numel())
     return _with_balance(model, nll)

@@ -1,0 +1,153 @@
+"""Documents that share their beginnings: laid out as a tree, computed once, equal to documents that stand alone."""
+
+import numpy as np
+import pytest
+import torch
+
+from mini_forge.data.batches import Document, collate
+from mini_forge.data.prefixes import LEAST_SAVED_TOKENS, Segment, plan_segments
+from mini_forge.model.functional import attention as plain_attention
+from mini_forge.model.lora import LoraSpec, inject, lora_layers
+from mini_forge.model.masks import Documents, document_positions
+from mini_forge.model.ops import PLAIN
+from mini_forge.providers import PROVIDERS
+from mini_forge_kernels.attention import attention as fused_attention
+from mini_forge_kernels.attention import pieces
+from tests.tiny import random_model
+from tests.tiny_experts import CONFIGS as EXPERTS
+from tests.tiny_experts import SHARED
+
+SYSTEM, ASK, OTHER = list(range(100, 120)), list(range(30, 47)), list(range(60, 79))
+
+
+def document(prompt, response, line=1):
+    ids = np.array([*prompt, *response], dtype=np.int32)
+    return Document(ids, np.arange(len(ids)) >= len(prompt), line)
+
+
+PAIRS = [
+    document(SYSTEM + ASK, [1, 2, 3]),
+    document(SYSTEM + OTHER, [4]),
+    document(SYSTEM + ASK, [5, 6], line=2),
+    document([9, 8], [7, 6, 5]),
+    document(SYSTEM + OTHER, [4, 4, 4], line=3),
+]
+
+
+def test_the_tree_of_documents_by_hand():
+    """The two prompts share the system prompt, each two responses a prompt but for its last token, whose target is the
+    response's first; the fourth document shares nothing."""
+    inputs = [d.ids[:-1] for d in PAIRS]
+    limits = [int(d.is_trained.argmax()) - 1 for d in PAIRS]
+    assert plan_segments(inputs, limits) == [
+        Segment(0, 0, 20, -1, -1),
+        Segment(0, 20, 36, 0, -1),
+        Segment(0, 36, 39, 1, 0),
+        Segment(2, 36, 38, 1, 2),
+        Segment(1, 20, 38, 0, -1),
+        Segment(1, 38, 39, 4, 1),
+        Segment(4, 38, 41, 4, 4),
+        Segment(3, 0, 4, -1, 3),
+    ]
+
+
+def test_little_is_not_shared():
+    """Two documents alike in n tokens save n by sharing them."""
+    for n, shared in ((LEAST_SAVED_TOKENS - 1, False), (LEAST_SAVED_TOKENS, True)):
+        rows = [np.array([*range(n), 90 + i, 1, 2]) for i in range(2)]
+        assert (len(plan_segments(rows, [n + 1] * 2)) == 3) == shared
+        assert (len(plan_segments(rows[:1] * 2, [n, n])) == 3) == shared  # no further than the limit
+
+
+def test_a_batch_holds_what_is_shared_once_and_counts_it_for_each():
+    alone, shared = collate(PAIRS), collate(PAIRS, share_prefixes=True)
+    assert alone.parents is None and shared.parents == (-1, 0, 1, 1, 0, 4, 4, -1)
+    assert shared.tokens == alone.tokens == sum(d.inputs for d in PAIRS)
+    assert shared.input_ids.numel() == 20 + 16 + 3 + 2 + 18 + 1 + 3 + 4
+    for a, b in zip(alone.trained()[1:], shared.trained()[1:], strict=True):
+        assert torch.equal(a, b)
+    rows = [batch.trained()[0] for batch in (alone, shared)]
+    for name in ("input_ids", "position"):
+        assert torch.equal(*(getattr(b, name)[0, r] for b, r in zip((alone, shared), rows, strict=True)))
+
+
+def test_positions_go_on_behind_the_parent():
+    documents = Documents.of_lengths([3, 2, 1, 4], "cpu", (-1, 0, 0, -1))
+    assert document_positions(documents).tolist() == [0, 1, 2, 3, 4, 3, 0, 1, 2, 3]
+    assert documents.tree.rows.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 8, 9]
+    assert documents.tree.whole.lengths == [5, 4, 4]
+
+
+def test_kernel_calls_of_a_tree_by_hand():
+    documents = Documents.of_lengths([3, 2, 1, 4, 2], "cpu", (-1, 0, 1, 0, -1))
+    own = [(slice(0, 3),) * 2, (slice(3, 5),) * 2, (slice(5, 6),) * 2, (slice(6, 10),) * 2, (slice(10, 12),) * 2]
+    below = [(slice(3, 10), slice(0, 3), False), (slice(5, 6), slice(3, 5), False)]
+    assert pieces(documents) == [(*rows, True) for rows in own] + below
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2)])
+@pytest.mark.parametrize("parents", [None, (-1, 0, 1, 1, 0, -1)])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_fused_attention_equals_plain(heads, kv_heads, parents, scale):
+    lengths = [5, 7, 3, 1, 4, 6]
+    documents = Documents.of_lengths(lengths, "cpu", parents)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(sum(lengths), h, 8) for h in (heads, kv_heads, kv_heads)]
+    results = []
+    inputs = [torch.randn(shape, generator=generator) for shape in shapes]
+    upstream = torch.randn(shapes[0], generator=generator)
+    for function in (plain_attention, fused_attention):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = function(*leaves, documents, None, scale)
+        out.backward(upstream)
+        results.append([out, *(x.grad for x in leaves)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6)
+
+
+CONFIGS = [
+    {},
+    {"model_type": "mistral", "sliding_window": 24},
+    {**SHARED, **EXPERTS["gpt_oss"]},
+    {**SHARED, **EXPERTS["llama4_text"]},
+    {"model_type": "qwen3", "head_dim": 12},
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.get("model_type", "llama"))
+@pytest.mark.parametrize("provider", ["huggingface", "unsloth"])
+def test_sharing_changes_neither_states_nor_gradients(config, provider):
+    results = []
+    for share in (False, True):
+        model = random_model(**config).train()
+        for module in model.modules():
+            if getattr(module, "ops", None) is PLAIN:
+                module.ops = PROVIDERS[provider]().ops
+        inject(model, LoraSpec(2, 4), torch.Generator().manual_seed(0))
+        for i, (_, layer) in enumerate(lora_layers(model)):
+            layer.lora_B.data.normal_(generator=torch.Generator().manual_seed(i))
+        batch = collate(PAIRS, share_prefixes=share)
+        hidden = model(batch.input_ids, batch.position, batch.document, parents=batch.parents)
+        states = hidden.flatten(0, 1)[batch.trained()[0]]
+        states.square().sum().backward()
+        results.append([states, *(p.grad for p in model.parameters() if p.requires_grad)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5 * a.abs().max().item())
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.get("model_type", "llama"))
+@pytest.mark.parametrize("recompute", [None, "selective", "full"])
+def test_asking_for_some_rows_changes_neither_their_states_nor_gradients(config, recompute):
+    results, rows = [], torch.tensor([3, 9, 10, 18])
+    for wanted in (None, rows):
+        model = random_model(**config).train()
+        inject(model, LoraSpec(2, 4), torch.Generator().manual_seed(0))
+        for i, (_, layer) in enumerate(lora_layers(model)):
+            layer.lora_B.data.normal_(generator=torch.Generator().manual_seed(i))
+        model.recompute = recompute
+        hidden = model(torch.arange(20)[None], rows=wanted)
+        states = hidden if wanted is not None else hidden[0, rows]
+        states.square().sum().backward()
+        results.append([states, *(p.grad for p in model.parameters() if p.requires_grad)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5 * a.abs().max().item())
