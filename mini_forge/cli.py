@@ -7,6 +7,8 @@ Exit codes: 0 done; 2 the user's input is wrong, one line `error: …` on stderr
 import argparse
 import json
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 from mini_forge import __version__
@@ -47,6 +49,17 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--overwrite", action="store_true", help="replace a run that is already there")
         if name == "check":
             command.add_argument("--json", action="store_true", help="print one JSON object")
+
+    command = commands.add_parser("bench", help="measure speed and memory of a few training steps")
+    command.add_argument("config", metavar="CONFIG", help="JSON configuration file")
+    command.add_argument("--set", metavar="KEY=VALUE", type=_setting, action="append", default=[], dest="settings",
+                         help="set a key, as if written in CONFIG; VALUE is JSON or a bare string")  # fmt: skip
+    command.add_argument("--dataset", metavar="FILE", help="dataset to use instead of CONFIG's")
+    command.add_argument("--steps", metavar="N", type=_positive, default=10, help="optimizer steps (default 10)")
+    command.add_argument("--shape", metavar="NAME", help="a model of that size with random weights, on random tokens")
+    command.add_argument("--length", metavar="L", type=_positive, help="tokens of a random row")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.set_defaults(output_dir=None)
 
     command = commands.add_parser("eval", help="a run's metrics on a dataset")
     command.add_argument("run", metavar="RUN_OR_ADAPTER")
@@ -149,6 +162,22 @@ def _check(options):
     print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else format_report(report))
 
 
+def _bench(options):
+    called = time.perf_counter()
+    from mini_forge.bench.measure import bench, format_results
+    from mini_forge.training.loop import Interrupted
+
+    if options.shape:  # in place of what the file names, if it names any
+        options.settings += [("model_name", options.shape), ("dataset", "random tokens")]
+    report = (lambda line: None) if options.json else partial(print, flush=True)
+    try:
+        result = bench(load_config(options), steps=options.steps, shape=options.shape, length=options.length,
+                       called=called, report=report)  # fmt: skip
+    except Interrupted as stopped:
+        raise SystemExit(128 + stopped.signal_number) from None
+    print(json.dumps(result, indent=2, ensure_ascii=False) if options.json else "\n".join(format_results(result)))
+
+
 def _eval(options):
     from mini_forge.inference.evaluate import format_table, write_eval
     from mini_forge.use import evaluate_run
@@ -207,4 +236,4 @@ def _schema(options):
 
 
 COMMANDS = {"train": _train, "check": _check, "eval": _eval, "generate": _generate, "chat": _chat, "merge": _merge,
-            "schema": _schema}  # fmt: skip
+            "schema": _schema, "bench": _bench}  # fmt: skip

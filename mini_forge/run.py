@@ -105,12 +105,12 @@ def train(
     return _run(prepared, model, lora, folder, loop, report)
 
 
-def build_model(prepared: Prepared, lora: LoraSpec, report=print) -> Decoder:
-    """The base model as the plan says, with LoRA layers, ready to train."""
+def build_model(prepared: Prepared, lora: LoraSpec, report=print, load: Callable = load_base) -> Decoder:
+    """The base model as the plan says, with LoRA layers, ready to train. load: where its weights come from."""
     config, plan = prepared.config, prepared.plan
     provider = PROVIDERS[config.provider]()
     report(provider.describe())
-    model = load_base(
+    model = load(
         prepared.folder,
         getattr(torch, plan.dtype),
         plan.device,
