@@ -35,7 +35,7 @@ def check(config: TrainingConfig, *, resume: bool = False, overwrite: bool = Fal
             "device": prepared.plan.device,
             "precision": prepared.plan.dtype,
             "base weights": prepared.plan.quantization or prepared.plan.dtype,
-            "provider": PROVIDERS[config.provider]().describe(),
+            "provider": PROVIDERS[config.provider](prepared.plan.device).describe(),
         },
         "adapter": {"rank": lora.rank, "alpha": lora.alpha, "scaling": lora.scaling, "dropout": lora.dropout},
         "dataset": {

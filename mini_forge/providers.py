@@ -14,12 +14,11 @@ from mini_forge_kernels import TRITON_OPS
 from mini_forge_kernels import missing as missing_in_triton
 from mini_forge_kernels.attention import attention
 from mini_forge_kernels.rms_norm import rms_norm
-from mini_forge_kernels.rope import apply_rope, rope_qk
+from mini_forge_kernels.rope import rope_qk
 from mini_forge_kernels.swiglu import clamped_swiglu, swiglu
 
 FUSED = {
     "rms_norm": rms_norm,
-    "apply_rope": apply_rope,
     "rope_qk": rope_qk,
     "swiglu": swiglu,
     "clamped_swiglu": clamped_swiglu,

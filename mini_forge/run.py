@@ -108,7 +108,7 @@ def train(
 def build_model(prepared: Prepared, lora: LoraSpec, report=print, load: Callable = load_base) -> Decoder:
     """The base model as the plan says, with LoRA layers, ready to train. load: where its weights come from."""
     config, plan = prepared.config, prepared.plan
-    provider = PROVIDERS[config.provider]()
+    provider = PROVIDERS[config.provider](plan.device)
     report(provider.describe())
     model = load(
         prepared.folder,

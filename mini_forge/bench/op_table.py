@@ -20,7 +20,7 @@ from mini_forge.model.ops import Ops
 
 GROUPS = ("matrix products", "LoRA products", "dequantizing", "attention", "norms", "rope", "gated unit", "loss head",
           "optimizer", "other operations", "between operations")  # fmt: skip
-OPS = {"rms_norm": "norms", "apply_rope": "rope", "rope_qk": "rope", "swiglu": "gated unit",
+OPS = {"rms_norm": "norms", "rope_qk": "rope", "swiglu": "gated unit",
        "clamped_swiglu": "gated unit", "attention": "attention"}  # fmt: skip
 OTHERS = {"unit": "gated unit", "dequantized": "dequantizing", "expert": "dequantizing"}  # methods of modules
 MATRIX = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm", "aten::linear", "aten::matmul",

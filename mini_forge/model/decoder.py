@@ -67,8 +67,7 @@ class Attention(nn.Module):
         if self.q_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         if self.layer.rope is not None:
-            rotation = stream.rotations[self.layer.rope]
-            query, key = self._rotate(query, *rotation), self._rotate(key, *rotation)
+            query, key = self._rotate(query, key, *stream.rotations[self.layer.rope])
         if self.norm_after_rope:
             ones = torch.ones_like(query[0, 0])
             query, key = self.ops.rms_norm(query, ones, self.eps), self.ops.rms_norm(key, ones, self.eps)
@@ -87,13 +86,15 @@ class Attention(nn.Module):
         projected = project(x, self.q_proj, self.k_proj, self.v_proj, make=norm)
         return (p.unflatten(-1, (-1, self.head_size)) for p in projected)
 
-    def _rotate(self, x, cos, sin):
+    def _rotate(self, query, key, cos, sin):
         """The rotation turns the first channels, as many as it has; most checkpoints turn all."""
-        x = functional.interleaved_to_halves(x) if self.is_interleaved else x
+        if self.is_interleaved:
+            query, key = functional.interleaved_to_halves(query), functional.interleaved_to_halves(key)
         turned = cos.shape[-1]
-        if turned == x.shape[-1]:
-            return self.ops.apply_rope(x, cos, sin)
-        return torch.cat((self.ops.apply_rope(x[..., :turned], cos, sin), x[..., turned:]), dim=-1)
+        if turned == self.head_size:
+            return self.ops.rope_qk(query, key, cos, sin)
+        heads = self.ops.rope_qk(query[..., :turned], key[..., :turned], cos, sin)
+        return (torch.cat((x, rest[..., turned:]), dim=-1) for x, rest in zip(heads, (query, key), strict=True))
 
     def _attend(self, query, key, value, documents: Documents):
         if self.layer.chunk is not None:
