@@ -9,13 +9,27 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from mini_forge.model.decoder import Decoder
+from mini_forge.model.lora import LoRAStack, lora_layers
 from mini_forge.model.ops import PLAIN, Ops
-from mini_forge_kernels import TRITON_OPS
+from mini_forge.model.stacks import use_kernels
+from mini_forge.training import losses
+from mini_forge_kernels import TRITON_OPS, linear_cross_entropy
 from mini_forge_kernels import missing as missing_in_triton
 from mini_forge_kernels.attention import attention
+from mini_forge_kernels.dequantize import dequantize_4bit, dequantize_mxfp4, matmul_4bit, matmul_mxfp4
+from mini_forge_kernels.grouped_lora import grouped_lora
 from mini_forge_kernels.rms_norm import rms_norm
 from mini_forge_kernels.rope import rope_qk
 from mini_forge_kernels.swiglu import clamped_swiglu, swiglu
+from mini_forge_kernels.triton_support import reason_not
+
+
+def token_nll(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """`losses.token_nll`, whose chunks of logits are torch's, or the same in Triton where that runs."""
+    in_torch = reason_not(hidden.device) is not None
+    return (losses if in_torch else linear_cross_entropy).token_nll(hidden, weight, targets)
+
 
 FUSED = {
     "rms_norm": rms_norm,
@@ -23,7 +37,10 @@ FUSED = {
     "swiglu": swiglu,
     "clamped_swiglu": clamped_swiglu,
     "attention": attention,
+    "token_nll": token_nll,
+    "grouped_lora": grouped_lora,
 }
+STORED = ("dequantize_4bit", "dequantize_mxfp4")  # given to the layers that hold such weights, by `equip`
 UNFUSED = {"gelu_glu": "no fused form"}
 
 
@@ -56,11 +73,20 @@ def fused(device: torch.device | str | None = None) -> Provider:
 
     The ops serve every device; `device` (default: a GPU where there is one) is what the reasons speak of."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    missing = {op: why for op, why in missing_in_triton(device).items() if op in FUSED} | UNFUSED
-    backends = {op: "triton" if op in TRITON_OPS and op not in missing else "torch" for op in FUSED}
+    missing = missing_in_triton(device) | UNFUSED
+    backends = {op: "triton" if op in TRITON_OPS and op not in missing else "torch" for op in (*FUSED, *STORED)}
     if device.type != "cpu":
         backends["attention"], missing["attention"] = "plain", "torch's own kernels are used"
     return Provider(replace(PLAIN, name="fused", **FUSED), backends, missing)
+
+
+def equip(model: Decoder, provider: Provider):
+    """Give the layers that make their own products, 4-bit weights and adapted experts, the provider's, in place."""
+    for _, layer in lora_layers(model):
+        if isinstance(layer, LoRAStack):
+            layer.update = provider.ops.grouped_lora
+    if provider.backends.get("dequantize_4bit") == "triton":
+        use_kernels(model, (dequantize_4bit, matmul_4bit), (dequantize_mxfp4, matmul_mxfp4))
 
 
 PROVIDERS = {"huggingface": plain, "unsloth": fused}

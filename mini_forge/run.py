@@ -22,7 +22,7 @@ from mini_forge.model.decoder import Decoder
 from mini_forge.model.families.layout import PerExpert
 from mini_forge.model.lora import LoraSpec, inject
 from mini_forge.prepare import Prepared, adapter_spec, has_reference, is_labelled, is_paired, model_identity, prepare
-from mini_forge.providers import PROVIDERS
+from mini_forge.providers import PROVIDERS, equip
 from mini_forge.stages import Stages, clear, has_begun
 from mini_forge.training.dpo import fill_reference, preference_objective
 from mini_forge.training.kto import KTOOptions, kto_objective, label_means
@@ -120,6 +120,7 @@ def build_model(prepared: Prepared, lora: LoraSpec, report=print, load: Callable
         ops=provider.ops,
     )
     inject(model, lora, torch.Generator().manual_seed(config.seed))
+    equip(model, provider)
     if config.adapter_format == "per-expert" and not isinstance(model.layout, PerExpert | None):
         raise ConfigError(
             'adapter_format: "per-expert" is for models whose checkpoints store each expert by itself; this one stores '

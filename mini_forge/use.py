@@ -1,7 +1,6 @@
 """Use a trained run or a plain model: the same template, system prompt and precision it was trained with."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,6 +8,7 @@ import torch
 from mini_forge.config import TrainingConfig, detect_machine, resolve
 from mini_forge.data.batches import split, tokenize
 from mini_forge.data.chat import Template, choose_template
+from mini_forge.data.pairs import flatten, tokenize_pairs
 from mini_forge.data.rows import read_rows
 from mini_forge.data.tasks import Labelled, Pair, load_examples, user_message
 from mini_forge.data.tokenizer import Tokenizer
@@ -21,8 +21,9 @@ from mini_forge.model.decoder import Decoder
 from mini_forge.prepare import has_reference, is_labelled, tokenise_rows
 from mini_forge.run import held_out_metrics
 from mini_forge.stages import sampling_of, scorer_of
+from mini_forge.training.reward import Scorer
 from mini_forge.training.rlhf import evaluate_policy
-from mini_forge.training.rollouts import encode_prompts
+from mini_forge.training.rollouts import encode_prompts, rollout_of
 from mini_forge.training.sft import SFT
 
 
@@ -97,7 +98,8 @@ def evaluate_run(
 ) -> tuple[dict, list[dict]]:
     """Metrics and predictions of a run or adapter on a dataset: loss and perplexity, and the task's own scores; of a
     run on pairs or labelled responses, by how much it prefers the good ones; of rlhf, the mean reward of responses to
-    the prompts, sampled as in training with draws that are always the same, and their KL to the reference.
+    the prompts, sampled as in training with draws that are always the same, and their KL to the reference, and of pairs
+    how often the reward prefers the chosen response.
 
     Without `dataset`: the run's eval_dataset, else the very rows it held out."""
     session = Session.open(path)
@@ -145,13 +147,34 @@ def _reward_metrics(session: Session, path: str, pairs: list[Pair], max_length: 
          "reward": sample["reward"], "kl": sample["kl"]}
         for pair, sample in zip(pairs, samples, strict=True)
     ]  # fmt: skip
+    if all(pair.chosen is not None for pair in pairs):
+        metrics |= _reward_of_pairs(session, pairs, rows, max_length, score)
     return {"rows": len(pairs), "truncated_prompts": cut} | metrics, predictions
+
+
+def _reward_of_pairs(session: Session, pairs: list[Pair], rows: dict, max_length: int, score: Scorer) -> dict:
+    """How often, and by how much, the run's reward prefers the chosen responses that the dataset has."""
+    documents, _ = tokenize_pairs(pairs, session.template, session.tokenizer, max_length, session.system_prompt)
+    responses = [rollout_of(side, session.tokenizer, rows[side.line]) for side in flatten(documents)]
+    if not responses:
+        return {}
+    chosen, rejected = score(responses).float().view(-1, 2).unbind(1)
+    return {"eval_reward_accuracy": float((chosen > rejected).float().mean()),
+            "eval_reward_margin": float((chosen - rejected).mean()), "eval_pairs": len(documents)}  # fmt: skip
+
+
+def _holds_pairs(path: str) -> bool:
+    return all({"chosen", "rejected"} <= row.fields.keys() for row in read_rows(path))
 
 
 def _evaluation_examples(config: TrainingConfig | None, dataset: str | None):
     task, strategy = (config.task, config.strategy) if config else ("text-generation", "sft")
     takes_labels = config is not None and is_labelled(config)
-    load = partial(load_examples, task=task, strategy=strategy, needs_pairs=strategy == "dpo", is_labelled=takes_labels)
+
+    def load(path: str):
+        needs_pairs = strategy == "dpo" or (strategy == "rlhf" and _holds_pairs(path))
+        return load_examples(path, task, strategy, needs_pairs, takes_labels)
+
     if dataset is not None:
         return load(dataset)
     if config is None:

@@ -280,10 +280,10 @@ def test_the_reference_is_the_model_without_its_adapter(adapted):
 
 def test_no_logits_of_the_whole_batch_are_made(adapted, monkeypatch):
     heads = []
-    from mini_forge.training import dpo
+    from mini_forge.training import losses
 
-    token_nll = dpo.token_nll
-    monkeypatch.setattr(dpo, "token_nll", lambda h, w, t: heads.append(len(h)) or token_nll(h, w, t))
+    token_nll = losses.token_nll
+    monkeypatch.setattr(losses, "token_nll", lambda h, w, t: heads.append(len(h)) or token_nll(h, w, t))
     score_pairs(adapted, collate_pairs(PAIRS))
     assert heads == [10, 10]  # reference and policy, the 3 + 2 + 1 + 4 response tokens of 16
 

@@ -286,7 +286,9 @@ def test_a_reason_is_given_for_each_op_where_triton_does_not_run(monkeypatch):
     monkeypatch.setattr(triton_support, "IS_INSTALLED", False)
     for device in ("cpu", "cuda"):
         reasons = mini_forge_kernels.missing(torch.device(device))
-        assert set(reasons) == set(mini_forge_kernels.TRITON_OPS) == set(OPS) - {"apply_rope"}
+        assert set(reasons) == set(mini_forge_kernels.TRITON_OPS) == {
+            *(set(OPS) - {"apply_rope"}), "token_nll", "grouped_lora", "dequantize_4bit", "dequantize_mxfp4"
+        }  # fmt: skip
         assert set(reasons.values()) == {"triton is not installed: pip install 'mini-forge[kernels]'"}
     monkeypatch.setattr(triton_support, "IS_INSTALLED", True)
     assert mini_forge_kernels.missing(cpu)["rms_norm"] == "Triton needs a CUDA device, this is cpu"
@@ -300,7 +302,7 @@ def test_a_reason_is_given_for_each_op_where_triton_does_not_run(monkeypatch):
 def test_a_provider_says_what_is_in_use_and_what_is_missing(monkeypatch):
     assert PROVIDERS["huggingface"]().describe() == "ops: plain"
     rest = "; plain: gelu_glu (no fused form)"
-    names = "rms_norm, rope_qk, swiglu, clamped_swiglu"
+    names = "rms_norm, rope_qk, swiglu, clamped_swiglu, token_nll, grouped_lora, dequantize_4bit, dequantize_mxfp4"
     monkeypatch.setattr(triton_support, "IS_INSTALLED", True)
     here = PROVIDERS["unsloth"]("cpu").describe()
     assert here == f"ops: fused; torch: {names} (Triton needs a CUDA device, this is cpu); torch: attention" + rest

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from mini_forge.errors import CheckpointError, UserError
-from mini_forge.model import fourbit
+from mini_forge.model import fourbit, quant
 from mini_forge.model.quant import (
     Linear4bit,
     Linear8bit,
     backend,
     dequantize_4bit,
     dequantized_weight,
+    frozen_product,
     quantize_4bit,
     quantize_8bit,
 )
@@ -347,14 +348,23 @@ def test_the_loaned_weight_is_one_buffer_for_all_layers():
 
 
 def test_the_loan_works_in_and_after_inference_mode():
-    from mini_forge.model import quant
-
     quant._LOANED.__dict__.clear()
     layer = next(layers())
     x = torch.randn(2, 50)
     with torch.inference_mode():
         y = layer(x)
     assert torch.equal(layer(x.requires_grad_()), y)
+
+
+def test_frozen_product_is_that_of_every_kind_of_layer():
+    dense = nn.Linear(50, 33)
+    for layer in (*layers(), dense, *layers(bias=False, compute_dtype=torch.bfloat16)):
+        weight = layer.weight if layer is dense else layer.dequantized(layer.compute_dtype)
+        x = torch.randn(4, 50)
+        bias = None if layer.bias is None else layer.bias.to(weight.dtype)
+        expected = F.linear(x.to(weight.dtype), weight, bias).float()
+        with torch.no_grad():
+            assert torch.equal(frozen_product(x, layer), expected)
 
 
 def test_threads_have_buffers_of_their_own():

@@ -231,10 +231,15 @@ def test_eval_tells_reward_and_kl_on_held_out_prompts(settings, prompts_only, ca
     assert metrics["eval_rows"] == held_out["eval_rows"] == 4
     for name in ("eval_reward_mean", "eval_kl"):
         assert metrics[name] == pytest.approx(held_out[name], abs=1e-5)
+    of_pairs = [m for m in RunFolder(result.output_dir / "reward").metrics() if "eval_reward_margin" in m][-1]
+    assert metrics["eval_pairs"] == of_pairs["eval_pairs"] == 4 and of_pairs["eval_reward_margin"] > 0.1
+    for name in ("eval_reward_accuracy", "eval_reward_margin"):
+        assert metrics[name] == pytest.approx(of_pairs[name], abs=1e-5)
     predictions = [json.loads(line) for line in (result.output_dir / "predictions.jsonl").read_text().splitlines()]
     assert len(predictions) == 4 and predictions[0].keys() == {"prompt", "prediction", "reference", "reward", "kl"}
     assert main(["eval", str(result.output_dir), "--dataset", str(prompts_only), "--limit", "5"]) == 0
-    assert json.loads((result.output_dir / "eval.json").read_text())["eval_rows"] == 5
+    metrics = json.loads((result.output_dir / "eval.json").read_text())
+    assert metrics["eval_rows"] == 5 and "eval_reward_accuracy" not in metrics  # prompts alone prefer nothing
 
 
 def cli(settings, tmp_path, *arguments) -> int:

@@ -10,7 +10,8 @@ import torch
 
 from mini_forge_kernels.triton_support import reason_not
 
-TRITON_OPS = ("rms_norm", "rope_qk", "swiglu", "clamped_swiglu")
+TRITON_OPS = ("rms_norm", "rope_qk", "swiglu", "clamped_swiglu", "token_nll", "grouped_lora", "dequantize_4bit",
+              "dequantize_mxfp4")  # fmt: skip
 
 
 def missing(device: torch.device) -> dict[str, str]:

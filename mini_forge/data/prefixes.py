@@ -1,7 +1,7 @@
 """Prompts that documents share, computed once.
 
-Rows of a dataset often begin alike: with the same system prompt, or, as chosen and rejected, with the same whole prompt.
-A causal model's states of such a beginning are the same in every document, so a batch can hold it once and let each
+Rows of a dataset often begin alike: with the same system prompt, or, as chosen and rejected, with the same prompt. A
+causal model's states of such a beginning are the same in every document, so a batch can hold it once and let each
 document continue it. `plan_segments` lays a batch out as a tree: a segment is a run of tokens of one document or of
 several, and continues another segment or none. Only tokens whose target is not trained on are shared: a trained one
 has a loss in every document.
@@ -62,7 +62,7 @@ def _common(inputs, limits, members: list[int], depth: int) -> int:
 
 
 def _by_next_token(inputs, limits, members: list[int], depth: int) -> list[list[int]]:
-    """The members by their token at `depth`, in the order in which they first appear; who may share no more is alone."""
+    """The members by their token at `depth`, in the order of first appearance; who may share no more is alone."""
     groups: dict = {}
     for i in members:
         key = int(inputs[i][depth]) if depth < limits[i] else ("alone", i)

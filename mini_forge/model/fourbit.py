@@ -54,11 +54,21 @@ class Quantized4bit:
         return self.nested_absmax is not None
 
     @property
+    def code(self) -> torch.Tensor:
+        """float32 (16,): the value of each code, on the weight's device."""
+        return code_table(self.quant_type, self.packed.device)
+
+    @property
+    def nested_code(self) -> torch.Tensor:
+        """float32 (256,): the value of each code of a nested absmax."""
+        return dynamic_map(self.packed.device)
+
+    @property
     def absmax(self) -> torch.Tensor:
         """float32 (⌈n/blocksize⌉,): the scale of each block, as dequantizing uses it."""
         if not self.nested:
             return self.stored_absmax
-        codes = dynamic_map(self.packed.device).index_select(0, self.stored_absmax.int())
+        codes = self.nested_code.index_select(0, self.stored_absmax.int())
         return _scale_blocks(codes, self.nested_absmax, NESTED_BLOCKSIZE) + self.nested_offset
 
 
@@ -175,6 +185,12 @@ def _decode_bitsandbytes(packed: torch.Tensor, absmax: torch.Tensor, q: Quantize
 
 
 _DECODERS = {"torch": _decode_torch, "bitsandbytes": _decode_bitsandbytes}
+
+
+@functools.cache
+def code_table(quant_type: str, device: torch.device) -> torch.Tensor:
+    """float32 (16,): the values of the codes."""
+    return torch.tensor(CODES[quant_type], device="cpu").to(device)
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from mini_forge.model.stacks import expert_weight
+from mini_forge.model.stacks import expert_product, expert_weight
 
 
 def grouped_products(x: torch.Tensor, stack, bias: torch.Tensor | None, counts: list[int]) -> torch.Tensor:
@@ -26,7 +26,7 @@ class _FrozenProducts(torch.autograd.Function):
         else:
             out = x.new_empty(len(x), stack.shape[1])
             for e, rows in blocks(counts):
-                torch.mm(x[rows], expert_weight(stack, e, x.dtype).t(), out=out[rows])
+                expert_product(x[rows], stack, e, out[rows])
         if bias is not None:
             for e, rows in blocks(counts):
                 out[rows] += bias[e].to(x.dtype)

@@ -74,7 +74,10 @@ class LoRALinear(nn.Module):
 class LoRAStack(nn.Module):
     """A frozen stack of expert matrices (E, out, in), each with a trained update: A (E, R, in), B (E, out, R).
 
-    Two products for each expert's rows, s·(x̃ A_eᵀ) B_eᵀ; no ΔW is formed, and experts without rows cost nothing."""
+    Two products for each expert's rows, s·(x̃ A_eᵀ) B_eᵀ; no ΔW is formed, and experts without rows cost nothing.
+    `update(out, x̃, A, B, s, counts)` gives out with these added, where a provider has a faster form."""
+
+    update: Callable | None = None
 
     def __init__(self, base: nn.Parameter | nn.Module, spec: LoraSpec, generator: torch.Generator | None = None):
         super().__init__()
@@ -93,6 +96,8 @@ class LoRAStack(nn.Module):
         if not self.enabled:
             return out
         dropped = F.dropout(x, self.dropout, self.training)
+        if self.update is not None:
+            return self.update(out, dropped, self.lora_A, self.lora_B, self.scaling, counts)
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         if is_groupable(dropped, A) and is_groupable(dropped, B):
             low = grouped(dropped, A.transpose(1, 2), counts)

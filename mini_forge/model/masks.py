@@ -76,8 +76,9 @@ class Documents:
 class Tree:
     """Segments that continue others, and the whole documents they make.
 
-    parents: of each segment an earlier one, or -1. `stream[rows]` is the stream of the whole documents, each with what it
-    continues before it; `whole_stream[first]` is the stream of segments again. is_chunked: `whole` has been cut further."""
+    parents: of each segment an earlier one, or -1. Of the stream of segments, `rows` picks the stream of the whole
+    documents, each behind what it continues, and `first` picks from that the stream of segments again. is_chunked:
+    `whole` has been cut further."""
 
     parents: tuple[int, ...]
     rows: torch.Tensor  # (M,) int64

@@ -24,6 +24,8 @@ class Ops:
     swiglu: Callable
     clamped_swiglu: Callable
     attention: Callable
+    token_nll: Callable | None = None  # of losses.py, which is used where this is None
+    grouped_lora: Callable | None = None  # `LoRAStack.update`
 
 
 def rope_qk(

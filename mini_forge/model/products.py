@@ -14,10 +14,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from mini_forge.model.quant import dequantized_weight
+from mini_forge.model.quant import dequantized_weight, frozen_product
 
 Seed = tuple[float, int] | None  # rate and seed of one layer's dropout; None: none
 
@@ -61,7 +60,7 @@ class _AdaptedProducts(torch.autograd.Function):
         ctx.bases = [layer.base for layer in layers]
         lows = _low_products(_dropped(flat, seeds), [A.to(x.dtype) for A in factors[::2]])
         ctx.save_for_backward(*tensors, *lows)
-        outs = [_base_product(flat, base) for base in ctx.bases]
+        outs = [frozen_product(flat, base) for base in ctx.bases]
         for out, low, B, scale in zip(outs, lows, factors[1::2], ctx.scales, strict=True):
             out.addmm_(low, B.to(x.dtype).t(), alpha=scale)
         return tuple(out.view(*x.shape[:-1], -1) for out in outs)
@@ -143,12 +142,6 @@ def _masks(x: torch.Tensor, seeds: Sequence[Seed]) -> list[torch.Tensor | None]:
 def _dropped(x: torch.Tensor, seeds: Sequence[Seed]) -> list[torch.Tensor]:
     """x for each projection with its own dropout mask, not yet divided by 1 - rate."""
     return [x if keep is None else x * keep for keep in _masks(x, seeds)]
-
-
-def _base_product(x: torch.Tensor, base: nn.Module) -> torch.Tensor:
-    compute = getattr(base, "compute_dtype", x.dtype)
-    bias = None if base.bias is None else base.bias.to(compute)
-    return F.linear(x.to(compute), dequantized_weight(base, compute), bias).to(x.dtype)
 
 
 def _base_gradient(grad: torch.Tensor, base: nn.Module, onto: torch.Tensor | None = None) -> torch.Tensor:

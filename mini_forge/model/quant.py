@@ -26,15 +26,19 @@ from mini_forge.model.fourbit import (
 )
 
 __all__ = [
-    "Linear4bit", "Linear8bit", "Quantized4bit", "backend", "dequantize_4bit", "dequantized_weight", "quantize_4bit",
-    "quantize_8bit",
+    "Linear4bit", "Linear8bit", "Quantized4bit", "backend", "dequantize_4bit", "dequantized_weight", "frozen_product",
+    "quantize_4bit", "quantize_8bit",
 ]  # fmt: skip
 
 
 class Linear4bit(nn.Module):
     """A frozen linear layer stored in 4 bits: y = x Wᵀ + b, computed in `compute_dtype`, returned in x's dtype.
 
-    Its buffers are all it stores: packed, absmax, and for nested statistics nested_absmax and nested_offset."""
+    Its buffers are all it stores: packed, absmax, and for nested statistics nested_absmax and nested_offset. What makes
+    it dense is `dequantize`; `matmul`, where it is one, multiplies it as it is stored (see `stacks.use_kernels`)."""
+
+    dequantize = staticmethod(dequantize_4bit)
+    matmul = None
 
     def __init__(self, quantized: Quantized4bit, bias: torch.Tensor | None = None, compute_dtype=None):
         super().__init__()
@@ -72,7 +76,7 @@ class Linear4bit(nn.Module):
 
     def dequantized(self, dtype: torch.dtype | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         """W (out, in), in memory of its own, or in `out`."""
-        return dequantize_4bit(self.quantized, dtype, out)
+        return self.dequantize(self.quantized, dtype, out)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _FrozenProduct.apply(x, self.bias, self)
@@ -138,11 +142,25 @@ def dequantized_weight(layer: nn.Linear | Linear4bit | Linear8bit, dtype: torch.
 
     Use it at once, in a product whose backward is written by hand. On CPU it lies in one buffer per thread and dtype,
     which grows to the largest weight seen: fresh pages would cost as much as dequantizing (4096² floats: 64 MiB). The
-    buffer belongs to the thread, so threads do not meet in it. Elsewhere torch's caching allocator is that buffer."""
+    buffer belongs to the thread, so threads do not meet in it. Elsewhere torch's caching allocator is that buffer, one
+    of each size: it hands the block that a product has freed to the next, in the order of the stream."""
     if isinstance(layer, nn.Linear):
         return layer.weight.to(dtype)
-    shape, device = (layer.out_features, layer.in_features), next(layer.buffers()).device
-    return layer.dequantized(out=_buffer(shape, dtype, device))
+    device = next(layer.buffers()).device
+    if device.type != "cpu":  # not into a buffer: some decoders make a tensor of their own, which would be a second one
+        return layer.dequantized(dtype)
+    return layer.dequantized(out=_buffer((layer.out_features, layer.in_features), dtype, device))
+
+
+def frozen_product(x: torch.Tensor, layer: nn.Linear | Linear4bit | Linear8bit) -> torch.Tensor:
+    """x Wᵀ + b of any linear layer, in its compute_dtype (a dense one's: x's), returned in x's dtype.
+
+    For functions whose backward is written by hand: what is saved here for autograd may be on loan."""
+    compute = getattr(layer, "compute_dtype", x.dtype)
+    bias = None if layer.bias is None else layer.bias.to(compute)
+    if isinstance(layer, Linear4bit) and layer.matmul:
+        return layer.matmul(x.to(compute), layer.quantized, bias).to(x.dtype)
+    return F.linear(x.to(compute), dequantized_weight(layer, compute), bias).to(x.dtype)
 
 
 def quantize_8bit(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,9 +207,7 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, layer):
         ctx.layer = layer
-        compute = layer.compute_dtype
-        bias = None if bias is None else bias.to(compute)
-        return F.linear(x.to(compute), dequantized_weight(layer, compute), bias).to(x.dtype)
+        return frozen_product(x, layer)
 
     @staticmethod
     def backward(ctx, grad):

@@ -8,11 +8,15 @@ Three forms with one interface, each an nn.Module of buffers only:
 
     count, out_features, in_features, shape (E, out, in), compute_dtype, stored_bytes
     expert(e, dtype, out)   W (out, in) of one expert, on loan
+    matmul, stored(e)       None, or a function of x, *stored(e) → x W_eᵀ that multiplies it as it is stored
     put(e, weight)          quantize and store one expert: loading needs the stack and one matrix (put_packed for MXFP4)
     empty(count, out_features, in_features, ...)   all buffers, uninitialised: what loading fills
 
 Also here: the order of gate and up rows, which some checkpoints interleave.
 """
+
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -20,7 +24,7 @@ from torch import nn
 from mini_forge.errors import CheckpointError, UserError
 from mini_forge.model.fourbit import CHUNK, CODES, NESTED_BLOCKSIZE, Quantized4bit, dequantize_4bit, quantize_4bit
 from mini_forge.model.mxfp4 import BLOCK, NAN_SCALE, check_packed, dequantize_mxfp4
-from mini_forge.model.quant import Linear8bit, _buffer, _keep_dtypes, quantize_8bit
+from mini_forge.model.quant import Linear4bit, Linear8bit, _buffer, _keep_dtypes, quantize_8bit
 
 BLOCKSIZE = 64  # of Stack4bit: bitsandbytes' default, and what QLoRA (2305.14314) §3 uses
 
@@ -28,6 +32,9 @@ BLOCKSIZE = 64  # of Stack4bit: bitsandbytes' default, and what QLoRA (2305.1431
 class Stack4bit(nn.Module):
     """E matrices in NF4 or FP4: packed uint8 (E, ⌈n/2⌉) and absmax float32 (E, ⌈n/64⌉), n = out·in; with nested
     statistics absmax uint8, nested_absmax float32 (E, ⌈⌈n/64⌉/256⌉) and nested_offset float32 (E,)."""
+
+    dequantize = staticmethod(dequantize_4bit)
+    matmul = None
 
     def __init__(self, shape, packed, absmax, nested_absmax=None, nested_offset=None, quant_type="nf4",
                  compute_dtype=torch.float32):  # fmt: skip
@@ -78,14 +85,18 @@ class Stack4bit(nn.Module):
     def expert(self, e: int, dtype: torch.dtype | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         """W (out, in) of expert e in `dtype` (default: compute_dtype), on loan as `dequantized_weight` lends: the next
         call overwrites it. Or in `out`, contiguous, whose dtype decides. Carries no gradient."""
+        if self.packed.device.type != "cpu":
+            return self.dequantize(*self.stored(e), dtype or self.compute_dtype, out)
         out = _loan(self, dtype) if out is None else out
         flat = out.view(self.out_features * self.in_features)
-        # On CPU a part at a time, whole blocks of nested scales: those of a whole matrix are n/16 bytes, a few times.
-        step = CHUNK if flat.device.type == "cpu" else flat.numel()
-        for start in range(0, flat.numel(), step):
-            stop = min(start + step, flat.numel())
-            dequantize_4bit(self._part(e, start, stop), out=flat[start:stop])
+        # A part at a time, whole blocks of nested scales: those of a whole matrix are n/16 bytes, a few times.
+        for start in range(0, flat.numel(), CHUNK):
+            stop = min(start + CHUNK, flat.numel())
+            self.dequantize(self._part(e, start, stop), out=flat[start:stop])
         return out
+
+    def stored(self, e: int) -> tuple[Quantized4bit]:
+        return (replace(self._part(e, 0, self.out_features * self.in_features), shape=self.shape[1:]),)
 
     def _part(self, e: int, start: int, stop: int) -> Quantized4bit:
         """Weights start … stop of expert e; start is a multiple of CHUNK or 0."""
@@ -104,6 +115,8 @@ class Stack4bit(nn.Module):
 class Stack8bit(nn.Module):
     """E matrices in 8 bits: `weight` int8 (E, out, in) and `SCB` float32 (E, out), the largest magnitude of each row.
     W = weight · SCB/127."""
+
+    matmul = None
 
     def __init__(self, weight: torch.Tensor, SCB: torch.Tensor, compute_dtype=torch.float32):
         super().__init__()
@@ -143,6 +156,9 @@ class Stack8bit(nn.Module):
 class StackMxfp4(nn.Module):
     """E matrices in MXFP4, as the checkpoint stores them: `blocks` uint8 (E, out, in/32, 16), `scales` uint8
     (E, out, in/32), which `.to()` and `.half()` leave. Raises CheckpointError where they do not fit together."""
+
+    dequantize = staticmethod(dequantize_mxfp4)
+    matmul = None
 
     def __init__(self, blocks: torch.Tensor, scales: torch.Tensor, compute_dtype=torch.float32):
         super().__init__()
@@ -186,7 +202,10 @@ class StackMxfp4(nn.Module):
         """W (out, in) of expert e in `dtype` (default: compute_dtype), on loan as `dequantized_weight` lends: the next
         call overwrites it. Or in `out`, contiguous, whose dtype decides. Carries no gradient."""
         out = _loan(self, dtype) if out is None else out
-        return dequantize_mxfp4(self.blocks[e], self.scales[e], out=out)
+        return self.dequantize(*self.stored(e), out=out)
+
+    def stored(self, e: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.blocks[e], self.scales[e]
 
 
 Stack = Stack4bit | Stack8bit | StackMxfp4
@@ -195,6 +214,26 @@ Stack = Stack4bit | Stack8bit | StackMxfp4
 def expert_weight(stack: torch.Tensor | Stack, e: int, dtype: torch.dtype) -> torch.Tensor:
     """W (out, in) of expert e in `dtype`: of a dense (E, out, in) tensor, differentiable, or on loan from a stack."""
     return stack[e].to(dtype) if isinstance(stack, torch.Tensor) else stack.expert(e, dtype)
+
+
+def expert_product(x: torch.Tensor, stack: torch.Tensor | Stack, e: int, out: torch.Tensor):
+    """x W_eᵀ into out. x (m, in) in the dtype of the product, out (m, out). Nothing is kept for autograd."""
+    if isinstance(stack, torch.Tensor) or not stack.matmul:
+        torch.mm(x, expert_weight(stack, e, x.dtype).t(), out=out)
+    else:
+        out.copy_(stack.matmul(x, *stack.stored(e)))
+
+
+def use_kernels(model: nn.Module, four_bit: tuple[Callable, Callable], mxfp4: tuple[Callable, Callable]):
+    """Have all 4-bit weights of a model, in place, made dense by the first and multiplied by the second of each two.
+
+    The first have the signatures and bits of `dequantize_4bit` and `dequantize_mxfp4`. The second give x Wᵀ + bias:
+    four_bit's of x, a Quantized4bit and bias or None; mxfp4's of x, blocks and scales."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit | Stack4bit):
+            module.dequantize, module.matmul = four_bit
+        elif isinstance(module, StackMxfp4):
+            module.dequantize, module.matmul = mxfp4
 
 
 def deinterleave_rows(x: torch.Tensor, dim: int) -> torch.Tensor:

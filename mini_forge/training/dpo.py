@@ -18,7 +18,7 @@ from mini_forge.data.pairs import PairBatch, PairDocument, collate_pairs
 from mini_forge.io.runs import write_atomic
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.lora import disabled
-from mini_forge.training.losses import LossSum, Objective, token_nll
+from mini_forge.training.losses import LossSum, Objective, nll_of
 from mini_forge.training.preferences import LOSSES, REFERENCE_FREE, LossOptions, Scores, rewards
 
 
@@ -29,7 +29,7 @@ def response_logps(model: Decoder, batch: Batch) -> tuple[torch.Tensor, torch.Te
     hundred terms in 16 bits would lose the difference between two responses."""
     rows, targets, owner = batch.trained()
     hidden = model(batch.input_ids, batch.position, batch.document, parents=batch.parents, rows=rows)
-    nll = token_nll(hidden, model.head_weight, targets)
+    nll = nll_of(model)(hidden, model.head_weight, targets)
     zeros = nll.new_zeros(batch.documents)
     return zeros.index_add(0, owner, -nll), zeros.index_add(0, owner, torch.ones_like(nll))
 

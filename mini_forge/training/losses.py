@@ -40,6 +40,11 @@ class Objective:
         return loss.total, loss.count, loss.metrics
 
 
+def nll_of(model) -> Callable[..., torch.Tensor]:
+    """`token_nll`, or what the model's ops have in its place."""
+    return model.ops.token_nll or token_nll
+
+
 def token_nll(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """-log softmax(hidden Wᵀ)[target] of each token, in nats; the (N, V) logits never exist, only chunks of them.
 

@@ -21,7 +21,7 @@ from mini_forge.data.batches import Batch, Document, collate
 from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.lora import disabled
-from mini_forge.training.losses import token_nll
+from mini_forge.training.losses import nll_of
 from mini_forge.training.ppo_math import (
     KL_ESTIMATORS,
     gae,
@@ -121,7 +121,7 @@ def policy_outputs(
     """log π(token) and V(before token) of the batch's N response tokens, both (N,) float32; zeros without a head."""
     rows, targets, _ = batch.trained()
     hidden = model(batch.input_ids, batch.position, batch.document, parents=batch.parents, rows=rows)
-    logps = -token_nll(hidden / temperature, model.head_weight, targets)
+    logps = -nll_of(model)(hidden / temperature, model.head_weight, targets)
     return logps, torch.zeros_like(logps) if value_head is None else value_head(hidden)
 
 

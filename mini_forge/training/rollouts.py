@@ -110,6 +110,14 @@ def sample_rollouts(
     return rollouts
 
 
+def rollout_of(document: Document, tokenizer: Tokenizer, row: dict) -> Rollout:
+    """A response that somebody else wrote, as if it had been sampled: from the first token that is trained on."""
+    start = int(document.is_trained.argmax())
+    prompt, response = document.ids[:start].tolist(), document.ids[start:].tolist()
+    texts = tokenizer.decode(prompt), tokenizer.decode(response)
+    return Rollout(prompt, response, *texts, row, document.line, [0.0] * len(response))
+
+
 @torch.no_grad()
 def sample_responses(
     model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling, generator: torch.Generator

@@ -5,7 +5,7 @@ import torch
 from mini_forge.data.batches import Batch
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.experts import balance_loss, load_metrics
-from mini_forge.training.losses import LossSum, Objective, token_nll
+from mini_forge.training.losses import LossSum, Objective, nll_of
 
 
 def sft_loss(model: Decoder, batch: Batch) -> LossSum:
@@ -15,7 +15,7 @@ def sft_loss(model: Decoder, batch: Batch) -> LossSum:
     wanted = rows if model.spec.experts is None else None
     hidden = model(batch.input_ids, batch.position, batch.document, parents=batch.parents, rows=wanted)
     hidden = hidden if wanted is not None else hidden.flatten(0, 1)[rows]
-    nll = token_nll(hidden, model.head_weight, targets)
+    nll = nll_of(model)(hidden, model.head_weight, targets)
     if not model.routings:
         return LossSum(nll.sum(), nll.numel())
     return _with_balance(model, nll)

@@ -1,0 +1,50 @@
+"""What a provider gives to the layers that make their own products."""
+
+import pytest
+import torch
+
+from mini_forge.model.decoder import Decoder
+from mini_forge.model.families import decoder_spec
+from mini_forge.model.lora import LoraSpec, LoRAStack, inject, lora_layers
+from mini_forge.providers import PROVIDERS, equip, token_nll
+from mini_forge.training import losses
+from mini_forge_kernels import linear_cross_entropy
+from tests.tiny_experts import CONFIGS, SHARED
+
+
+def model_with_experts(provider):
+    model = Decoder(decoder_spec({**SHARED, **CONFIGS["gpt_oss"]}), provider.ops)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    inject(model, LoraSpec(2, 4, targets=("q_proj", "experts.gate_up_proj", "experts.down_proj")), generator)
+    for _, layer in lora_layers(model):
+        layer.lora_B.data.normal_(generator=generator)
+    equip(model, provider)
+    return model.train()
+
+
+def test_experts_of_a_fused_model_equal_the_plain_ones():
+    results = []
+    for name in ("huggingface", "unsloth"):
+        model = model_with_experts(PROVIDERS[name]("cpu"))
+        stacks = [layer for _, layer in lora_layers(model) if isinstance(layer, LoRAStack)]
+        assert stacks and all((layer.update is None) == (name == "huggingface") for layer in stacks)
+        hidden = model(torch.arange(20)[None])
+        hidden.square().sum().backward()
+        results.append([hidden, *(p.grad for p in model.parameters() if p.requires_grad)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5 * a.abs().max().item())
+
+
+def test_the_loss_head_is_the_ops():
+    plain, fused = (PROVIDERS[name]("cpu").ops for name in ("huggingface", "unsloth"))
+    assert losses.nll_of(type("Model", (), {"ops": plain})) is losses.token_nll
+    assert losses.nll_of(type("Model", (), {"ops": fused})) is token_nll
+
+
+@pytest.mark.parametrize("reason, chosen", [("a reason", losses), (None, linear_cross_entropy)])
+def test_the_fused_head_runs_in_triton_where_that_runs(monkeypatch, reason, chosen):
+    monkeypatch.setattr("mini_forge.providers.reason_not", lambda device: reason)
+    monkeypatch.setattr(chosen, "token_nll", lambda *arguments: "chosen")
+    assert token_nll(torch.ones(2, 3), torch.ones(4, 3), torch.zeros(2, dtype=torch.int64)) == "chosen"
