@@ -10,7 +10,7 @@ from mini_forge.config import UNPAIRED_LOSSES, TrainingConfig, detect_machine
 from mini_forge.config_json import read_object
 from mini_forge.data.batches import show_example
 from mini_forge.data.labelled import show_labelled
-from mini_forge.data.pairs import flatten, show_pair
+from mini_forge.data.pairs import each, show_pair
 from mini_forge.data.tasks import TASKS, load_examples
 from mini_forge.errors import ConfigError, DataError
 from mini_forge.io.runs import RunFolder
@@ -40,7 +40,7 @@ def check(config: TrainingConfig, *, resume: bool = False, overwrite: bool = Fal
         "adapter": {"rank": lora.rank, "alpha": lora.alpha, "scaling": lora.scaling, "dropout": lora.dropout},
         "dataset": {
             **_statistics(prepared.train_stats),
-            "longest": max(len(document.ids) for document in flatten(prepared.train)),
+            "longest": max(len(document.ids) for document in each(prepared.train)),
             "evaluation_rows": len(prepared.eval),
             "max_length": prepared.max_length,
             "template": prepared.template.name,
@@ -96,9 +96,10 @@ def _end_tokens(prepared: Prepared) -> str:
     """How many documents (a pair is two) train on an end token last; the others were cut, or their template has none
     that is one token."""
     stops = set(prepared.template.stop_ids(prepared.tokenizer))
-    documents = flatten(prepared.train)
-    ended = sum(int(document.ids[-1]) in stops for document in documents)
-    return f"{ended}/{len(documents)}"
+    ended = count = 0
+    for document in each(prepared.train):
+        ended, count = ended + (int(document.ids[-1]) in stops), count + 1
+    return f"{ended}/{count}"
 
 
 def _folder_notes(config: TrainingConfig, resume: bool, overwrite: bool) -> list[str]:

@@ -9,17 +9,19 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import compress
 from pathlib import Path
 
 import torch
 
 from mini_forge.config import PATHS, UNPAIRED_LOSSES, Plan, TrainingConfig, detect_machine, resolve
-from mini_forge.data.batches import Document, TokenStats, collate, split, tokenize
+from mini_forge.data.batches import Document, TokenStats, collate, encode, held_out, tokenize
 from mini_forge.data.chat import Template, choose_template
 from mini_forge.data.labelled import LabelledDocument, collate_labelled, labelled_fingerprint, tokenize_labelled
-from mini_forge.data.pairs import PairDocument, collate_pairs, data_fingerprint, flatten, tokenize_pairs
+from mini_forge.data.pairs import PairDocument, collate_pairs, data_fingerprint, tokenize_pairs
 from mini_forge.data.rows import read_rows
-from mini_forge.data.tasks import Example, Labelled, Pair, load_examples
+from mini_forge.data.tasks import Example, Labelled, Pair, load_examples, read_examples
+from mini_forge.data.token_store import StoredRows, TokenCache, TokenStore, highest_token, is_large, recipe
 from mini_forge.data.tokenizer import Tokenizer, load_tokenizer
 from mini_forge.errors import CheckpointError, ConfigError, DataError, UserError
 from mini_forge.io.adapters import read_adapter_config, read_adapter_tensors
@@ -43,12 +45,10 @@ class Prepared:
     tokenizer: Tokenizer
     template: Template
     max_length: int
-    train: list[Document] | list[PairDocument] | list[LabelledDocument]
+    train: TokenStore | list[Document] | list[PairDocument] | list[LabelledDocument]
     train_stats: TokenStats
-    train_examples: list[Example] | list[Pair] | list[Labelled]
-    eval: list[Document] | list[PairDocument] | list[LabelledDocument]
+    eval: TokenStore | list[Document] | list[PairDocument] | list[LabelledDocument]
     eval_stats: TokenStats | None
-    eval_examples: list[Example] | list[Pair] | list[Labelled]
     notes: list[str]
     prompts: list[Prompt] = field(default_factory=list)  # of rlhf, to answer
     eval_prompts: list[Prompt] = field(default_factory=list)
@@ -119,14 +119,14 @@ def prepare(config: TrainingConfig) -> Prepared:
     plan = attempt(lambda: resolve(config, detect_machine(config.device)))
     if config.reward_function and config.strategy == "rlhf":
         attempt(load_function, config.reward_function)
-    train_rows = attempt(load_rows, config, config.dataset)
+    opened = attempt(_open_model, config)
+    train_rows = attempt(_dataset, config, config.dataset, opened)
     if train_rows is None and trains_reward(config):
         problems.append(
             "reward_model: not given, so a reward model is trained and every row must be a pair; for prompts alone "
             "give reward_model or reward_function"
         )
-    eval_rows = attempt(load_rows, config, config.eval_dataset) if config.eval_dataset else []
-    opened = attempt(_open_model, config)
+    eval_rows = attempt(_dataset, config, config.eval_dataset, opened) if config.eval_dataset else []
     if problems:
         raise UserError(*problems)
     return _tokenise(config, plan, opened, train_rows, eval_rows)
@@ -135,6 +135,23 @@ def prepare(config: TrainingConfig) -> Prepared:
 def load_rows(config: TrainingConfig, path: str) -> list[Example] | list[Pair] | list[Labelled]:
     """The rows of a dataset in the form that the run trains on. Raises DataError with every problem."""
     return load_examples(path, config.task, config.strategy, is_paired(config), is_labelled(config))
+
+
+def _dataset(config: TrainingConfig, path: str, opened):
+    """The rows of a dataset, all checked. Of a large one for sft only the place of its tokens: it is read anew to make
+    them, if they are not there."""
+    if config.strategy not in ("sft", "qlora") or not is_large(path):
+        return load_rows(config, path)
+    cache = None
+    if opened is not None:
+        _, spec, tokenizer, template = opened
+        limit = config.max_seq_length or spec.max_positions
+        facts = recipe(template, tokenizer, limit, config.train_on_prompt, config.system_prompt, config.task)
+        cache = TokenCache(path, facts)
+    if cache is None or cache.stored is None:
+        for _ in read_examples(path, config.task):  # a fault is told before minutes of tokenising
+            pass
+    return cache
 
 
 def with_absolute_paths(config: TrainingConfig) -> TrainingConfig:
@@ -207,11 +224,29 @@ def with_init_adapter(config: TrainingConfig) -> TrainingConfig:
 
 def tokenise_rows(config: TrainingConfig, template: Template, tokenizer: Tokenizer, limit: int, rows: list):
     """(documents, stats) of rows as the run trains on them: texts, pairs, or responses with a label."""
+    if isinstance(rows, StoredRows):
+        return rows.documents()
     if is_labelled(config):
         return tokenize_labelled(rows, template, tokenizer, limit, config.system_prompt)
     if is_paired(config):
         return tokenize_pairs(rows, template, tokenizer, limit, config.system_prompt)
     return tokenize(rows, template, tokenizer, limit, config.train_on_prompt, config.system_prompt)
+
+
+def _with_tokens(config: TrainingConfig, template: Template, tokenizer: Tokenizer, limit: int, notes: list[str], rows):
+    """A cache's tokens, made now if need be; other rows as they are."""
+    if not isinstance(rows, TokenCache):
+        return rows
+    if rows.stored is None:
+        examples = read_examples(rows.path, config.task)
+        rows.make(encode(examples, template, tokenizer, limit, config.train_on_prompt, config.system_prompt))
+    notes += rows.notes
+    return rows.stored
+
+
+def _part(rows, chosen):
+    """The rows where `chosen`, booleans, is true."""
+    return rows.part(chosen) if isinstance(rows, StoredRows) else list(compress(rows, chosen))
 
 
 def _prompts(config: TrainingConfig, template: Template, tokenizer: Tokenizer, limit: int, train_rows, eval_rows):
@@ -281,13 +316,15 @@ def _tokenise(config, plan, opened, train_rows, eval_rows) -> Prepared:
     limit = config.max_seq_length or spec.max_positions
     if limit > spec.max_positions:
         notes.append(f"max_seq_length {limit} is more than the {spec.max_positions} positions the model was made for")
+    train_rows, eval_rows = (
+        _with_tokens(config, template, tokenizer, limit, notes, rows) for rows in (train_rows, eval_rows)
+    )
     if config.eval_dataset:
         if config.provenance.get("eval_split", "default") != "default":
             notes.append("eval_dataset is given: eval_split is not used, every row of dataset is trained on")
     else:
-        train_index, eval_index = split(len(train_rows), config.eval_split, config.seed)
-        eval_rows = [train_rows[i] for i in eval_index]
-        train_rows = [train_rows[i] for i in train_index]
+        is_held_out = held_out(len(train_rows), config.eval_split, config.seed)
+        train_rows, eval_rows = _part(train_rows, ~is_held_out), _part(train_rows, is_held_out)
     prompts, eval_prompts, prompt_notes = _prompts(config, template, tokenizer, min(limit, spec.max_positions),
                                                    train_rows, eval_rows)  # fmt: skip
     if config.strategy == "rlhf" and not is_paired(config):
@@ -297,7 +334,7 @@ def _tokenise(config, plan, opened, train_rows, eval_rows) -> Prepared:
         rows_to_documents = partial(tokenise_rows, config, template, tokenizer, limit)
         train, train_stats = rows_to_documents(train_rows)
         evaluation, eval_stats = rows_to_documents(eval_rows) if eval_rows else ([], None)
-    highest = max((int(document.ids.max()) for document in flatten([*train, *evaluation])), default=0)
+    highest = max(highest_token(train), highest_token(evaluation))
     if highest >= spec.vocab_size:
         raise CheckpointError(
             f"{folder}: the tokenizer has a token {highest}, the model only {spec.vocab_size} embeddings; "
@@ -317,5 +354,5 @@ def _tokenise(config, plan, opened, train_rows, eval_rows) -> Prepared:
             f"{train_stats.dropped} dropped because no token to train on was left"
         )
     notes += [*prompt_notes, *_preference_notes(config), *(_label_notes(config, train) if is_labelled(config) else [])]
-    return Prepared(config, plan, folder, spec, tokenizer, template, limit, train, train_stats, train_rows, evaluation,
-                    eval_stats, eval_rows, notes, prompts, eval_prompts)  # fmt: skip
+    return Prepared(config, plan, folder, spec, tokenizer, template, limit, train, train_stats, evaluation, eval_stats,
+                    notes, prompts, eval_prompts)  # fmt: skip

@@ -1,7 +1,10 @@
+import time
+
 import numpy as np
 import pytest
 import torch
 
+from mini_forge.data import batches
 from mini_forge.data.batches import (
     Document,
     collate,
@@ -171,6 +174,41 @@ def test_every_row_a_template_refuses_is_named(tokenizer, chatml):
     assert [problem.split(" ")[0] for problem in caught.value.problems] == ["rows.jsonl:2:", "rows.jsonl:5:"]
 
 
+def test_examples_are_encoded_as_they_are_read_not_all_at_once(tokenizer, chatml, monkeypatch):
+    monkeypatch.setattr(batches, "_ENCODED_AT_ONCE", 200)  # characters; an example has about 80
+    read = []
+
+    def examples():
+        for line in range(1, 51):
+            read.append(line)
+            yield example(line=line)
+
+    encoded = batches.encode(examples(), chatml, tokenizer)
+    assert next(encoded)[0].line == 1 and len(read) <= 4
+    whole, _ = tokenize([example(line=line) for line in range(1, 51)], chatml, tokenizer)
+    rest = [document for document, _ in encoded]
+    assert [d.line for d in rest] == list(range(2, 51)) and read[-1] == 50
+    assert all(np.array_equal(one.ids, whole[0].ids) for one in rest)
+
+
+def test_once_a_row_is_refused_the_rest_is_checked_but_not_encoded(tokenizer, chatml, monkeypatch):
+    monkeypatch.setattr(batches, "_ENCODED_AT_ONCE", 200)
+    calls = ({"role": "user", "content": "u"}, {"role": "assistant", "content": "", "tool_calls": [{}]})
+    rows = [Example(calls, line=i, file="f") if i in (20, 40) else example(line=i) for i in range(1, 51)]
+    lines = []
+    with pytest.raises(DataError) as caught:
+        for document, _ in batches.encode(rows, chatml, tokenizer):
+            lines.append(document.line)
+    assert lines and lines == list(range(1, len(lines) + 1)) and len(lines) < 20
+    assert [problem.split(" ")[0] for problem in caught.value.problems] == ["f:20:", "f:40:"]
+
+
+def test_a_text_longer_than_a_group_is_encoded_alone(tokenizer, chatml, monkeypatch):
+    monkeypatch.setattr(batches, "_ENCODED_AT_ONCE", 100)
+    rows = [example(line=1), example("long " * 100, line=2), example(line=3)]
+    assert [document.line for document, _ in batches.encode(rows, chatml, tokenizer)] == [1, 2, 3]
+
+
 def document(ids, trained):
     return Document(np.array(ids, np.int32), np.array(trained, bool), 1)
 
@@ -189,8 +227,18 @@ def test_a_batch_is_its_documents_end_to_end():
 def test_group_by_length_is_the_published_order():
     lengths = [5, 3, 9, 1, 7, 2, 8, 6, 4, 10, 12, 11]
     order = group_lengths(lengths, 2, torch.Generator().manual_seed(42))
-    assert order == [10, 8, 7, 1, 2, 0, 6, 11, 4, 3, 9, 5]
-    assert group_lengths([], 2, torch.Generator()) == []
+    assert order.tolist() == [10, 8, 7, 1, 2, 0, 6, 11, 4, 3, 9, 5]
+    assert group_lengths([], 2, torch.Generator()).tolist() == []
+
+
+def test_of_equal_lengths_the_earlier_drawn_comes_first():
+    lengths = [5 + 2 * (i % 3 > 0) for i in range(4000)]
+    drawn = torch.randperm(4000, generator=torch.Generator().manual_seed(3)).tolist()
+    expected = []
+    for start in range(0, 4000, 100):  # 50 batches of 2
+        stretch = drawn[start : start + 100]
+        expected += [i for i in stretch if lengths[i] == 7] + [i for i in stretch if lengths[i] == 5]
+    assert group_lengths(lengths, 2, torch.Generator().manual_seed(3)).tolist() == expected
 
 
 LENGTHS = [3, 50, 7, 7, 21, 64, 1, 9, 33, 12, 5]
@@ -201,7 +249,40 @@ def test_an_epoch_has_every_document_once_and_depends_on_seed_and_epoch_alone(op
     plans = [plan_epoch(LENGTHS, 2, 2, seed=s, epoch=e, **options) for s, e in [(0, 0), (0, 0), (0, 1), (1, 0)]]
     for plan in plans:
         assert sorted(i for microbatch in plan for i in microbatch) == list(range(len(LENGTHS)))
-    assert plans[0] == plans[1] and len({str(plan) for plan in plans}) == 3
+    assert list(plans[0]) == list(plans[1]) and len({str(list(plan)) for plan in plans}) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [[5, 6], [1, 4], [3, 8], [10, 9], [0, 7], [2]]),
+        ({"group_by_length": True}, [[5, 6], [1, 4], [8, 3], [9, 10], [7, 0], [2]]),
+        ({"packing": True, "capacity": 64}, [[8, 4, 7, 6, 1, 9], [2, 3, 10, 0, 5]]),
+    ],
+    ids=["shuffled", "grouped", "packed"],
+)
+def test_an_epoch_is_the_one_that_earlier_releases_planned(options, expected):
+    """Else a run would not resume where it stopped. Recorded from the release that planned in lists."""
+    assert list(plan_epoch(LENGTHS, 2, 1, seed=3, epoch=2, **options)) == expected
+
+
+def test_an_epoch_is_a_sequence_of_lists_and_knows_its_tokens():
+    plan = plan_epoch(LENGTHS, 4)
+    assert [plan[0], plan[1], plan[-1]] == list(plan) == plan[:] and plan[1:2] == [plan[1]]
+    assert plan.tokens(np.array(LENGTHS)).tolist() == [sum(LENGTHS[i] for i in batch) for batch in plan]
+    with pytest.raises(IndexError):
+        plan[3]
+    for options in ({}, {"group_by_length": True}, {"packing": True, "capacity": 8}):
+        assert list(plan_epoch([], 4, **options)) == []
+
+
+def test_a_million_lengths_are_planned_in_seconds():
+    lengths = np.random.default_rng(0).integers(1, 513, 1_000_000)
+    for options in ({}, {"group_by_length": True}, {"packing": True, "capacity": 512}):
+        began = time.perf_counter()
+        plan = plan_epoch(lengths, 8, **options)
+        assert time.perf_counter() - began < 5  # about 0.3 s; as lists, with a step for each document, 3 to 10 s
+        assert np.array_equal(np.sort(plan.documents), np.arange(len(lengths)))
 
 
 def test_microbatches_are_documents_or_with_packing_full_rows():
@@ -209,7 +290,7 @@ def test_microbatches_are_documents_or_with_packing_full_rows():
     assert 5 in plan_epoch(LENGTHS, 2, 2, group_by_length=True)[0]  # the longest comes first
     packed = plan_epoch(LENGTHS, 2, packing=True, capacity=64)
     assert len(packed) == 2 and all(sum(LENGTHS[i] for i in m) <= 128 for m in packed)
-    assert packed == plan_epoch(LENGTHS, 2, packing=True, capacity=64, group_by_length=True)
+    assert list(packed) == list(plan_epoch(LENGTHS, 2, packing=True, capacity=64, group_by_length=True))
 
 
 def test_the_split_takes_its_share_but_never_all_and_never_nothing():

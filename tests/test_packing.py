@@ -1,9 +1,10 @@
 import random
 import time
 
+import numpy as np
 import pytest
 
-from mini_forge.data.packing import pack
+from mini_forge.data.packing import best_fit, pack
 
 
 def slow_best_fit(lengths, capacity):
@@ -46,6 +47,24 @@ def test_every_document_is_in_one_bin_and_no_bin_overflows():
     assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in b) <= 512 for b in bins)
     assert len(bins) <= -(-sum(lengths) // 512) * 1.01
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_many_documents_of_few_lengths_are_placed_as_if_one_by_one(seed):
+    draw = random.Random(seed)
+    capacity = draw.choice([10, 64, 100])
+    sizes = [draw.randint(1, capacity) for _ in range(3)]
+    lengths = [draw.choice(sizes) for _ in range(300)]
+    assert pack(lengths, capacity) == slow_best_fit(lengths, capacity)
+
+
+def test_a_million_documents_are_packed_in_seconds():
+    lengths = np.minimum(2048, np.random.default_rng(0).lognormal(6, 0.8, 1_000_000).astype(np.int64) + 1)
+    began = time.perf_counter()
+    documents, starts = best_fit(lengths, 2048)
+    assert time.perf_counter() - began < 5  # about 0.4 s; one document at a time takes 10
+    assert np.array_equal(np.sort(documents), np.arange(len(lengths)))
+    assert np.add.reduceat(lengths[documents], starts[:-1]).max() <= 2048
 
 
 def test_a_document_longer_than_a_row_is_refused():

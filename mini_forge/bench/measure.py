@@ -72,7 +72,7 @@ def bench(
     with TemporaryDirectory() as folder:
         is_random = shape is not None
         prepared = prepare_shape(config, shape, length, steps + 1, Path(folder)) if is_random else prepare(config)
-        prepared = replace(_with_reference(prepared), eval=[], eval_examples=[])
+        prepared = replace(_with_reference(prepared), eval=[])
         config, plan, spec = prepared.config, prepared.plan, prepared.spec
         began = time.perf_counter()
         peak = matmul_peak(torch.device(plan.device), plan.dtype, (spec.hidden_size, spec.mlp_size))

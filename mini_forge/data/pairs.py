@@ -10,7 +10,7 @@ template and its system prompt), 44 % on the quickstart's one-line responses to 
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -106,7 +106,12 @@ def collate_pairs(pairs: Sequence[PairDocument], share_prefixes: bool = False) -
 
 def flatten(documents: Sequence[Document | PairDocument]) -> list[Document]:
     """Every single document: of a pair, chosen then rejected."""
-    return [side for d in documents for side in (d.sides if isinstance(d, PairDocument) else (d,))]
+    return list(each(documents))
+
+
+def each(documents: Iterable[Document | PairDocument]) -> Iterator[Document]:
+    """The same one by one: of documents on disk, none is kept."""
+    return (side for d in documents for side in (d.sides if isinstance(d, PairDocument) else (d,)))
 
 
 def show_pair(pair: PairDocument, tokenizer: Tokenizer) -> str:
@@ -117,7 +122,7 @@ def show_pair(pair: PairDocument, tokenizer: Tokenizer) -> str:
 def data_fingerprint(documents: Sequence[Document | PairDocument]) -> int:
     """A checksum of every token of documents or pairs, by which a resumed run knows that its data are the same."""
     checksum = 0
-    for document in flatten(documents):
+    for document in each(documents):
         checksum = zlib.crc32(document.is_trained.tobytes(), zlib.crc32(document.ids.tobytes(), checksum))
     return checksum
 

@@ -2,11 +2,15 @@
 
 A byte-order mark, CRLF and blank lines are fine. Every fault is kept with its line, so that one reading reports all:
 functions here append (line, message) to a list of problems, and `raise_problems` makes a DataError of it.
+
+JSONL is read as it is consumed, and never held whole; a JSON array's text is (its rows come one by one too).
 """
 
 import json
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 from mini_forge.errors import DataError
@@ -25,24 +29,28 @@ class Row:
 def read_rows(path) -> list[Row]:
     """The objects of a dataset file. Raises DataError with every problem."""
     problems = []
-    rows = scan(path, problems)
+    rows = list(scan(path, problems))
     raise_problems(path, problems)
     return rows
 
 
-def scan(path, problems: list[tuple[int, str]]) -> list[Row]:
-    """The rows that can be read; what is wrong with the others goes to `problems`."""
-    text = _decode(path, problems)
-    values = _array_values if text.lstrip().startswith("[") else _line_values
-    rows = []
-    for line, value in values(text, problems):
+def scan(path, problems: list[tuple[int, str]]) -> Iterator[Row]:
+    """The rows that can be read, one by one; what is wrong with the others goes to `problems`."""
+    lines, leading = _lines(path, problems), []
+    for text in lines:
+        leading.append(text)
+        if text.strip():
+            break
+    lines, is_array, is_empty = chain(leading, lines), bool(leading) and leading[-1].lstrip().startswith("["), True
+    values = _array_values("\n".join(lines), problems) if is_array else _line_values(lines, problems)
+    for line, value in values:
         if isinstance(value, dict):
-            rows.append(Row(line, value))
+            is_empty = False
+            yield Row(line, value)
         else:
             problems.append((line, f"a row must be a JSON object {{…}}, this is {kind(value)}"))
-    if not rows and not problems:
+    if is_empty and not problems:
         raise DataError(f"{path}: no rows; write one JSON object a line")
-    return rows
 
 
 def raise_problems(path, problems: list[tuple[int, str]]) -> None:
@@ -65,53 +73,72 @@ def kind(value) -> str:
     return f"a{'' if value else 'n empty'} {name}".replace("a object", "an object")
 
 
-def _decode(path, problems: list[tuple[int, str]]) -> str:
-    """The file as text without a byte-order mark; a line that is not UTF-8 is noted and left blank."""
-    path = Path(path)
+def _lines(path, problems: list[tuple[int, str]]) -> Iterator[str]:
+    """The file's text split at "\\n", without a byte-order mark; a line that is not UTF-8 is noted and left blank."""
+    path, line = Path(path), b""
     if path.is_dir():
         raise DataError(f"{path}: is a directory; dataset must be a JSONL or JSON file")
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                    raise DataError(f"{path}: is UTF-16; save it as UTF-8")
+                yield _decode(number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, problems)
+        if line.endswith(b"\n"):  # where a fault at the end is: on the empty line behind it
+            yield ""
     except FileNotFoundError as error:
         raise DataError(f"{path}: Dataset file not found; dataset must be a JSONL or JSON file") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); dataset must be a readable file") from error
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(f"{path}: is UTF-16; save it as UTF-8")
-    lines = []
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        try:
-            lines.append(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            problems.append((number, f"not UTF-8 at byte {error.start + 1} of the line; save the file as UTF-8"))
-            lines.append("")
-    return "\n".join(lines)
 
 
-def _line_values(text: str, problems: list[tuple[int, str]]) -> Iterator[tuple[int, object]]:
+def _decode(number: int, line: bytes, problems: list[tuple[int, str]]) -> str:
+    try:
+        return line.decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        problems.append((number, f"not UTF-8 at byte {error.start + 1} of the line; save the file as UTF-8"))
+        return ""
+
+
+def _line_values(lines: Iterator[str], problems: list[tuple[int, str]]) -> Iterator[tuple[int, object]]:
     """(line, value) of JSONL. A line that is no JSON by itself but begins with "{" may open an object that ends before
     the next such line; if it does not, the line is a problem and the next ones are read as if it were not there."""
-    lines = text.split("\n")  # not splitlines: U+2028 may stand in a JSON string
+    ahead: deque[str] = deque()  # lines that were looked at and not yet taken
     number = 0
-    while number < len(lines):
-        first, number = number, number + 1
-        if not lines[first].strip():
+    while (text := ahead.popleft() if ahead else next(lines, None)) is not None:
+        number += 1
+        if not text.strip():
             continue
         try:
-            yield first + 1, _DECODER.decode(lines[first])
+            yield number, _DECODER.decode(text)
             continue
         except _BAD_JSON as error:
-            fault, faulty = error, first
-        end = number
-        while lines[first].startswith("{") and end < len(lines) and not lines[end].startswith("{"):
-            end += 1
+            fault, faulty = error, number
+        more = _lines_before_object(ahead, lines) if text.startswith("{") else 0
         try:
-            yield first + 1, _DECODER.decode("\n".join(lines[first:end]))
-            number = end
+            yield number, _DECODER.decode("\n".join([text, *islice(ahead, more)]))
         except _BAD_JSON as error:
-            if lines[first].strip() == "{":  # surely spread out: one problem, where it is, for the whole object
-                fault, faulty, number = error, first + getattr(error, "lineno", 1) - 1, end
-            problems.append((faulty + 1, _json_fault(fault)))
+            is_spread = text.strip() == "{"  # surely: one problem, where it is, for the whole object
+            if is_spread:
+                fault, faulty = error, number + getattr(error, "lineno", 1) - 1
+            problems.append((faulty, _json_fault(fault)))
+            if not is_spread:
+                continue
+        number += more
+        for _ in range(more):
+            ahead.popleft()
+
+
+def _lines_before_object(ahead: deque[str], lines: Iterator[str]) -> int:
+    """How many lines come before the next that begins with "{"; they are read into `ahead`."""
+    for count, text in enumerate(ahead):
+        if text.startswith("{"):
+            return count
+    for text in lines:
+        ahead.append(text)
+        if text.startswith("{"):
+            return len(ahead) - 1
+    return len(ahead)
 
 
 def _array_values(text: str, problems: list[tuple[int, str]]) -> Iterator[tuple[int, object]]:

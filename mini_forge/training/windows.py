@@ -4,8 +4,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from mini_forge.data.batches import Document, collate, plan_epoch
+import numpy as np
+
+from mini_forge.data.batches import Document, Epoch, collate, plan_epoch
 from mini_forge.data.pairs import PairDocument
+from mini_forge.data.token_store import inputs_of
 
 
 @dataclass
@@ -20,10 +23,12 @@ class Windows:
     capacity: int  # tokens of a packed row
     seed: int
     collate: Callable[[list], object] = collate  # chosen documents to a microbatch
+    lengths: np.ndarray = field(init=False, repr=False)  # inputs of each document
     steps_per_epoch: int = field(init=False)
-    _planned: tuple[int, list[list[int]]] = field(init=False, repr=False)  # the last epoch asked for
+    _planned: tuple[int, Epoch] = field(init=False, repr=False)  # the last epoch asked for
 
     def __post_init__(self):
+        self.lengths = inputs_of(self.documents)
         self._planned = (0, self._plan(0))
         self.steps_per_epoch = math.ceil(len(self._planned[1]) / self.accumulation)
 
@@ -35,7 +40,6 @@ class Windows:
         chosen = self._planned[1][index * self.accumulation : (index + 1) * self.accumulation]
         return [self.collate([self.documents[i] for i in batch]) for batch in chosen]
 
-    def _plan(self, epoch: int) -> list[list[int]]:
-        lengths = [document.inputs for document in self.documents]
+    def _plan(self, epoch: int) -> Epoch:
         options = (self.group_by_length, self.packing, self.capacity, self.seed, epoch)
-        return plan_epoch(lengths, self.batch_size, self.accumulation, *options)
+        return plan_epoch(self.lengths, self.batch_size, self.accumulation, *options)
