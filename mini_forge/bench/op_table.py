@@ -21,8 +21,9 @@ from mini_forge.model.ops import Ops
 GROUPS = ("matrix products", "LoRA products", "dequantizing", "attention", "norms", "rope", "gated unit", "loss head",
           "optimizer", "other operations", "between operations")  # fmt: skip
 OPS = {"rms_norm": "norms", "rope_qk": "rope", "swiglu": "gated unit",
-       "clamped_swiglu": "gated unit", "attention": "attention"}  # fmt: skip
-OTHERS = {"unit": "gated unit", "dequantized": "dequantizing", "expert": "dequantizing"}  # methods of modules
+       "clamped_swiglu": "gated unit", "attention": "attention", "token_nll": "loss head",
+       "grouped_lora": "LoRA products"}  # fmt: skip
+OTHERS = {"unit": "gated unit", "update": "LoRA products", "dequantized": "dequantizing", "expert": "dequantizing"}  # methods of modules
 MATRIX = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm", "aten::linear", "aten::matmul",
           "aten::addmv", "aten::mv", "aten::mkldnn_linear")  # fmt: skip
 ATTENTION, OPTIMIZER = "scaled_dot_product", ("aten::_foreach", "aten::_fused_adam", "aten::linalg_vector_norm")
@@ -47,7 +48,9 @@ def label(model: nn.Module, optimizer):
     optimizer.step = labelled("optimizer", optimizer.step)
     for module in model.modules():
         if isinstance(getattr(module, "ops", None), Ops):
-            module.ops = replace(module.ops, **{n: labelled(OPS[n], getattr(module.ops, n)) for n in OPS})
+            there = {name: getattr(module.ops, name) for name in OPS}
+            named = {name: labelled(OPS[name], function) for name, function in there.items() if function is not None}
+            module.ops = replace(module.ops, **named)
         for name, group in OTHERS.items():
             if callable(getattr(module, name, None)):
                 setattr(module, name, labelled(group, getattr(module, name)))
