@@ -109,7 +109,7 @@ def prepare_shape(config: TrainingConfig, name: str, length: int | None, steps: 
     if length > spec.max_positions:
         notes.append(f"{length} tokens are more than the {spec.max_positions} positions the model was made for")
     config = replace(config, model_name=name)
-    return Prepared(config, plan, folder, spec, None, None, length, train, stats, [], [], None, [], notes)
+    return Prepared(config, plan, folder, spec, None, None, length, train, stats, [], None, notes)
 
 
 def random_base(
