@@ -19,9 +19,9 @@ from mini_forge_kernels import missing as missing_in_triton
 from mini_forge_kernels.attention import attention
 from mini_forge_kernels.dequantize import dequantize_4bit, dequantize_mxfp4, matmul_4bit, matmul_mxfp4
 from mini_forge_kernels.grouped_lora import grouped_lora
-from mini_forge_kernels.rms_norm import rms_norm
+from mini_forge_kernels.rms_norm import rms_norm, rms_norm_vjp
 from mini_forge_kernels.rope import rope_qk
-from mini_forge_kernels.swiglu import clamped_swiglu, swiglu
+from mini_forge_kernels.swiglu import clamped_swiglu, swiglu, swiglu_vjp
 from mini_forge_kernels.triton_support import reason_not
 
 
@@ -40,6 +40,7 @@ FUSED = {
     "token_nll": token_nll,
     "grouped_lora": grouped_lora,
 }
+VJPS = {"rms_norm_vjp": rms_norm_vjp, "swiglu_vjp": swiglu_vjp}
 STORED = ("dequantize_4bit", "dequantize_mxfp4")  # given to the layers that hold such weights, by `equip`
 UNFUSED = {"gelu_glu": "no fused form"}
 
@@ -77,7 +78,7 @@ def fused(device: torch.device | str | None = None) -> Provider:
     backends = {op: "triton" if op in TRITON_OPS and op not in missing else "torch" for op in (*FUSED, *STORED)}
     if device.type != "cpu":
         backends["attention"], missing["attention"] = "plain", "torch's own kernels are used"
-    return Provider(replace(PLAIN, name="fused", **FUSED), backends, missing)
+    return Provider(replace(PLAIN, name="fused", **FUSED, **VJPS), backends, missing)
 
 
 def equip(model: Decoder, provider: Provider):

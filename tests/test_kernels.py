@@ -327,3 +327,24 @@ print(fused().describe())
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "(triton is not installed: pip install 'mini-forge[kernels]')" in done.stdout
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["rms_norm", "swiglu"])
+def test_a_vjp_is_the_function_and_its_gradient(name, dtype):
+    generator = torch.Generator().manual_seed(0)
+    first, second, upstream = (torch.randn(7, 34, generator=generator).to(dtype) for _ in range(3))
+    weight = torch.randn(34, generator=generator).to(dtype)
+    plain, fused = PROVIDERS["huggingface"]().ops, PROVIDERS["unsloth"]("cpu").ops
+    inputs = [first] if name == "rms_norm" else [first, second]
+    more = (weight, 1e-5) if name == "rms_norm" else ()
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    expected = getattr(plain, name)(*leaves, *more)
+    expected.backward(upstream)
+    for ops in (plain, fused):
+        out, pullback = getattr(ops, f"{name}_vjp")(*[x.clone().requires_grad_() for x in inputs], *more)
+        # bfloat16 keeps 8 bits and is rounded in other places
+        tolerance = {"rtol": 2e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 4e-2}
+        torch.testing.assert_close(out.detach(), expected.detach(), **tolerance)
+        for found, leaf in zip(pullback(upstream.clone()), leaves, strict=True):
+            torch.testing.assert_close(found, leaf.grad, **tolerance)

@@ -15,9 +15,10 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from mini_forge.model.functional import rms_norm as reference
+from mini_forge.model.functional import vjp
 from mini_forge_kernels.triton_support import as_rows, jit, launch, power_of_two, reason_not, tl, warps, widen
 
-__all__ = ["TritonRMSNorm", "reference", "rms_norm"]
+__all__ = ["TritonRMSNorm", "reference", "rms_norm", "rms_norm_vjp"]
 
 TILE = 2048  # numbers a program holds at a time, or one row if that is more
 DW_PROGRAMS = 512  # about four for each multiprocessor of a large GPU
@@ -32,13 +33,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
-        wide = x.float() if x.dtype != torch.float64 else x  # 16-bit sums of D squares would keep 8 bits
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        rstd = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
+        y, rstd = _normed(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
-        if x.dtype == wide.dtype:
-            return (x * rstd).mul_(weight)
-        return weight * (wide * rstd).to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx, grad):
@@ -47,9 +44,32 @@ class _RMSNorm(torch.autograd.Function):
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = (grad * (wide * rstd).to(grad.dtype)).reshape(-1, x.shape[-1]).sum(0)
-        weighted = (grad * weight).to(rstd.dtype)
-        shared = torch.linalg.vecdot(weighted, wide).unsqueeze(-1) * rstd.pow(3) / x.shape[-1]
-        return weighted.mul_(rstd).addcmul_(wide, shared, value=-1).to(x.dtype), grad_weight, None
+        return _input_gradient(grad * weight, x, rstd), grad_weight, None
+
+
+def _normed(x, weight, eps):
+    """y, and r (…, 1) in float32."""
+    wide = x.float() if x.dtype != torch.float64 else x  # 16-bit sums of D squares would keep 8 bits
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    rstd = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
+    if x.dtype == wide.dtype:
+        return (x * rstd).mul_(weight), rstd
+    return weight * (wide * rstd).to(x.dtype), rstd
+
+
+def _input_gradient(weighted, x, rstd):
+    """dx, given w·dy, which is overwritten."""
+    weighted, wide = weighted.to(rstd.dtype), x.to(rstd.dtype)
+    shared = torch.linalg.vecdot(weighted, wide).unsqueeze(-1) * rstd.pow(3) / x.shape[-1]
+    return weighted.mul_(rstd).addcmul_(wide, shared, value=-1).to(x.dtype)
+
+
+def rms_norm_vjp(x: torch.Tensor, weight: torch.Tensor, eps: float):
+    """`rms_norm` under a frozen weight and its vector-Jacobian product, as `functional.vjp` gives them."""
+    if reason_not(x.device) is None:
+        return vjp(lambda x: rms_norm(x, weight, eps), x)
+    y, rstd = _normed(x, weight, eps)
+    return y, lambda grad: [_input_gradient(grad.mul_(weight), x, rstd)]
 
 
 @jit

@@ -20,9 +20,10 @@ from torch.autograd.function import once_differentiable
 
 from mini_forge.model.functional import clamped_swiglu as clamped_reference
 from mini_forge.model.functional import swiglu as reference
+from mini_forge.model.functional import vjp
 from mini_forge_kernels.triton_support import as_rows, jit, launch, power_of_two, reason_not, tl, widen
 
-__all__ = ["TritonSwiGLU", "clamped_reference", "clamped_swiglu", "reference", "swiglu"]
+__all__ = ["TritonSwiGLU", "clamped_reference", "clamped_swiglu", "reference", "swiglu", "swiglu_vjp"]
 
 BLOCK = 1024  # numbers of one row a program holds at a time
 
@@ -32,6 +33,19 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     if reason_not(gate.device):
         return _SwiGLU.apply(gate, up)
     return TritonSwiGLU.apply(gate, up, None, 1.0)
+
+
+def swiglu_vjp(gate: torch.Tensor, up: torch.Tensor):
+    """`swiglu` and its vector-Jacobian product, as `functional.vjp` gives them; silu(gate) serves both."""
+    if reason_not(gate.device) is None:
+        return vjp(swiglu, gate, up)
+    silu = F.silu(gate)
+
+    def pullback(grad):
+        d_up = silu.mul_(grad)
+        return torch.ops.aten.silu_backward(grad.mul_(up), gate), d_up
+
+    return silu * up, pullback
 
 
 def clamped_swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float, slope: float) -> torch.Tensor:

@@ -22,8 +22,9 @@ GROUPS = ("matrix products", "LoRA products", "dequantizing", "attention", "norm
           "optimizer", "other operations", "between operations")  # fmt: skip
 OPS = {"rms_norm": "norms", "rope_qk": "rope", "swiglu": "gated unit",
        "clamped_swiglu": "gated unit", "attention": "attention", "token_nll": "loss head",
-       "grouped_lora": "LoRA products"}  # fmt: skip
-OTHERS = {"unit": "gated unit", "update": "LoRA products", "dequantized": "dequantizing", "expert": "dequantizing"}  # methods of modules
+       "grouped_lora": "LoRA products", "rms_norm_vjp": "norms", "swiglu_vjp": "gated unit"}  # fmt: skip
+# Methods of modules.
+OTHERS = {"unit": "gated unit", "update": "LoRA products", "dequantized": "dequantizing", "expert": "dequantizing"}
 MATRIX = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm", "aten::linear", "aten::matmul",
           "aten::addmv", "aten::mv", "aten::mkldnn_linear")  # fmt: skip
 ATTENTION, OPTIMIZER = "scaled_dot_product", ("aten::_foreach", "aten::_fused_adam", "aten::linalg_vector_norm")
@@ -42,6 +43,17 @@ def labelled(group: str, function: Callable) -> Callable:
     return run
 
 
+def labelled_vjp(group: str, vjp: Callable) -> Callable:
+    """`labelled`, of a function that gives its result and a function for its gradient."""
+
+    @wraps(vjp)
+    def run(*arguments):
+        out, pullback = labelled(group, vjp)(*arguments)
+        return out, labelled(group, pullback)
+
+    return run
+
+
 def label(model: nn.Module, optimizer):
     """Put ranges around the functions that the model's modules call and the optimizer's step, in place. They cost some
     microseconds each."""
@@ -49,7 +61,11 @@ def label(model: nn.Module, optimizer):
     for module in model.modules():
         if isinstance(getattr(module, "ops", None), Ops):
             there = {name: getattr(module.ops, name) for name in OPS}
-            named = {name: labelled(OPS[name], function) for name, function in there.items() if function is not None}
+            named = {
+                name: (labelled_vjp if name.endswith("_vjp") else labelled)(OPS[name], function)
+                for name, function in there.items()
+                if function is not None
+            }
             module.ops = replace(module.ops, **named)
         for name, group in OTHERS.items():
             if callable(getattr(module, name, None)):

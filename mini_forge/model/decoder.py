@@ -16,7 +16,8 @@ from mini_forge.model.cache import KVCache, LayerCache
 from mini_forge.model.experts import MixtureOfExperts, Routing
 from mini_forge.model.lora import is_adapted, is_frozen, project, project_again, project_unit
 from mini_forge.model.masks import Documents, document_positions
-from mini_forge.model.ops import PLAIN, Ops, gated_unit
+from mini_forge.model.offload import HostCopies, offloaded
+from mini_forge.model.ops import PLAIN, Differentiable, Ops, gated_unit
 from mini_forge.model.rope import Rope
 from mini_forge.model.spec import DecoderSpec, ExpertsSpec, LayerSpec
 
@@ -39,6 +40,12 @@ class RMSNorm(nn.Module):
         if self.is_wide:
             return self.ops.rms_norm(x.float(), weight.float(), self.eps).to(x.dtype)
         return self.ops.rms_norm(x, weight, self.eps)
+
+    def vjp(self, x):
+        """This norm, its weight frozen, with its vector-Jacobian product: see `functional.vjp`."""
+        if self.is_wide:
+            return functional.vjp(self, x)
+        return self.ops.rms_norm_vjp(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -133,7 +140,7 @@ class MLP(nn.Module):
         inner = (self.gate_up_proj,) if self.is_fused else (self.gate_proj, self.up_proj)
         if not (is_adapted(*inner, self.down_proj) and is_frozen(norm)):
             return checkpoint(self.forward, x, norm, use_reentrant=False)
-        unit = (lambda both: self.unit(*self._split(both))) if self.is_fused else self.unit
+        unit = Differentiable.of(lambda both: self.unit(*self._split(both))) if self.is_fused else self.unit
         return project_again(x, norm, inner, self.down_proj, unit)
 
 
@@ -232,8 +239,10 @@ class Decoder(nn.Module):
         self.layout = None  # how experts lie on disk (model/families/layout.py), set when a checkpoint is loaded
         self.routings: list[Routing] = []  # of the last forward pass in training
         # What the backward makes again instead of keeping it: "selective", the MLPs (half of the layers' products, two
-        # thirds of their activations); "full", whole layers; None, only what is made element by element.
+        # thirds of their activations); "full", whole layers; "offload", these from inputs kept in host memory; None,
+        # only what is made element by element.
         self.recompute: str | None = None
+        self._host_copies = HostCopies()
         self.neftune_alpha: float | None = None
 
     @property
@@ -255,11 +264,14 @@ class Decoder(nn.Module):
         not used. parents: of each document, in their order, the earlier one that it continues, or -1 (`Batch`). rows
         (M,) int64: the tokens of the N = B·T whose states are wanted; the last layer computes no others."""
         x, stream = self.begin(input_ids, position, document, cache, parents)
+        recompute = self.recompute if self.training and torch.is_grad_enabled() else None
         for i, block in enumerate(self.model.layers):
             layer_cache = None if cache is None else cache.layers[i]
             wanted = rows if i == len(self.model.layers) - 1 else None
-            if self.recompute == "full" and self.training and torch.is_grad_enabled():
+            if recompute == "full":
                 x = checkpoint(block, x, stream, layer_cache, wanted, use_reentrant=False)
+            elif recompute == "offload":
+                x = offloaded(self._host_copies, block, x, stream, layer_cache, wanted)
             else:
                 x = block(x, stream, layer_cache, wanted)
         # A copy: a checkpointed block that runs again in the backward appends again.

@@ -4,10 +4,28 @@ Dimension key of the whole project: B rows, T tokens in a row, N = B·T tokens o
 H query heads, K key/value heads, C head width, F MLP width, R LoRA rank, E experts, S cache slots, L document length.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 from mini_forge.model.masks import Documents
+
+
+def vjp(function: Callable, *inputs: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], list]]:
+    """function(*inputs), without a graph to the outside, and its vector-Jacobian product.
+
+    The second, called once with the result's gradient, gives that of each input, None where the input needs none; it
+    may overwrite what it is given. This one differentiates by autograd; ops may have it written by hand."""
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
+        out = function(*leaves)
+
+    def pullback(grad):
+        found = iter(torch.autograd.grad(out, [leaf for leaf in leaves if leaf.requires_grad], grad))
+        return [next(found) if leaf.requires_grad else None for leaf in leaves]
+
+    return out.detach(), pullback
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -16,6 +16,7 @@ from torch import nn
 
 from mini_forge.errors import ConfigError
 from mini_forge.model.grouped import blocks, grouped, grouped_products, is_groupable
+from mini_forge.model.ops import Differentiable
 from mini_forge.model.products import adapted_products, draw_seeds, lora_factors
 from mini_forge.model.quant import Linear4bit, Linear8bit
 from mini_forge.model.stacks import Stack4bit, Stack8bit, StackMxfp4
@@ -118,14 +119,14 @@ def project(x: torch.Tensor, *layers: nn.Module, make: nn.Module | None = None) 
     """[layer(make(x)) for layer in layers], as one function where all are adapted: q, k, v share x, and so do gate, up.
 
     Together they keep x once, not make(x), read it once for all low-rank products, and add their gradients up in one
-    buffer. make: a module, such as a norm; None is the identity."""
+    buffer. make: a module with a `vjp`, as a norm has; None is the identity."""
     if is_adapted(*layers) and is_frozen(make):
         return adapted_products(make, (x,), layers, draw_seeds(layers))
     x = make(x) if make else x
     return [layer.base(x) if isinstance(layer, LoRALinear) and not layer.enabled else layer(x) for layer in layers]
 
 
-def project_unit(gate: torch.Tensor, up: torch.Tensor, layer: nn.Module, unit: Callable) -> torch.Tensor:
+def project_unit(gate: torch.Tensor, up: torch.Tensor, layer: nn.Module, unit: Differentiable) -> torch.Tensor:
     """layer(unit(gate, up)), without keeping what `unit` gives."""
     if is_adapted(layer):
         return adapted_products(unit, (gate, up), (layer,), draw_seeds((layer,)))[0]
@@ -133,7 +134,7 @@ def project_unit(gate: torch.Tensor, up: torch.Tensor, layer: nn.Module, unit: C
 
 
 def project_again(
-    x: torch.Tensor, norm: nn.Module, inner: Sequence[LoRALinear], outer: LoRALinear, unit: Callable
+    x: torch.Tensor, norm: nn.Module, inner: Sequence[LoRALinear], outer: LoRALinear, unit: Differentiable
 ) -> torch.Tensor:
     """outer(unit(*(layer(norm(x)) for layer in inner))), of which only x is kept: the backward makes the rest again."""
     seeds, factors = draw_seeds(inner), lora_factors(inner)
@@ -141,7 +142,7 @@ def project_again(
     def make(x, *factors):
         return unit(*adapted_products(norm, (x,), inner, seeds, factors))
 
-    return adapted_products(make, (x, *factors), (outer,), draw_seeds((outer,)))[0]
+    return adapted_products(Differentiable.of(make), (x, *factors), (outer,), draw_seeds((outer,)))[0]
 
 
 def is_adapted(*layers: nn.Module) -> bool:

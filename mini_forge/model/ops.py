@@ -20,8 +20,10 @@ class Ops:
 
     name: str
     rms_norm: Callable
+    rms_norm_vjp: Callable  # of a frozen weight, and like `swiglu_vjp` what `functional.vjp` gives
     rope_qk: Callable
     swiglu: Callable
+    swiglu_vjp: Callable
     clamped_swiglu: Callable
     attention: Callable
     token_nll: Callable | None = None  # of losses.py, which is used where this is None
@@ -35,13 +37,29 @@ def rope_qk(
     return functional.apply_rope(query, cos, sin), functional.apply_rope(key, cos, sin)
 
 
-def gated_unit(ops: Ops, activation: str, clamp: tuple[float, float]) -> Callable:
+@dataclass(frozen=True)
+class Differentiable:
+    """A function of tensors, called as such, with its vector-Jacobian product (`functional.vjp`)."""
+
+    function: Callable
+    vjp: Callable
+
+    @classmethod
+    def of(cls, function: Callable) -> "Differentiable":
+        """By autograd."""
+        return cls(function, partial(functional.vjp, function))
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.function(*inputs)
+
+
+def gated_unit(ops: Ops, activation: str, clamp: tuple[float, float]) -> Differentiable:
     """The function of gate and up that a spec names (`DecoderSpec.activation`); gelu has no fused form."""
     limit, slope = clamp
     units = {
-        "silu": ops.swiglu,
-        "gelu_tanh": functional.gelu_glu,
-        "clamped": partial(ops.clamped_swiglu, limit=limit, slope=slope),
+        "silu": Differentiable(ops.swiglu, ops.swiglu_vjp),
+        "gelu_tanh": Differentiable.of(functional.gelu_glu),
+        "clamped": Differentiable.of(partial(ops.clamped_swiglu, limit=limit, slope=slope)),
     }
     return units[activation]
 
@@ -49,8 +67,10 @@ def gated_unit(ops: Ops, activation: str, clamp: tuple[float, float]) -> Callabl
 PLAIN = Ops(
     name="plain",
     rms_norm=functional.rms_norm,
+    rms_norm_vjp=lambda x, weight, eps: functional.vjp(lambda x: functional.rms_norm(x, weight, eps), x),
     rope_qk=rope_qk,
     swiglu=functional.swiglu,
+    swiglu_vjp=partial(functional.vjp, functional.swiglu),
     clamped_swiglu=functional.clamped_swiglu,
     attention=functional.attention,
 )

@@ -10,19 +10,20 @@ itself made again from what it was made of, which is kept anyway: the residual s
 their product. Of a Llama layer's 8,400 numbers a token (SmolLM2) that leaves 5,800, for 1 % of a step's time.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
+from mini_forge.model.ops import Differentiable
 from mini_forge.model.quant import dequantized_weight, frozen_product
 
 Seed = tuple[float, int] | None  # rate and seed of one layer's dropout; None: none
 
 
 def adapted_products(
-    make: Callable | None,
+    make: Differentiable | nn.Module | None,
     sources: Sequence[torch.Tensor],
     layers: Sequence[nn.Module],
     seeds: Sequence[Seed],
@@ -30,9 +31,9 @@ def adapted_products(
 ) -> tuple[torch.Tensor, ...]:
     """layer(make(*sources)) of each LoRALinear in `layers`; make None is the identity on one source.
 
-    make must be a pure function of `sources` as far as gradients go: what else it reads gets none. Its result (…, in)
-    is not kept. factors: the layers' A, B, A, B, … where they are not to be read from the layers. Returns (…, out)
-    each, in the dtype of make's result."""
+    make is called in the forward; its `vjp` (`functional.vjp`) in the backward. What it reads beside `sources` gets no
+    gradient, and its result (…, in) is not kept. factors: the layers' A, B, A, B, … where they are not to be read from
+    the layers. Returns (…, out) each, in the dtype of make's result."""
     factors = lora_factors(layers) if factors is None else factors
     return _AdaptedProducts.apply(make, layers, seeds, len(sources), *sources, *factors)
 
@@ -70,8 +71,8 @@ class _AdaptedProducts(torch.autograd.Function):
         n, saved = 2 * len(ctx.bases), ctx.saved_tensors
         sources, factors, lows = saved[: ctx.count], saved[ctx.count : ctx.count + n], saved[ctx.count + n :]
         needs = ctx.needs_input_grad[4:]
-        x, leaves = _made_again(ctx.make, sources, needs)
-        flat = x.detach().reshape(-1, x.shape[-1])
+        x, pullback = ctx.make.vjp(*sources) if ctx.make else (sources[0], lambda grad: [grad])
+        flat = x.reshape(-1, x.shape[-1])
         grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         Bs, keeps = [B.to(x.dtype) for B in factors[1::2]], _masks(flat, ctx.seeds)
         grad_lows = [(g @ B).mul_(s) for g, B, s in zip(grads, Bs, ctx.scales, strict=True)]  # s·(dY B), (N, R)
@@ -86,26 +87,8 @@ class _AdaptedProducts(torch.autograd.Function):
         grad_sources = [None] * ctx.count
         if any(needs[: ctx.count]):
             grad_x = _input_gradient(grads, ctx.bases, grad_lows, [A.to(x.dtype) for A in factors[::2]], keeps)
-            grad_sources = _through(leaves, x, grad_x.view(x.shape))
+            grad_sources = pullback(grad_x.view(x.shape))
         return None, None, None, None, *grad_sources, *grad_factors
-
-
-def _made_again(make: Callable | None, sources, needs) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """x, and the sources it hangs on as leaves of a graph of its own."""
-    if make is None:
-        return sources[0], list(sources)
-    with torch.enable_grad():
-        leaves = [source.detach().requires_grad_(need) for source, need in zip(sources, needs, strict=False)]
-        return make(*leaves), leaves
-
-
-def _through(leaves: list[torch.Tensor], x: torch.Tensor, grad_x: torch.Tensor) -> list[torch.Tensor | None]:
-    """The gradient of each source, given that of x."""
-    if x is leaves[0]:
-        return [grad_x]
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    found = iter(torch.autograd.grad(x, wanted, grad_x))
-    return [next(found) if leaf.requires_grad else None for leaf in leaves]
 
 
 def _input_gradient(grads, bases, grad_lows, As, keeps) -> torch.Tensor:
