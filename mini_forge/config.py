@@ -103,8 +103,9 @@ class TrainingConfig:
     gradient_accumulation_steps: int = key(4, "Batches per optimizer step", minimum=1)
     gradient_checkpointing: bool = key(True, "Recompute activations: less memory, slightly slower")
     recompute: str = key(
-        "selective", "What gradient_checkpointing computes again: the MLPs, or whole layers (slower, leanest)",
-        choices=("selective", "full"),
+        "full", "What gradient_checkpointing computes again: the MLPs, whole layers (slower, leaner), or whole "
+        "layers whose inputs wait in host memory (CUDA)",
+        choices=("selective", "full", "offload"),
     )  # fmt: skip
     learning_rate: float = key(2e-4, "Peak learning rate; left out: the strategy's", exclusiveMinimum=0, maximum=1)
     lr_scheduler_type: str = key(

@@ -112,9 +112,15 @@ def profile_of(machine: Machine) -> str:
 
 
 def resolve(config: "TrainingConfig", machine: Machine) -> Plan:
-    """What `config` means on `machine`. Pure. Raises ConfigError when the device asked for is absent."""
+    """What `config` means on `machine`. Pure. Raises ConfigError when the device asked for is absent, or has no memory
+    of its own from which to offload."""
     if config.device not in ("auto", machine.device):
         raise ConfigError(_absent(config.device))
+    if config.gradient_checkpointing and config.recompute == "offload" and machine.device != "cuda":
+        raise ConfigError(
+            f'recompute: "offload" needs device "cuda" (this run is on {machine.device}, in host memory); '
+            'give "full", which keeps the same tensors'
+        )
     dtype, precision_note = _precision(config, machine)
     notes = [precision_note]
     quantization = config.bnb_4bit_quant_type if config.use_4bit else "int8" if config.use_8bit else None

@@ -1,8 +1,7 @@
 """Predicted peak memory of a run, item by item, from shapes and a plan: no weight is read.
 
-What stays (weights as stored, adapter, gradients, optimizer states) is exact arithmetic. Activations are what each
-layer's backward keeps, counted off the code in `model/decoder.py`, `model/lora.py` and the kernels; a test trains and
-compares. B rows, N tokens of a microbatch, D H K C F V R E as everywhere, b bytes of the training dtype.
+The peak is that of the run's worst moment: a training step, a pass without gradients, with rlhf the sampling of
+rollouts and the training of its reward model, the saving of a checkpoint. `memory_items.py` has the arithmetic of each.
 
 On a CPU the C library's heap leaves holes between blocks of unequal size (`hole_bytes`, measured with glibc 2.36); on
 CUDA the same arithmetic holds for what torch allocates, but neither that nor `CUDA_CONTEXT_BYTES` has been measured.
@@ -10,82 +9,72 @@ CUDA the same arithmetic holds for what torch allocates, but neither that nor `C
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
 
+import numpy as np
 import torch
-from torch import nn
 
-from mini_forge.config import Machine, Plan
+from mini_forge.config import Machine, TrainingConfig
 from mini_forge.config_plan import GIB
 from mini_forge.data.batches import plan_epoch
-from mini_forge.data.pairs import flatten
-from mini_forge.io.weights import read_json
-from mini_forge.model.decoder import Decoder, DecoderSpec, LayerSpec
-from mini_forge.model.lora import target_names
-from mini_forge.prepare import Prepared, adapter_spec
-from mini_forge.training.losses import CHUNK_TOKENS
+from mini_forge.data.pairs import collate_pairs, flatten
+from mini_forge.data.token_store import inputs_of
+from mini_forge.io.adapters import PREFIX, read_adapter_tensors
+from mini_forge.io.models import is_adapter
+from mini_forge.io.rewards import read_reward_config
+from mini_forge.io.weights import read_json, resolve_model
+from mini_forge.memory_items import (
+    Job,
+    Rollouts,
+    Sizes,
+    adapter_shapes,
+    cache_bytes,
+    dequantized_bytes,
+    experience_bytes,
+    forward_bytes,
+    head_bytes,
+    is_whole,
+    kept_bytes,
+    largest_layer_bytes,
+    needs_checkpoint,
+    optimizer_bytes,
+    sampling_bytes,
+    sizes_of,
+    stored_bytes,
+    working_bytes,
+)
+from mini_forge.model.decoder import Decoder
+from mini_forge.model.families import decoder_spec
+from mini_forge.prepare import Prepared, adapter_spec, has_reference, trains_reward
 from mini_forge.training.windows import Windows
 
 MIB = 2**20
 GPU_BYTES = 80 * GIB
-PROCESS_BYTES = 285 * MIB  # python, torch, this package and what loading leaves; measured, as the next two
-COMPILER_BYTES = 71 * MIB  # torch's compiler, which gradient checkpointing and bitsandbytes import
+PROCESS_BYTES = 285 * MIB  # python, torch, this package and what loading leaves; measured, as the next three
+COMPILER_BYTES = 38 * MIB  # torch's compiler, which torch.utils.checkpoint and bitsandbytes import
 BITSANDBYTES_BYTES = 44 * MIB
+TRITON_BYTES = 52 * MIB  # where it is installed
 CUDA_CONTEXT_BYTES = GIB // 2  # not measured
-# Holes in the heap, measured on 40 to 135M parameters, 6 to 30 layers, 250 to 2000 tokens. As shares of what all layers
-# keep, for plain and fused ops; checkpointed, of what √layers keep. In 16 bits float32 temporaries add to that, and
-# dropout adds a multiple of the masks and masked inputs that one layer draws.
-HOLES_PLAIN, HOLES_FUSED, HOLES_CHECKPOINTED, HOLES_16BIT, HOLES_DROPOUT = 0.45, 0.23, 1.0, 0.5, 4
-# Tensors of the MLP's width that the gated unit keeps: gate and up, and what the plain form makes between.
-UNIT_TENSORS = {"silu": 3, "gelu_tanh": 3, "clamped": 6}
-SHARED_INPUTS = ({"q_proj", "k_proj", "v_proj", "qkv_proj"}, {"gate_proj", "up_proj", "gate_up_proj"})
-BLOCK_4BIT, BLOCK_NESTED, BLOCK_MXFP4, BLOCK_OPTIMIZER = 64, 256, 32, 256
-SMALLEST_8BIT_STATE = 4096  # values; bitsandbytes keeps the states of smaller tensors in float32
+# Holes in the heap, fitted to 25 runs of 45 to 135M parameters, 6 to 30 layers, 300 to 2000 tokens, with and without
+# each of what follows. They peaked at 0.75 to 1.7 GiB, up to 7 % apart from run to run, and were predicted to 0.91 to
+# 1.12 of that. What loading leaves is at most the weights; then shares of what is kept, by plain ops, between
+# recomputed tiles and beside the float32 temporaries of 16 bits; and of what one layer's backward makes.
+HOLES_LOADING = 100 * MIB
+HOLES_PLAIN, HOLES_SELECTIVE, HOLES_16BIT, HOLES_WORKING = 0.1, 0.3, 0.3, 1.1
 EPOCHS_LOOKED_AT = 3
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What the prediction needs of a model. shapes: of every parameter, by its checkpoint name. stored: names of
-    those that quantization turns to few bits, (out, in) or (E, out, in). adapted: of those that LoRA stands beside."""
-
-    spec: DecoderSpec
-    shapes: dict[str, tuple[int, ...]]
-    stored: frozenset[str]
-    adapted: frozenset[str]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the prediction needs of a run. tokens: of the largest microbatch, longest: of its documents; is_ragged: they
-    differ in length; eval_tokens: of the largest evaluation batch. has_mxfp4: experts stay in MXFP4, as stored."""
-
-    plan: Plan
-    tokens: int
-    longest: int
-    rank: int
-    optimizer: str
-    is_checkpointed: bool
-    is_fused: bool
-    dropout: float = 0.0
-    eval_tokens: int = 0
-    is_ragged: bool = False
-    has_mxfp4: bool = False
-
-    @property
-    def width(self) -> int:
-        """Bytes of an activation."""
-        return dtype_bytes(self.plan.dtype)
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
     """The prediction. items: bytes by what they are for; they add up to the peak, which comes while `moment`.
-    layer_bytes: the largest layer's weights as stored."""
+    layer_bytes: the largest layer's weights as stored. notes: what is to be said of it."""
 
     items: dict[str, int]
     moment: str
     layer_bytes: int
+    notes: tuple[str, ...] = ()
 
     @property
     def peak_bytes(self) -> int:
@@ -100,235 +89,213 @@ class MemoryPlan:
         return math.ceil(self.items["weights"] / room) if room > 0 else None
 
 
-def dtype_bytes(name: str) -> int:
-    return {"float32": 4, "bfloat16": 2, "float16": 2}[name]
-
-
-def sizes_of(model: Decoder, targets: tuple[str, ...] | None) -> Sizes:
-    """The sizes of a decoder (on meta) whose layers `targets` (LoraSpec) are adapted."""
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    linears = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"}
-    stacks = {name for name, shape in shapes.items() if len(shape) == 3}
-    adapted = {name if name in shapes else f"{name}.weight" for name in target_names(model, targets)}
-    return Sizes(model.spec, shapes, frozenset(linears | stacks), frozenset(adapted))
-
-
 def predict(sizes: Sizes, job: Job) -> MemoryPlan:
     """The peak of training `sizes` by `job`. Pure arithmetic."""
-    trained = adapter_shapes(sizes, job.rank)
-    parameters = sum(math.prod(shape) for shape in trained)
+    trained = [*(math.prod(shape) for shape in adapter_shapes(sizes, job.rank)), *([job.heads] if job.heads else [])]
     always = {
         "weights": sum(stored_bytes(sizes, name, job) for name in sizes.shapes),
-        "adapter": 4 * parameters,
-        "gradients": 4 * parameters,
-        "optimizer": sum(optimizer_bytes(math.prod(shape), job.optimizer) for shape in trained),
+        "adapter": 4 * sum(trained),
+        "reward model": job.reward_bytes,
+        "reward model's own backbone": job.reward_backbone_bytes,
+        "gradients": 4 * sum(trained),
+        "optimizer": sum(optimizer_bytes(count, job.optimizer) for count in trained),
         "dequantized weight": dequantized_bytes(sizes, job),
-        "process": runtime_bytes(job),
+        "process": runtime_bytes(sizes, job),
     }
-    moments = {"training": training_bytes(sizes, job), "evaluating": evaluation_bytes(sizes, job)}
-    if job.plan.device != "cuda":  # elsewhere in the host's memory: the states are copied, and written from a buffer
+    moments = {"training": training_bytes(sizes, job), "passing forward without gradients": forward_pass(sizes, job)}
+    if job.pairs:
+        tokens, longest = job.pairs
+        moments["training the reward model"] = training_bytes(
+            sizes, replace(job, tokens=tokens, longest=longest, is_ragged=True, spared=0, rollouts=None)
+        )
+    if job.rollouts:
+        moments["sampling rollouts"] = {
+            "key/value cache": cache_bytes(sizes.spec, job.rollouts, job),
+            "reading prompts, or drawing tokens": sampling_bytes(sizes.spec, job.rollouts, job),
+        }
+    if not job.is_on_cuda:  # elsewhere in the host's memory: the states are copied, and written from a buffer
         moments["saving a checkpoint"] = {"copies of the states": 2 * always["optimizer"]}
+        left = min(HOLES_LOADING, always["weights"])
+        moments = {name: {"holes in the heap": left, **items} for name, items in moments.items()}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     return MemoryPlan({**always, **moments[moment]}, moment, largest_layer_bytes(sizes, job))
 
 
-def stored_bytes(sizes: Sizes, name: str, job: Job) -> int:
-    """Bytes of one parameter as it is kept: see model/fourbit.py, quant.py and mxfp4.py for the forms."""
-    shape = sizes.shapes[name]
-    if name not in sizes.stored:
-        return math.prod(shape) * job.width
-    if len(shape) == 3 and job.has_mxfp4:
-        return math.prod(shape) // 2 + math.prod(shape) // BLOCK_MXFP4
-    matrices = shape[0] if len(shape) == 3 else 1
-    return matrices * _matrix_bytes(shape[-2], shape[-1], job)
-
-
-def _matrix_bytes(out_features: int, in_features: int, job: Job) -> int:
-    count, form = out_features * in_features, job.plan.quantization
-    if form is None:
-        return count * job.width
-    if form == "int8":
-        return count + 4 * out_features
-    blocks = math.ceil(count / BLOCK_4BIT)
-    statistics = blocks + 4 * math.ceil(blocks / BLOCK_NESTED) + 4 if job.plan.nested else 4 * blocks
-    return math.ceil(count / 2) + statistics
-
-
-def adapter_shapes(sizes: Sizes, rank: int) -> list[tuple[int, ...]]:
-    """The shapes of A and B of every adapted layer, float32; a stack has a pair for each of its experts."""
-    pairs = [(sizes.shapes[name][:-2], *sizes.shapes[name][-2:]) for name in sizes.adapted]
-    return [shape for many, out, into in pairs for shape in ((*many, rank, into), (*many, out, rank))]
-
-
-def optimizer_bytes(count: int, optimizer: str) -> int:
-    """States of a tensor of `count` values: two floats a value, or two bytes, a scale for each 256 and the 8-bit code
-    of each state; sgd here has no momentum."""
-    if optimizer == "sgd":
-        return 0
-    if "8bit" not in optimizer or count < SMALLEST_8BIT_STATE:
-        return 8 * count
-    return 2 * (count + 4 * math.ceil(count / BLOCK_OPTIMIZER) + 1024)
-
-
-def dequantized_bytes(sizes: Sizes, job: Job) -> int:
-    """The largest matrix that is made dense for a product: of a stack, one expert's."""
-    shapes = [sizes.shapes[name] for name in sizes.stored]
-    kept_small = [shape for shape in shapes if job.plan.quantization or (len(shape) == 3 and job.has_mxfp4)]
-    return max((math.prod(shape[-2:]) for shape in kept_small), default=0) * dtype_bytes(job.plan.compute_dtype)
-
-
-def runtime_bytes(job: Job) -> int:
+def runtime_bytes(sizes: Sizes, job: Job) -> int:
     """What is there before a weight is: on a CPU the process, on CUDA the context."""
-    if job.plan.device == "cuda":
+    if job.is_on_cuda:
         return CUDA_CONTEXT_BYTES
     uses_bitsandbytes = job.plan.quantization in ("nf4", "fp4") or "8bit" in job.optimizer
-    compiler = COMPILER_BYTES if uses_bitsandbytes or job.is_checkpointed else 0
-    return PROCESS_BYTES + compiler + (BITSANDBYTES_BYTES if uses_bitsandbytes else 0)
+    layers = range(len(sizes.spec.layers)) if job.recompute == "selective" else ()
+    uses_checkpoint = is_whole(job) or any(needs_checkpoint(sizes, i) for i in layers)
+    compiler = COMPILER_BYTES if uses_bitsandbytes or uses_checkpoint else 0
+    triton = TRITON_BYTES if job.has_triton else 0
+    return PROCESS_BYTES + compiler + (BITSANDBYTES_BYTES if uses_bitsandbytes else 0) + triton
 
 
 def training_bytes(sizes: Sizes, job: Job) -> dict[str, int]:
-    """Activations of one microbatch at the worst moment of its forward and backward."""
-    spec, tokens = sizes.spec, job.tokens
-    scores = [score_bytes(spec, layer, job) for layer in spec.layers]
-    kept = [tokens * kept_per_token(sizes, i, job) + score for i, score in enumerate(scores)]
-    gradients = max(scores) * (2 if job.plan.device == "cuda" else 0)  # of the scores, before and after the softmax
-    between = max(gradients, *(tokens * backward_per_token(spec, layer, job) for layer in spec.layers))
-    hidden = 4 * tokens * spec.hidden_size * job.width  # final states, those trained on, their gradient, and its sum
-    stream = len(kept) * tokens * spec.hidden_size * job.width
-    activations = stream if job.is_checkpointed else sum(kept)
-    working = max(head_bytes(spec, tokens, job), between + (max(kept) if job.is_checkpointed else 0))
-    items = {"activations": activations + hidden, "loss head, or one layer's backward": working}
-    if job.plan.device != "cuda":
-        items["holes in the heap"] = hole_bytes(spec, sum(kept), job) + evaluation_bytes(sizes, job)["activations"]
+    """Activations of one microbatch at the worst moment of its forward and backward.
+
+    The last layer is counted as the others, though from its attention's output on it runs on trained tokens only."""
+    spec, layers = sizes.spec, range(len(sizes.spec.layers))
+    stream = job.tokens * spec.hidden_size * job.width
+    if is_whole(job):
+        kept = stream * (min(2, len(layers)) if job.recompute == "offload" else len(layers))
+    else:
+        kept = sum(kept_bytes(sizes, i, job) for i in layers)
+    working = max(working_bytes(sizes, i, job) for i in layers)
+    most = max(head_bytes(spec, job.tokens, job), working)
+    # final states, their gradient and its sum
+    items = {"activations": kept + 3 * stream, "loss head, or one layer's backward": most}
+    if job.rollouts:
+        items["experience"] = experience_bytes(job.rollouts)
+    if not job.is_on_cuda:
+        items["holes in the heap"] = hole_bytes(sizes, job, kept, working)
     return items
 
 
-def hole_bytes(spec: DecoderSpec, kept_bytes: int, job: Job) -> int:
-    """What blocks of unequal size leave unused between them, of a step whose layers keep `kept_bytes` in all."""
-    share = HOLES_FUSED if job.is_fused else HOLES_PLAIN
-    if job.is_checkpointed:
-        share = HOLES_CHECKPOINTED / math.sqrt(len(spec.layers))
+def forward_pass(sizes: Sizes, job: Job) -> dict[str, int]:
+    """The largest pass without gradients: an evaluation, what the reference says of a microbatch, a reward."""
+    tokens = job.forward_tokens
+    head = head_bytes(sizes.spec, tokens, job)
+    return {"activations": forward_bytes(sizes.spec, tokens, job), "loss head, or one layer's backward": head}
+
+
+def hole_bytes(sizes: Sizes, job: Job, kept: int, working: int) -> int:
+    """What blocks of unequal size leave unused between them, of a step that keeps and works on so many bytes."""
+    weights = sum(stored_bytes(sizes, name, job) for name in sizes.shapes)
+    share = HOLES_PLAIN * (not job.is_fused) + HOLES_SELECTIVE * (job.recompute == "selective")
     share += HOLES_16BIT * (job.width == 2)
-    widest = max(max(_widths(spec, layer)) for layer in spec.layers)
-    masks = job.tokens * (3 * spec.hidden_size + widest) * (1 + job.width) if job.dropout else 0
-    return int(share * kept_bytes) + HOLES_DROPOUT * masks
+    return min(HOLES_LOADING, weights) + int(share * kept + HOLES_WORKING * working)
 
 
-def evaluation_bytes(sizes: Sizes, job: Job) -> dict[str, int]:
-    """One layer's forward at a time: input, norm, what the widest part makes, and the hidden states for the head."""
-    spec, tokens = sizes.spec, job.eval_tokens
-    widest = max(max(_widths(spec, layer)) for layer in spec.layers)
-    activations = tokens * (4 * spec.hidden_size + 4 * widest) * job.width
-    return {"activations": activations, "loss head, or one layer's backward": head_bytes(spec, tokens, job)}
-
-
-def head_bytes(spec: DecoderSpec, tokens: int, job: Job) -> int:
-    """One chunk's logits in float32 and, where the weight is in 16 bits, their 16-bit form beside them."""
-    each = 4 if job.width == 4 else 4 + job.width
-    return min(CHUNK_TOKENS, tokens) * spec.vocab_size * each
-
-
-def kept_per_token(sizes: Sizes, index: int, job: Job) -> int:
-    """Bytes a token that layer `index` keeps for its backward."""
-    spec, layer, b = sizes.spec, sizes.spec.layers[index], job.width
-    own = {name for name in sizes.adapted if f".layers.{index}." in name}
-    linears = {name.split(".")[-2] for name in own if name.endswith(".weight")}
-    is_wide = not job.is_fused or spec.norm_product == "float32"  # the norm's input is kept in float32
-    norm = spec.hidden_size * (4 if is_wide else b)
-    total = norm * (4 if spec.post_norms else 2) + _attention_kept(spec, layer, job, 4 if is_wide else b)
-    total += b * job.rank * len(linears)  # x Aᵀ of every adapted linear
-    total += b * spec.hidden_size * sum(not group.isdisjoint(linears) for group in SHARED_INPUTS)
-    dense, routed = _widths(spec, layer)
-    unit = 2 if job.is_fused and spec.activation == "silu" else UNIT_TENSORS[spec.activation]
-    total += b * (unit + ("down_proj" in linears)) * dense
-    if routed:
-        top_k, has_stacks = spec.experts.top_k, any("experts.gate_up_proj" in name for name in own)
-        total += b * (unit + has_stacks) * routed + b * top_k * spec.hidden_size * (1 + has_stacks)
-        total += 4 * spec.experts.count + 2 * 8 * top_k  # router's softmax; two orders
-    return total
-
-
-def _attention_kept(spec: DecoderSpec, layer: LayerSpec, job: Job, norm_bytes: int) -> int:
-    """Query, key, value and output of the product, and a float32 log-sum a head; queries and keys before a norm."""
-    H, K, C, b = spec.heads, spec.kv_heads, spec.head_size, job.width
-    total = b * (2 * H + 2 * K) * C + 4 * H
-    if spec.qk_norm == "weighted" or (spec.qk_norm and layer.rope is not None):
-        total += norm_bytes * (H + K) * C
-    if spec.fused_projections:  # the value is a part of a tensor that is kept whole
-        total += b * (H + K) * C
-    is_copied = spec.sinks or (job.is_ragged and job.plan.device != "cuda")  # documents' outputs put end to end
-    return total + (b * H * C if is_copied else 0)
-
-
-def score_bytes(spec: DecoderSpec, layer: LayerSpec, job: Job) -> int:
-    """What attention keeps that grows with the square of the length.
-
-    On a CPU a window's (L, L) mask in the training dtype. On CUDA nothing in 16 bits but for a window with sinks;
-    there, and in float32, torch has no kernel for grouped heads (`enable_gqa` is for flash attention, which has none of
-    these, and the plain one) and keeps (H, L, L) float32 scores. From torch's documentation, not measured."""
-    L, documents = job.longest, math.ceil(job.tokens / job.longest)
-    is_masked = layer.window is not None and layer.window < L
-    if job.plan.device != "cuda":
-        return L**2 * job.width if is_masked else 0
-    is_plain = job.width == 4 or (is_masked and spec.sinks)
-    return 4 * documents * spec.heads * L**2 if is_plain else 0
-
-
-def backward_per_token(spec: DecoderSpec, layer: LayerSpec, job: Job) -> int:
-    """Bytes a token that the MLP's backward makes beside what is kept: three tensors of its width, and a mask's bytes
-    where dropout is drawn again."""
-    dense, routed = _widths(spec, layer)
-    permuted = 2 * job.width * spec.hidden_size * spec.experts.top_k if routed else 0
-    return max(dense, routed) * (3 * job.width + (job.dropout > 0)) + permuted
-
-
-def _widths(spec: DecoderSpec, layer: LayerSpec) -> tuple[int, int]:
-    """Values a token that passes a layer's dense MLP (or shared expert), and its chosen experts, are wide."""
-    if not layer.experts:
-        return layer.mlp_size or spec.mlp_size, 0
-    return spec.experts.shared_size or 0, spec.experts.top_k * spec.experts.size
-
-
-def largest_layer_bytes(sizes: Sizes, job: Job) -> int:
-    totals: dict[str, int] = {}
-    for name in sizes.shapes:
-        layer = name.split(".layers.")[1].split(".")[0] if ".layers." in name else name
-        totals[layer] = totals.get(layer, 0) + stored_bytes(sizes, name, job)
-    return max(totals.values())
-
-
-def largest_microbatch(window: Windows, steps: int) -> list[int]:
-    """Lengths of the documents of the run's largest microbatch, as its first epochs are planned."""
-    lengths, largest, left = [d.inputs for d in window.documents], [], steps * window.accumulation
+def largest_microbatch(window: Windows, steps: int) -> list:
+    """The documents (or pairs) of the run's largest microbatch, as its first epochs are planned."""
+    lengths, largest, left = window.lengths, [], steps * window.accumulation
     for epoch in range(EPOCHS_LOOKED_AT):
         options = (window.group_by_length, window.packing, window.capacity, window.seed, epoch)
-        groups = plan_epoch(lengths, window.batch_size, window.accumulation, *options)
-        chosen = max(groups[: max(left, 0)], key=lambda group: sum(lengths[i] for i in group), default=[])
-        largest = max(largest, chosen, key=lambda group: sum(lengths[i] for i in group))
-        left -= len(groups)
-    return [side.inputs for side in flatten([window.documents[i] for i in largest])]
+        planned = plan_epoch(lengths, window.batch_size, window.accumulation, *options)
+        tokens = planned.tokens(lengths)[: max(left, 0)]
+        if len(tokens) and tokens.max() > lengths[largest].sum():
+            largest = planned[int(tokens.argmax())]
+        left -= len(planned)
+    return [window.documents[i] for i in largest]
 
 
 def memory_plan(prepared: Prepared, window: Windows, steps: int) -> MemoryPlan:
-    """The prediction for a run as it was prepared."""
+    """The prediction for a run as it was prepared. steps: of the optimizer; with rlhf, updates."""
     config, lora = prepared.config, adapter_spec(prepared.config)
-    with torch.device("meta"):
-        sizes = sizes_of(Decoder(prepared.spec), lora.targets)
-    lengths = largest_microbatch(window, steps)
+    sizes = _sizes_in(prepared.folder, lora.targets)
     job = Job(
         plan=prepared.plan,
-        tokens=sum(lengths),
-        longest=max(lengths),
+        tokens=0,
+        longest=0,
         rank=lora.rank,
         optimizer=config.optim,
-        is_checkpointed=config.gradient_checkpointing,
+        recompute=config.recompute if config.gradient_checkpointing else None,
         is_fused=config.provider == "unsloth",
         dropout=lora.dropout,
-        eval_tokens=_longest_tokens(prepared.eval, config.per_device_eval_batch_size),
-        is_ragged=len(set(lengths)) > 1,
+        has_triton=find_spec("triton") is not None,
         has_mxfp4=is_stored_as_mxfp4(read_json(prepared.folder / "config.json")),
     )
-    return predict(sizes, job)
+    if config.strategy == "rlhf":
+        job = _reinforced(prepared, sizes, job)
+    else:
+        documents = largest_microbatch(window, steps)
+        job = _with_microbatch(job, documents, prepared.collate(documents))
+        reference = job.tokens if has_reference(config) else 0
+        job = replace(job, forward_tokens=max(reference, _longest(prepared.eval, config.per_device_eval_batch_size)))
+    return replace(predict(sizes, job), notes=tuple(_notes(config, job)))
+
+
+def _notes(config: TrainingConfig, job: Job) -> list[str]:
+    if config.strategy == "dpo":
+        return ["one backbone: policy and reference share the weights"]
+    if config.strategy != "rlhf":
+        return []
+    borrows = not (config.reward_function or job.reward_backbone_bytes)
+    sharing = ["policy", "reference", *(["value"] if job.heads else []), *(["reward"] if borrows else [])]
+    return [
+        f"one backbone: {', '.join(sharing[:-1])} and {sharing[-1]} share the weights",
+        "rollouts: as if every response were as long as max_new_tokens",
+    ]
+
+
+def _sizes_in(folder: Path, targets: tuple[str, ...] | None) -> Sizes:
+    with torch.device("meta"):
+        return sizes_of(Decoder(decoder_spec(read_json(folder / "config.json"))), targets)
+
+
+def _with_microbatch(job: Job, documents: Sequence, batch) -> Job:
+    """batch: of the documents; what these begin with alike is in it once."""
+    lengths = [side.inputs for side in flatten(documents)]
+    tokens = getattr(batch, "row", batch).input_ids.numel()
+    is_ragged = len(set(lengths)) > 1
+    return replace(job, tokens=tokens, longest=max(lengths), is_ragged=is_ragged, spared=sum(lengths) - tokens)
+
+
+def _reinforced(prepared: Prepared, sizes: Sizes, job: Job) -> Job:
+    """The job of PPO or GRPO and of its reward model. An upper bound: every response is as long as it may get, those to
+    the longest prompts meet, and none shares its prompt's computation."""
+    config, new = prepared.config, prepared.config.max_new_tokens
+    copies = config.group_size if config.advantage == "group" else 1
+    size = min(config.per_device_train_batch_size, math.ceil(config.rollout_batch_size / config.num_mini_batches))
+    trained, evaluated = (
+        sorted((len(prompt.ids) for prompt in prompts), reverse=True)
+        for prompts in (prepared.prompts, prepared.eval_prompts)
+    )
+    trained = [length + new for length in trained for _ in range(copies)]
+    answered = sorted([*trained, *(length + new for length in evaluated)], reverse=True)
+    scored = sum(answered[: config.per_device_eval_batch_size])
+    sampled = min(config.rollout_batch_size, len(trained)), min(config.per_device_eval_batch_size, len(evaluated))
+    adapter, backbone = _reward_bytes(prepared, sizes, job)
+    job = replace(
+        job,
+        tokens=sum(trained[:size]),
+        longest=trained[0],
+        is_ragged=True,
+        forward_tokens=max(scored, _longest(prepared.eval, config.per_device_eval_batch_size)),
+        rollouts=Rollouts(max(sampled), max([trained[0] - new, *evaluated[:1]]), new),
+        heads=0 if config.advantage == "group" else prepared.spec.hidden_size + 1,
+        reward_bytes=adapter,
+        reward_backbone_bytes=backbone,
+    )
+    return replace(job, pairs=_reward_pairs(prepared)) if trains_reward(config) else job
+
+
+def _reward_pairs(prepared: Prepared) -> tuple[int, int]:
+    """(tokens, longest document) of the largest microbatch of the reward model's training: whole documents, each with
+    its last token."""
+    config = prepared.config
+    window = Windows(
+        prepared.train, config.per_device_train_batch_size, config.gradient_accumulation_steps,
+        config.group_by_length, config.packing, 2 * prepared.max_length, config.seed, collate_pairs,
+    )  # fmt: skip
+    sides = flatten(largest_microbatch(window, window.steps_per_epoch * config.reward_epochs))
+    return sum(len(side.ids) for side in sides), max(len(side.ids) for side in sides)
+
+
+def _reward_bytes(prepared: Prepared, sizes: Sizes, job: Job) -> tuple[int, int]:
+    """Of a reward model: its adapter and head, and the backbone of its own that it has where it cannot borrow the
+    run's (`load_reward`)."""
+    config = prepared.config
+    if config.reward_function:
+        return 0, 0
+    if trains_reward(config):
+        return 4 * (sum(math.prod(shape) for shape in adapter_shapes(sizes, job.rank)) + prepared.spec.hidden_size), 0
+    if not is_adapter(config.reward_model):
+        return 0, _backbone_bytes(resolve_model(config.reward_model), job)
+    folder = Path(config.reward_model).expanduser()
+    tensors, base = read_adapter_tensors(folder), resolve_model(read_reward_config(folder)[1])
+    names = {name.removeprefix(PREFIX).split(".lora_")[0] for name in tensors if ".lora_" in name}
+    live = {name.removesuffix(".weight") for name in sizes.adapted}
+    borrows = base.resolve() == prepared.folder.resolve() and all(n in live or ".experts" in n for n in names)
+    return 4 * sum(tensor.numel() for tensor in tensors.values()), 0 if borrows else _backbone_bytes(base, job)
+
+
+def _backbone_bytes(folder: Path, job: Job) -> int:
+    other = _sizes_in(folder, None)
+    return sum(stored_bytes(other, name, job) for name in other.shapes if not name.startswith("lm_head"))
 
 
 def is_stored_as_mxfp4(config: dict) -> bool:
@@ -336,14 +303,18 @@ def is_stored_as_mxfp4(config: dict) -> bool:
     return (config.get("quantization_config") or {}).get("quant_method") == "mxfp4"
 
 
-def _longest_tokens(documents: Sequence, batch_size: int) -> int:
-    return sum(sorted((d.inputs for d in documents), reverse=True)[:batch_size])
+def _longest(documents: Sequence, batch_size: int) -> int:
+    """Tokens of the largest batch of an evaluation, which takes the longest together."""
+    return int(np.sort(inputs_of(documents))[::-1][:batch_size].sum())
 
 
 def memory_report(plan: MemoryPlan, machine: Machine) -> dict:
     """The prediction as `check --json` prints it, beside what the machine has."""
     device, available_bytes = machine.device, machine.memory_bytes if machine.device == "cpu" else machine.vram_bytes
-    notes = ["no prediction for CUDA has been compared with a measurement"] if device == "cuda" else []
+    notes = [
+        *plan.notes,
+        *(["no prediction for CUDA has been compared with a measurement"] if device == "cuda" else []),
+    ]
     if available_bytes is not None and plan.peak_bytes > available_bytes:
         notes.append(f"more than the {available_bytes / GIB:.1f} GiB of this machine's {device}: the run will not fit")
     gpus = plan.gpus()

@@ -265,7 +265,7 @@ def _prompts(config: TrainingConfig, template: Template, tokenizer: Tokenizer, l
         prompts, cut_here = encode_prompts(rows, fields, template, tokenizer, room, config.system_prompt)
         sides.append(prompts)
         cut += cut_here
-    notes = ["peak memory: predicted without the rollouts and their key/value cache"]
+    notes = []
     if cut:
         notes.append(f"{cut} prompts cut on the left to leave max_new_tokens {config.max_new_tokens} of {limit} tokens")
     return *sides, notes

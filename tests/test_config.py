@@ -55,7 +55,7 @@ BROKEN = [
     ("eval_split", -0.1, "eval_split: Must be between 0 and 1"),
     ("eval_split", 1.0, "eval_split: Must be between 0 and 1, and 1 leaves nothing to train on"),
     # ranges and lists of its field reference
-    ("recompute", "mlp", 'Must be in ["selective", "full"] (got "mlp"); the nearest is "full"'),
+    ("recompute", "mlp", 'Must be in ["selective", "full", "offload"] (got "mlp"); the nearest is "full"'),
     ("compute_specs", "midrange", 'Must be in ["low_end", "mid_range", "high_end"] (got "midrange"); the nearest is'),
     ("adapter_format", "gguf", 'Must be in ["peft", "per-expert"]'),
     ("optim", "lion", 'Must be in ["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "sgd"]'),

@@ -141,7 +141,8 @@ def planned(name, dimensions) -> MemoryPlan:
     with torch.device("meta"):
         sizes = sizes_of(Decoder(decoder_spec(dimensions)), lora.targets)
     plan = config_module.resolve(config, Machine("cuda", True, 2**40, 80 * 2**30))
-    job = Job(plan, tokens, config.max_seq_length, lora.rank, config.optim, config.gradient_checkpointing,
+    job = Job(plan, tokens, config.max_seq_length, lora.rank, config.optim,
+              config.recompute if config.gradient_checkpointing else None,
               config.provider == "unsloth", lora.dropout, has_mxfp4=is_stored_as_mxfp4(dimensions))  # fmt: skip
     return predict(sizes, job)
 

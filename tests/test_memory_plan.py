@@ -1,43 +1,65 @@
 """The predicted memory, against real layers, real optimizers, what autograd saves, and a run's measured peak."""
 
+import gc
+import itertools
 import json
 import re
 import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from mini_forge import memory_plan
 from mini_forge.check import check, format_report
 from mini_forge.config import Machine, Plan, TrainingConfig
 from mini_forge.config_plan import GIB
-from mini_forge.memory_plan import (
+from mini_forge.data.batches import Document, collate
+from mini_forge.memory_items import (
     Job,
-    MemoryPlan,
+    Rollouts,
     adapter_shapes,
-    evaluation_bytes,
-    kept_per_token,
-    largest_microbatch,
-    memory_report,
+    cache_bytes,
+    experience_bytes,
+    forward_bytes,
+    kept_bytes,
     optimizer_bytes,
-    predict,
+    sampling_bytes,
     score_bytes,
     sizes_of,
     stored_bytes,
 )
+from mini_forge.memory_plan import (
+    COMPILER_BYTES,
+    MemoryPlan,
+    largest_microbatch,
+    memory_report,
+    predict,
+    runtime_bytes,
+    training_bytes,
+)
+from mini_forge.model import decoder
+from mini_forge.model.cache import KVCache, read_prompts
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.families import decoder_spec
 from mini_forge.model.fourbit import quantize_4bit
 from mini_forge.model.lora import LoraSpec, inject
 from mini_forge.model.quant import Linear4bit, Linear8bit
 from mini_forge.model.stacks import Stack4bit, Stack8bit, StackMxfp4
-from mini_forge.prepare import prepare
+from mini_forge.prepare import Prepared, prepare
 from mini_forge.providers import PROVIDERS
 from mini_forge.run import windows
+from mini_forge.training.losses import token_nll
 from mini_forge.training.optim import make_optimizer
-from tests.tiny import CONFIG, tokenizer_files, write_rows
+from mini_forge.training.rlhf import Experience
+from mini_forge.training.rollouts import Sampling, sample_responses
+from tests.tiny import CONFIG, random_model, tokenizer_files, write_rows
 
 MIB = 2**20
 MOE = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96,
@@ -48,12 +70,16 @@ SHARED = {"model_type": "llama4_text", "num_local_experts": 4, "num_experts_per_
           "intermediate_size_mlp": 160, "attention_chunk_size": 1000, "head_dim": 16}  # fmt: skip
 
 
+WIDE = {"model_type": "gemma3_text", "head_dim": 16, "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 16, "sliding_window": 1000, "rope_local_base_freq": 10000.0}  # fmt: skip
+
+
 def plan_of(quantization=None, nested=False, dtype="float32", device="cpu") -> Plan:
     return Plan(device, dtype, quantization, nested, dtype, False, [])
 
 
-def job_of(tokens=100, fused=False, checkpointed=False, has_mxfp4=False, **plan) -> Job:
-    return Job(plan_of(**plan), tokens, tokens, 8, "adamw_torch", checkpointed, fused, has_mxfp4=has_mxfp4)
+def job_of(tokens=100, fused=False, recompute=None, has_mxfp4=False, **plan) -> Job:
+    return Job(plan_of(**plan), tokens, tokens, 8, "adamw_torch", recompute, fused, has_mxfp4=has_mxfp4)
 
 
 def meta_sizes(targets=None, **changes):
@@ -122,35 +148,85 @@ def test_the_adapter_has_as_many_values_as_inject_makes(targets):
     assert sorted(torch.Size(shape).numel() for shape in shapes) == trained
 
 
-def saved_bytes(layers: int, fused: bool, dtype, targets, changes) -> int:
-    """What autograd holds after the forward of a decoder, parameters aside, by asking autograd."""
+class Storages(TorchDispatchMode):
+    """The memory of all tensors made within, and how much of it is still held, by whomever. known: was there before."""
+
+    def __init__(self, known=()):
+        super().__init__()
+        self.known, self.made = {t.untyped_storage()._cdata for t in known}, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.known:
+                    self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return result
+
+    def held(self) -> int:
+        gc.collect()
+        return sum(size for reference, size in self.made.values() if not reference.expired())
+
+
+def trainable(layers: int, fused: bool, dtype, targets, changes, recompute=None, dropout=0.0) -> Decoder:
     config = {**CONFIG, "hidden_size": 64, "intermediate_size": 96, **changes, "num_hidden_layers": layers}
     model = Decoder(decoder_spec(config), PROVIDERS["unsloth" if fused else "huggingface"]().ops)
     for parameter in model.parameters():
         parameter.data = 0.1 * torch.randn(parameter.shape)
     model = model.to(dtype).train()
-    inject(model, LoraSpec(8, 16, 0.0, targets))
-    own = {t.untyped_storage().data_ptr() for t in model.parameters()}
-    held = {}
+    inject(model, LoraSpec(8, 16, dropout, targets))
+    model.recompute = recompute
+    return model
 
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            held[storage.data_ptr()] = storage.nbytes(), tensor  # the tensor, so that no address comes twice
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = model(torch.arange(200)[None])
+def batch_of(lengths: list[int], shared: int = 0):
+    """Documents of these lengths, of which the first `shared` tokens are the same."""
+    documents = []
+    for i, length in enumerate(lengths):
+        ids = np.full(length + 1, 9 + i, dtype=np.int32)
+        ids[:shared] = 7
+        documents.append(Document(ids, np.arange(length + 1) > shared, line=i))
+    return collate(documents, share_prefixes=True)
+
+
+def held_bytes(layers: int, batch, *model) -> int:
+    """What is held after a decoder's forward beyond what was there before: what its backward needs, and its result."""
+    model = trainable(layers, *model)
+    with Storages(model.parameters()) as storages:
+        hidden = model(batch.input_ids, batch.position, batch.document, parents=batch.parents)
+        held = storages.held()
     assert hidden.requires_grad
-    return sum(size for size, _ in held.values())
+    return held
+
+
+def a_layers_bytes(batch, *model) -> float:
+    """Held for each of two more layers."""
+    return (held_bytes(4, batch, *model) - held_bytes(2, batch, *model)) / 2
+
+
+def predicted_bytes(batch, lengths, fused, dtype, targets, changes, recompute=None) -> float:
+    """The same, of layers 2 and 3, as it is predicted."""
+    sizes = meta_sizes(targets, **{"hidden_size": 64, "intermediate_size": 96, **changes, "num_hidden_layers": 4})
+    tokens, is_ragged = batch.input_ids.numel(), len(set(lengths)) > 1
+    job = job_of(fused=fused, recompute=recompute, dtype=str(dtype).removeprefix("torch."))
+    job = replace(job, tokens=tokens, longest=max(lengths), is_ragged=is_ragged, spared=sum(lengths) - tokens)
+    return sum(kept_bytes(sizes, i, job) for i in (2, 3)) / 2
+
+
+ATTENTION, UP, DOWN = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj"), ("down_proj",)
 
 
 @pytest.mark.parametrize(
     ("changes", "targets", "tolerance"),
     [
-        ({}, None, 0.01),
-        ({}, ("q_proj", "v_proj"), 0.02),
+        ({}, None, 0.005),
+        ({}, ("q_proj", "v_proj"), 0.01),
+        ({}, ATTENTION, 0.01),
+        ({}, ("up_proj", *DOWN), 0.01),
+        ({}, (*ATTENTION, *UP), 0.01),
         ({"model_type": "qwen3", "head_dim": 24}, None, 0.02),
+        (WIDE, None, 0.02),  # and a number a row of each norm
         (MOE, None, 0.05),
         (MOE, ("q_proj", "experts.gate_up_proj", "experts.down_proj"), 0.1),
         (SINKS, None, 0.1),
@@ -159,12 +235,85 @@ def saved_bytes(layers: int, fused: bool, dtype, targets, changes) -> int:
 )
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layers_keep_what_autograd_says(changes, targets, tolerance, fused, dtype):
-    kept = saved_bytes(4, fused, dtype, targets, changes) - saved_bytes(2, fused, dtype, targets, changes)
-    sizes = meta_sizes(targets, **{"hidden_size": 64, "intermediate_size": 96, **changes, "num_hidden_layers": 4})
-    job = job_of(fused=fused, dtype=str(dtype).removeprefix("torch."))
-    predicted = 200 * sum(kept_per_token(sizes, i, job) for i in (2, 3))
-    assert predicted == pytest.approx(kept, rel=tolerance)
+def test_layers_keep_what_they_hold(changes, targets, tolerance, fused, dtype):
+    batch, model = batch_of([200]), (fused, dtype, targets, changes)
+    assert predicted_bytes(batch, [200], *model) == pytest.approx(a_layers_bytes(batch, *model), rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("changes", "targets", "tolerance"),
+    [({}, None, 0.01), ({}, ATTENTION, 0.01), (WIDE, None, 0.02), (MOE, None, 0.03), (SHARED, None, 0.03)],
+)
+@pytest.mark.parametrize("fused", [False, True])
+def test_selective_recomputation_keeps_attention_and_the_residual_stream(
+    monkeypatch, changes, targets, tolerance, fused
+):
+    monkeypatch.setattr(decoder, "TILE_TOKENS", 64)  # of 200 tokens: four tiles
+    batch, model = batch_of([200]), (fused, torch.float32, targets, changes, "selective")
+    predicted = predicted_bytes(batch, [200], *model)
+    assert predicted == pytest.approx(a_layers_bytes(batch, *model), rel=tolerance)
+    assert predicted < 0.75 * predicted_bytes(batch, [200], *model[:-1])
+
+
+@pytest.mark.parametrize("changes", [{}, MOE])
+def test_full_recomputation_keeps_the_residual_stream(changes):
+    batch = batch_of([200])
+    model = (True, torch.float32, None, changes, "full")
+    sizes = [meta_sizes(**{"hidden_size": 64, **changes, "num_hidden_layers": n}) for n in (2, 4)]
+    job = replace(job_of(fused=True, recompute="full"), tokens=200)
+    less, more = (training_bytes(size, job)["activations"] for size in sizes)
+    assert more - less == 2 * 200 * 64 * 4 == pytest.approx(2 * a_layers_bytes(batch, *model), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "shared", "changes"),
+    [
+        ([60, 140], 0, {}),
+        ([100, 100], 0, {}),
+        ([100, 130], 70, {}),
+        ([60, 140], 0, {"model_type": "mistral", "sliding_window": 100, "head_dim": 16}),
+        ([60, 80], 0, {"model_type": "mistral", "sliding_window": 100, "head_dim": 16}),
+        ([60, 90], 40, {"model_type": "mistral", "sliding_window": 80, "head_dim": 16}),
+    ],
+    ids=["ragged", "equal", "shared", "window", "wide window", "shared, window"],
+)
+@pytest.mark.parametrize("fused", [False, True])
+def test_attention_keeps_copies_of_ragged_documents_where_it_is_not_in_place(lengths, shared, changes, fused):
+    batch, model = batch_of(lengths, shared), (fused, torch.float32, None, changes)
+    assert (batch.parents is not None) == bool(shared)
+    predicted = predicted_bytes(batch, lengths, *model)
+    assert predicted == pytest.approx(a_layers_bytes(batch, *model), rel=0.02)
+
+
+def most_allocated(function) -> int:
+    """The most that torch holds at a time of what it allocates in a call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+@pytest.mark.parametrize("recompute", [None, "selective", "full"])
+@pytest.mark.parametrize(("fused", "dtype", "dropout"), [(False, torch.float32, 0.0), (True, torch.float32, 0.1),
+                                                         (True, torch.bfloat16, 0.0)])  # fmt: skip
+def test_a_step_holds_no_more_at_a_time_than_predicted(recompute, fused, dtype, dropout):
+    """The peak of all that torch allocates in forward, loss and backward, which has no holes."""
+    changes = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model, batch = trainable(4, fused, dtype, None, changes, recompute, dropout), batch_of([700, 700])
+    rows, targets, _ = batch.trained()
+
+    def step():
+        hidden = model(batch.input_ids, batch.position, batch.document, rows=rows)
+        token_nll(hidden, model.head_weight, targets).sum().backward()
+
+    step()  # makes the gradients
+    measured = most_allocated(step)
+    job = job_of(fused=fused, recompute=recompute, dtype=str(dtype).removeprefix("torch."))
+    items = training_bytes(
+        meta_sizes(**changes, num_hidden_layers=4), replace(job, tokens=1400, longest=700, dropout=dropout)
+    )
+    predicted = items["activations"] + items["loss head, or one layer's backward"]
+    assert predicted == pytest.approx(measured, rel=0.06)
 
 
 def test_windows_cost_masks_on_a_cpu_and_scores_only_where_cuda_has_no_kernel():
@@ -177,20 +326,111 @@ def test_windows_cost_masks_on_a_cpu_and_scores_only_where_cuda_has_no_kernel():
     assert score_bytes(spec, full, on_cuda) == score_bytes(replace(spec, sinks=False), sliding, on_cuda) == 0
 
 
-def test_checkpointing_and_shorter_rows_and_fewer_bits_take_less():
-    sizes = meta_sizes(hidden_size=256, num_hidden_layers=8)
+def test_recomputing_and_shorter_rows_and_fewer_bits_take_less():
+    sizes = meta_sizes(hidden_size=256, intermediate_size=768, num_hidden_layers=8)
 
     def peak(**options):
         return predict(sizes, job_of(**{"tokens": 4000, **options})).peak_bytes
 
-    assert peak(checkpointed=True) < peak() and peak(tokens=2000) < peak() and peak(fused=True) < peak()
+    assert peak(recompute="offload", device="cuda") < peak(recompute="full", device="cuda")
+    assert peak(recompute="full") - COMPILER_BYTES < peak(recompute="selective") < peak()
+    assert peak(tokens=2000) < peak() and peak(fused=True) < peak()
     assert predict(sizes, job_of(quantization="nf4")).items["weights"] < predict(sizes, job_of()).items["weights"]
 
 
-def test_a_long_evaluation_sets_the_peak():
-    sizes, job = meta_sizes(), replace(job_of(checkpointed=True, device="cuda"), eval_tokens=10**6)
+def test_a_long_pass_without_gradients_sets_the_peak():
+    sizes, job = meta_sizes(), replace(job_of(recompute="full", device="cuda"), forward_tokens=10**6)
     plan = predict(sizes, job)
-    assert plan.moment == "evaluating" and plan.items["activations"] == evaluation_bytes(sizes, job)["activations"]
+    assert plan.moment == "passing forward without gradients"
+    assert plan.items["activations"] == forward_bytes(sizes.spec, 10**6, job)
+
+
+def test_a_references_pass_takes_less_than_the_step_it_belongs_to():
+    sizes = meta_sizes(hidden_size=256, intermediate_size=768, num_hidden_layers=8)
+    for recompute in (None, "selective", "full"):
+        job = replace(job_of(tokens=4000, recompute=recompute, device="cuda"), forward_tokens=4000)
+        assert predict(sizes, job).moment == "training"
+
+
+@pytest.mark.parametrize(
+    ("recompute", "targets", "changes", "uses"),
+    [(None, None, {}, False), ("selective", None, {}, False), ("full", None, {}, True),
+     ("selective", ("q_proj",), {}, True), ("selective", None, MOE, True)],
+    ids=["none", "selective", "full", "partly adapted", "experts"],
+)  # fmt: skip
+def test_torchs_compiler_is_counted_where_checkpoint_is_called(monkeypatch, recompute, targets, changes, uses):
+    calls = []
+    monkeypatch.setattr(
+        decoder, "checkpoint", lambda function, *args, use_reentrant: calls.append(1) or function(*args)
+    )
+    model = trainable(2, True, torch.float32, targets, changes, recompute)
+    model(torch.arange(20)[None]).sum().backward()
+    counted = runtime_bytes(meta_sizes(targets, **changes), job_of(recompute=recompute)) - runtime_bytes(
+        meta_sizes(), job_of()
+    )
+    assert bool(calls) == uses and counted == (COMPILER_BYTES if uses else 0)
+
+
+COMPILED = """
+import sys
+import torch
+from mini_forge.model.lora import LoraSpec, inject
+from tests.tiny import random_model
+model = random_model().train()
+inject(model, LoraSpec(4, 8))
+for model.recompute in ("selective", "full"):
+    model(torch.arange(20)[None]).sum().backward()
+    print("torch._dynamo" in sys.modules)
+"""
+
+
+def test_checkpoint_imports_torchs_compiler():
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
+
+
+def test_the_cache_of_rollouts_is_as_large_as_predicted():
+    model = random_model(num_hidden_layers=3)
+    prompts, new = [[5] * 7, [6] * 4], 5
+    with Storages() as storages:
+        cache = KVCache(model, 2, 7 + new)
+        made = storages.held()
+    read_prompts(model, prompts, torch.tensor([7, 4]), cache)
+    assert made == cache_bytes(model.spec, Rollouts(2, 7, new), job_of()) == 2 * 12 * 3 * 2 * 2 * 8 * 4
+
+
+@pytest.mark.parametrize(("count", "prompt", "vocab_size"), [(8, 300, 300), (64, 4, 20000)])
+def test_sampling_holds_no_more_at_a_time_than_predicted(count, prompt, vocab_size):
+    """Once where reading the prompts takes most, once where drawing tokens does."""
+    changes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "vocab_size": vocab_size}
+    model, rollouts = random_model(**changes), Rollouts(count, prompt, 20)
+    sampling = Sampling(20, 1.0, frozenset())
+    prompts, draws = [[5] * prompt] * count, torch.Generator().manual_seed(0)
+    measured = most_allocated(lambda: sample_responses(model, prompts, sampling, draws))
+    predicted = cache_bytes(model.spec, rollouts, job_of()) + sampling_bytes(model.spec, rollouts, job_of())
+    assert predicted == pytest.approx(measured, rel=0.15)
+
+
+def test_experience_is_as_large_as_predicted():
+    row = torch.zeros(3, 5)
+    experience = Experience([], torch.zeros(3), row.bool(), row, row, row, row, row)
+    tensors = [t for t in vars(experience).values() if isinstance(t, torch.Tensor) and t.dim() == 2]
+    assert experience_bytes(Rollouts(3, 9, 5)) == sum(t.nbytes for t in tensors)
+
+
+def test_rollouts_and_reward_add_what_they_hold():
+    sizes = meta_sizes()
+    job = replace(job_of(device="cuda"), heads=33, reward_bytes=1000, reward_backbone_bytes=2000)
+    plain, with_rewards = predict(sizes, job_of(device="cuda")), predict(sizes, job)
+    assert with_rewards.peak_bytes - plain.peak_bytes == 33 * (4 + 4 + 8) + 3000
+    many = Rollouts(10**4, 100, 100)
+    plan = predict(sizes, replace(job, rollouts=many))
+    assert plan.moment == "sampling rollouts"
+    assert plan.items["key/value cache"] == cache_bytes(sizes.spec, many, job) == 10**4 * 200 * 2 * 2 * 2 * 8 * 4
+    assert plan.items["reading prompts, or drawing tokens"] == sampling_bytes(sizes.spec, many, job)
+    plan = predict(sizes, replace(job, rollouts=replace(many, count=1), pairs=(10**5, 500)))
+    alone = training_bytes(sizes, replace(job, tokens=10**5, longest=500, is_ragged=True))
+    assert plan.moment == "training the reward model" and plan.items["activations"] == alone["activations"]
 
 
 def test_gpus_by_hand():
@@ -214,7 +454,82 @@ def test_the_largest_microbatch_is_the_largest_that_is_trained(settings, changes
     window = windows(prepare(TrainingConfig.from_dict({**settings, **options, **changes})))
     steps = changes.get("max_steps", 3 * window.steps_per_epoch)
     trained = [batch.tokens for step in range(steps) for batch in window(step)]
-    assert sum(largest_microbatch(window, steps)) == max(trained)
+    assert sum(document.inputs for document in largest_microbatch(window, steps)) == max(trained)
+
+
+def notes_of(settings, rows, tmp_path, **changes) -> tuple[dict, str]:
+    """The memory of `check`, and its notes in one text."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    memory = check(TrainingConfig.from_dict({**settings, "dataset": str(data), **changes}))["memory"]
+    return memory, " ".join(memory["notes"])
+
+
+PAIRS = [{"prompt": f"{i} and {i} are" + " what" * i, "chosen": f"{2 * i}", "rejected": "no" * i} for i in range(1, 21)]
+
+
+def job_planned(monkeypatch, settings, rows, tmp_path, **changes) -> tuple[Job, Prepared]:
+    """What `check` predicts from, and what that was made of."""
+    made = []
+    monkeypatch.setattr(memory_plan, "predict", lambda sizes, job: made.append(job) or predict(sizes, job))
+    notes_of(settings, rows, tmp_path, **changes)
+    config = {**settings, "dataset": str(tmp_path / "rows.jsonl"), **changes}
+    return made[0], prepare(TrainingConfig.from_dict(config))
+
+
+def test_pairs_that_begin_alike_are_counted_once(monkeypatch, settings, tmp_path):
+    options = {"strategy": "dpo", "per_device_train_batch_size": 4, "eval_split": 0}
+    job, prepared = job_planned(monkeypatch, settings, PAIRS, tmp_path, **options)
+    window = windows(prepared)
+    batches = [batch for step in range(window.steps_per_epoch) for batch in window(step)]
+    largest = max(batches, key=lambda batch: batch.tokens)
+    assert job.tokens == largest.row.input_ids.numel() < largest.tokens == job.tokens + job.spared
+    assert job.forward_tokens == job.tokens  # the reference's
+
+
+def test_rollouts_are_counted_as_if_they_were_as_long_as_they_may(monkeypatch, settings, tmp_path):
+    options = {"strategy": "rlhf", "rollout_batch_size": 8, "max_new_tokens": 16, "max_seq_length": 512,
+               "per_device_train_batch_size": 3, "per_device_eval_batch_size": 2, "eval_split": 0,
+               "gradient_accumulation_steps": 1, "group_by_length": False}  # fmt: skip
+    job, prepared = job_planned(monkeypatch, settings, PAIRS, tmp_path, **options)
+    longest = sorted((len(prompt.ids) for prompt in prepared.prompts), reverse=True)[:3]
+    assert job.tokens == sum(longest) + 3 * 16 and job.longest == longest[0] + 16
+    assert job.rollouts == Rollouts(8, longest[0], 16)
+    assert job.forward_tokens == sum(longest[:2]) + 2 * 16  # scored together
+    grouped, _ = job_planned(monkeypatch, settings, PAIRS, tmp_path, **options, advantage="group", group_size=2)
+    assert grouped.tokens == 2 * longest[0] + longest[1] + 3 * 16 and grouped.heads == 0 != job.heads
+    fewer, _ = job_planned(monkeypatch, settings, PAIRS, tmp_path, **options, num_mini_batches=4)
+    assert fewer.tokens == sum(longest[:2]) + 2 * 16
+    options["per_device_train_batch_size"] = len(PAIRS)  # all pairs in one microbatch of the reward model
+    whole, _ = job_planned(monkeypatch, settings, PAIRS, tmp_path, **options)
+    assert whole.pairs == (prepared.train_stats.tokens, max(len(s.ids) for p in prepared.train for s in p.sides))
+
+
+def test_rlhf_counts_reward_value_and_rollouts(settings, tmp_path):
+    options = {"strategy": "rlhf", "rollout_batch_size": 8, "max_new_tokens": 16, "max_seq_length": 512}
+    trained, notes = notes_of(settings, PAIRS, tmp_path, **options)
+    assert "one backbone: policy, reference, value and reward share the weights" in notes
+    assert trained["items_bytes"]["reward model"] == trained["items_bytes"]["adapter"] - 4  # a value head has a bias
+    grouped, notes = notes_of(settings, PAIRS, tmp_path, **options, advantage="group", group_size=4)
+    assert "one backbone: policy, reference and reward share the weights" in notes
+    assert grouped["items_bytes"]["adapter"] == trained["items_bytes"]["adapter"] - 4 * (32 + 1)
+    function, notes = notes_of(settings, PAIRS, tmp_path, **options, reward_function="math:prod")
+    assert "one backbone: policy, reference and value share" in notes and "reward model" not in function["items_bytes"]
+    # The cache of many rollouts outgrows a step on one of them.
+    options |= {"rollout_batch_size": 8000, "advantage": "group", "group_size": 400}
+    many, _ = notes_of(settings, PAIRS, tmp_path, **options, reward_function="math:prod")
+    assert many["while"] == "sampling rollouts" and many["items_bytes"]["key/value cache"] > 10**8
+
+
+def test_a_reward_model_of_another_kind_has_a_backbone_of_its_own(settings, tiny, tmp_path):
+    classifier = tmp_path / "classifier"
+    classifier.mkdir()
+    (classifier / "config.json").write_text((tiny / "config.json").read_text())
+    options = {"strategy": "rlhf", "rollout_batch_size": 8, "max_new_tokens": 16, "reward_model": str(classifier)}
+    memory, notes = notes_of(settings, PAIRS, tmp_path, **options, use_4bit=False)
+    head = 4 * CONFIG["vocab_size"] * CONFIG["hidden_size"]  # a classifier has none
+    assert memory["items_bytes"]["reward model's own backbone"] == memory["items_bytes"]["weights"] - head
+    assert "one backbone: policy, reference and value share the weights" in notes
 
 
 def test_check_prints_the_peak_on_a_line_of_its_own(settings):
@@ -273,5 +588,5 @@ def test_a_run_peaks_where_it_was_predicted(medium, tmp_path, changes):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     measured = int(done.stdout.split()[-1]) * 1024
     predicted = check(TrainingConfig.from_dict(settings))["memory"]["peak_bytes"]
-    # Of a process of 600 to 700 MiB; the heap's holes vary by some 10 MiB from run to run.
-    assert predicted == pytest.approx(measured, rel=0.25), f"{predicted / MIB:.0f} MiB, measured {measured / MIB:.0f}"
+    # Of a process of 600 to 700 MiB; the heap's holes vary by some 50 MiB from run to run.
+    assert predicted == pytest.approx(measured, rel=0.15), f"{predicted / MIB:.0f} MiB, measured {measured / MIB:.0f}"

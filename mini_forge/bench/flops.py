@@ -88,7 +88,7 @@ def met_weights(config: TrainingConfig, spec: DecoderSpec) -> Weights:
     experts = tuple(f".layers.{i}.{spec.mlp_name}." for i, layer in enumerate(spec.layers) if layer.experts)
 
     def is_again(name: str) -> bool:
-        if not config.gradient_checkpointing or config.recompute == "full":
+        if not config.gradient_checkpointing or config.recompute != "selective":
             return config.gradient_checkpointing
         return not RECOMPUTED.isdisjoint(name.split(".")) or any(part in name for part in experts)
 

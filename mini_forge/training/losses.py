@@ -83,6 +83,7 @@ class _FrozenHeadNLL(torch.autograd.Function):
             if wants_grad:  # softmax·W − W[target], divided by the normaliser once there are D columns instead of V
                 expected = torch.mm(exponentials.to(weight.dtype), weight)
                 grad[rows] = expected / normaliser - weight[index.squeeze(-1)]
+            del logits, exponentials  # before the next chunk's are made
         ctx.save_for_backward(grad)
         return nll
 
