@@ -99,8 +99,10 @@ def has_reference(config: TrainingConfig) -> bool:
 def shares_prefixes(config: TrainingConfig, spec: DecoderSpec) -> bool:
     """Whether what a microbatch's documents begin with is computed once: where that changes no result, so not with
     noise that is drawn for each token, nor where a balance loss counts tokens."""
-    has_noise = not has_reference(config) and (config.lora_dropout or config.neftune_noise_alpha)
-    return not has_noise and not (spec.experts is not None and spec.experts.balance_coef)
+    if has_reference(config):  # neither noise nor a balance loss
+        return True
+    has_balance = spec.experts is not None and spec.experts.balance_coef
+    return not (config.lora_dropout or config.neftune_noise_alpha or has_balance)
 
 
 def prepare(config: TrainingConfig) -> Prepared:

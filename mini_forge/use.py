@@ -164,7 +164,7 @@ def _reward_of_pairs(session: Session, pairs: list[Pair], rows: dict, max_length
 
 
 def _holds_pairs(path: str) -> bool:
-    return all({"chosen", "rejected"} <= row.fields.keys() for row in read_rows(path))
+    return all(row.fields.get(key) is not None for row in read_rows(path) for key in ("chosen", "rejected"))
 
 
 def _evaluation_examples(config: TrainingConfig | None, dataset: str | None):

@@ -11,6 +11,7 @@ from mini_forge.model.lora import LoraSpec, inject, lora_layers
 from mini_forge.model.masks import Documents, document_positions
 from mini_forge.model.ops import PLAIN
 from mini_forge.providers import PROVIDERS
+from mini_forge.training.reward import whole_documents
 from mini_forge_kernels.attention import attention as fused_attention
 from mini_forge_kernels.attention import pieces
 from tests.tiny import random_model
@@ -88,14 +89,15 @@ def test_kernel_calls_of_a_tree_by_hand():
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2)])
 @pytest.mark.parametrize("parents", [None, (-1, 0, 1, 1, 0, -1)])
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_fused_attention_equals_plain(heads, kv_heads, parents, scale):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fused_attention_equals_plain(heads, kv_heads, parents, scale, dtype):
     lengths = [5, 7, 3, 1, 4, 6]
     documents = Documents.of_lengths(lengths, "cpu", parents)
     generator = torch.Generator().manual_seed(0)
     shapes = [(sum(lengths), h, 8) for h in (heads, kv_heads, kv_heads)]
     results = []
-    inputs = [torch.randn(shape, generator=generator) for shape in shapes]
-    upstream = torch.randn(shapes[0], generator=generator)
+    inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    upstream = torch.randn(shapes[0], generator=generator).to(dtype)
     for function in (plain_attention, fused_attention):
         leaves = [x.clone().requires_grad_() for x in inputs]
         out = function(*leaves, documents, None, scale)
@@ -103,6 +105,24 @@ def test_fused_attention_equals_plain(heads, kv_heads, parents, scale):
         results.append([out, *(x.grad for x in leaves)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6)
+
+
+def test_fused_attention_reads_no_channels_that_are_not_there():
+    """The kernel takes channels to lie one after another: strided inputs and an expanded gradient are copied."""
+    documents = Documents.of_lengths([5, 7], "cpu")
+    wide = torch.randn(12, 2, 16, generator=torch.Generator().manual_seed(0))
+    grads = []
+    for function in (plain_attention, fused_attention):
+        leaf = wide.clone().requires_grad_()
+        strided = leaf[..., ::2]
+        function(strided, strided, strided, documents, None).sum().backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=2e-6)
+
+
+def test_a_reward_takes_no_batch_of_shared_beginnings():
+    with pytest.raises(AssertionError, match="whole"):
+        whole_documents(collate(PAIRS, share_prefixes=True))
 
 
 CONFIGS = [

@@ -13,6 +13,7 @@ written where they belong, not put together afterwards.
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from mini_forge.model.functional import attention as reference
 
@@ -29,7 +30,12 @@ def attention(query, key, value, documents, window, scale=None, sinks=None) -> t
     is_chunked = documents.tree is not None and documents.tree.is_chunked
     if query.device.type != "cpu" or not is_plain or is_chunked:
         return reference(query, key, value, documents, window, scale, sinks)
-    return _SegmentAttention.apply(query, key, value, documents, scale)
+    return _SegmentAttention.apply(*map(_channels_dense, (query, key, value)), documents, scale)
+
+
+def _channels_dense(x: torch.Tensor) -> torch.Tensor:
+    """The kernel reads a head's channels one after another, and does not check."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def pieces(documents) -> list[tuple[slice, slice, bool]]:
@@ -60,7 +66,7 @@ class _SegmentAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, documents, scale):
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        logsum = query.new_empty(query.shape[:2], dtype=torch.float32)  # (N, H)
+        logsum = query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))  # (N, H)
         calls = pieces(documents)
         for queries, keys, is_causal in calls:
             piece, piece_logsum = _forward(
@@ -77,7 +83,9 @@ class _SegmentAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
+        grad = _channels_dense(grad)
         query, key, value, out, logsum = ctx.saved_tensors
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
         for queries, keys, is_causal in ctx.calls:

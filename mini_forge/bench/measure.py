@@ -1,4 +1,4 @@
-"""Some optimizer steps of the very loop that `train` runs, timed; nothing is written, evaluated or saved.
+"""Some optimizer steps of the very loop that `train` runs, timed; no run is written, evaluated or saved.
 
 After the counted steps one more runs under torch's profiler, for the table. Speed is set against the machine's own: a
 step's floating point operations, counted by the rule of flops.py, over the rate of square matrix products in the

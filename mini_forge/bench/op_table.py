@@ -16,7 +16,7 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from mini_forge.model.ops import Ops
+from mini_forge.model.ops import Differentiable, Ops
 
 GROUPS = ("matrix products", "LoRA products", "dequantizing", "attention", "norms", "rope", "gated unit", "loss head",
           "optimizer", "other operations", "between operations")  # fmt: skip
@@ -68,8 +68,12 @@ def label(model: nn.Module, optimizer):
             }
             module.ops = replace(module.ops, **named)
         for name, group in OTHERS.items():
-            if callable(getattr(module, name, None)):
-                setattr(module, name, labelled(group, getattr(module, name)))
+            function = getattr(module, name, None)
+            if isinstance(function, Differentiable):
+                vjp = labelled_vjp(group, function.vjp)
+                setattr(module, name, Differentiable(labelled(group, function.function), vjp))
+            elif callable(function):
+                setattr(module, name, labelled(group, function))
 
 
 class StepProfile:

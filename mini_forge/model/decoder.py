@@ -262,7 +262,8 @@ class Decoder(nn.Module):
         input_ids (B, T) int64; position (B, T) int64, by default counted within each document; document (B, T), by
         default one per row. With a `cache`, new tokens of each row continue what the cache holds and `document` is
         not used. parents: of each document, in their order, the earlier one that it continues, or -1 (`Batch`). rows
-        (M,) int64: the tokens of the N = B·T whose states are wanted; the last layer computes no others."""
+        (M,) int64: the tokens of the N = B·T whose states are wanted; behind its attention the last layer computes no
+        others."""
         x, stream = self.begin(input_ids, position, document, cache, parents)
         recompute = self.recompute if self.training and torch.is_grad_enabled() else None
         for i, block in enumerate(self.model.layers):

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from mini_forge.model.ops import Differentiable
 from mini_forge.model.quant import dequantized_weight, frozen_product
@@ -67,6 +68,7 @@ class _AdaptedProducts(torch.autograd.Function):
         return tuple(out.view(*x.shape[:-1], -1) for out in outs)
 
     @staticmethod
+    @once_differentiable  # it overwrites what it makes
     def backward(ctx, *grads):
         n, saved = 2 * len(ctx.bases), ctx.saved_tensors
         sources, factors, lows = saved[: ctx.count], saved[ctx.count : ctx.count + n], saved[ctx.count + n :]

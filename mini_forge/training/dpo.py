@@ -2,7 +2,8 @@
 
 The reference is the same weights with the adapters off, so it costs a forward pass and no memory. Both passes run
 without dropout (the run builds its LoRA layers with rate 0): at a fresh adapter they agree bit for bit, all rewards are
-0 and the sigmoid loss is ln 2. The head runs in chunks and on response tokens alone.
+0 and the sigmoid loss is ln 2, to rounding where `recompute: "selective"` or the alignment of memory orders a product's
+sums otherwise. The head runs in chunks and on response tokens alone.
 """
 
 import json

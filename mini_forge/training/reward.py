@@ -115,6 +115,7 @@ def whole_documents(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 
     A batch for next-token losses ends each document one token early; the last one is its last target, because a
     document ends with a token of its response."""
+    assert batch.parents is None, "a batch whose documents share their beginnings has no whole ones"
     document = batch.document.flatten()
     T, device = len(document), document.device
     lengths = torch.bincount(document, minlength=batch.documents)

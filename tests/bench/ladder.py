@@ -59,7 +59,7 @@ def measure(args) -> dict:
 
     from mini_forge.io.weights import load_base
     from mini_forge.model.lora import LoraSpec, inject
-    from mini_forge.providers import PROVIDERS
+    from mini_forge.providers import PROVIDERS, equip
     from mini_forge.training.loop import peak_memory_bytes
     from mini_forge.training.memory import keep_freed_memory
     from mini_forge.training.optim import clip_grad_norm, make_optimizer, parameter_groups
@@ -68,10 +68,11 @@ def measure(args) -> dict:
     torch.manual_seed(0)
     name, dtype = ROWS[args.row], getattr(torch, args.dtype)
     is_fused = args.row >= LEVERS.index("fused ops")
-    ops = PROVIDERS["unsloth" if is_fused else "huggingface"]().ops
+    provider = PROVIDERS["unsloth" if is_fused else "huggingface"](args.device)
     quantization = "nf4" if name == "base in NF4" else None
-    model = load_base(args.model, dtype, args.device, quantization, compute_dtype=dtype, ops=ops).train()
+    model = load_base(args.model, dtype, args.device, quantization, compute_dtype=dtype, ops=provider.ops).train()
     inject(model, LoraSpec(16, 32), torch.Generator().manual_seed(0))
+    equip(model, provider)
     model.recompute = {"recompute selective": "selective", "recompute full": "full"}.get(name)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizer = make_optimizer("adamw_torch", parameter_groups(named, 0.001), 2e-4, 0.001, args.device)

@@ -14,7 +14,8 @@ def settings(args) -> dict:
     return {
         "task": "text-generation", "model_name": args.model, "dataset": args.data, "compute_specs": "high_end",
         "provider": "unsloth", "device": "cpu", "dtype": "float32", "seed": 42,
-        "use_4bit": args.nf4, "bnb_4bit_compute_dtype": "float32", "gradient_checkpointing": args.ckpt, "recompute": "selective",
+        "use_4bit": args.nf4, "bnb_4bit_compute_dtype": "float32", "gradient_checkpointing": args.ckpt,
+        "recompute": "selective",
         "gradient_accumulation_steps": 1, "num_train_epochs": 1, "max_seq_length": MAX_LENGTH,
         "packing": args.packing, "group_by_length": False, "optim": "adamw_torch", "warmup_ratio": WARMUP_RATIO,
         "eval_split": 0, "logging_steps": 1, "save_strategy": "no",
