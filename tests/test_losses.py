@@ -11,7 +11,10 @@ from mini_forge.training.losses import token_nll
 @pytest.mark.parametrize("tokens", [1, 3, 4, 5, 11])
 @pytest.mark.parametrize("head_trains", [False, True])
 def test_value_and_gradient_equal_full_logits(monkeypatch, tokens, head_trains):
+    """In chunks of 4 tokens, in tiles of 4 of the 9 words: a target in each, a largest logit in each."""
     monkeypatch.setattr(losses, "CHUNK_TOKENS", 4)
+    monkeypatch.setattr(losses, "TILE_TOKENS", 4)
+    monkeypatch.setattr(losses, "tile_width", lambda tokens, device: 4)
     torch.manual_seed(tokens)
     hidden = torch.randn(tokens, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(9, 6, dtype=torch.float64, requires_grad=head_trains)
@@ -24,6 +27,15 @@ def test_value_and_gradient_equal_full_logits(monkeypatch, tokens, head_trains):
     b = torch.autograd.grad((found * upstream).sum(), wanted)
     for x, y in zip(a, b, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_a_tile_takes_its_bytes_whatever_the_tokens():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert losses.tile_width(1024, cpu) == 1024
+    assert losses.tile_width(1000, cpu) == 1024  # 1,048.6 rounded down to a multiple of 256
+    assert losses.tile_width(1, cpu) == 2**20
+    assert losses.tile_width(2**30, cpu) == 256
+    assert losses.tile_width(1024, cuda) == 2**15
 
 
 def test_no_tokens_is_an_empty_loss_with_a_gradient_path():

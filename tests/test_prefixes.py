@@ -1,5 +1,7 @@
 """Documents that share their beginnings: laid out as a tree, computed once, equal to documents that stand alone."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from mini_forge.model.masks import Documents, document_positions
 from mini_forge.model.ops import PLAIN
 from mini_forge.providers import PROVIDERS
 from mini_forge.training.reward import whole_documents
+from mini_forge_kernels import attention as fused
 from mini_forge_kernels.attention import attention as fused_attention
 from mini_forge_kernels.attention import pieces
 from tests.tiny import random_model
@@ -90,7 +93,11 @@ def test_kernel_calls_of_a_tree_by_hand():
 @pytest.mark.parametrize("parents", [None, (-1, 0, 1, 1, 0, -1)])
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_fused_attention_equals_plain(heads, kv_heads, parents, scale, dtype):
+@pytest.mark.parametrize("short", [0, 1024])
+def test_fused_attention_equals_plain(heads, kv_heads, parents, scale, dtype, short, monkeypatch):
+    """In pieces, and in blocks of at most 4 queries."""
+    monkeypatch.setattr(fused, "SHORT", short)
+    monkeypatch.setattr(fused, "BLOCK", 4)
     lengths = [5, 7, 3, 1, 4, 6]
     documents = Documents.of_lengths(lengths, "cpu", parents)
     generator = torch.Generator().manual_seed(0)
@@ -107,8 +114,44 @@ def test_fused_attention_equals_plain(heads, kv_heads, parents, scale, dtype):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6)
 
 
-def test_fused_attention_reads_no_channels_that_are_not_there():
-    """The kernel takes channels to lie one after another: strided inputs and an expanded gradient are copied."""
+def test_the_way_is_chosen_by_length_and_type(monkeypatch):
+    chosen = []
+    for name in ("_InBlocks", "_InPieces"):
+        recorder = SimpleNamespace(apply=lambda *arguments, name=name: chosen.append(name))
+        monkeypatch.setattr(fused, name, recorder)
+    for length, dtype in ((1024, torch.float32), (1025, torch.float32), (8, torch.float64), (8, torch.bfloat16)):
+        x = torch.zeros(length, 1, 8, dtype=dtype)
+        fused.attention(x, x, x, Documents.of_lengths([length], "cpu"), None)
+    assert chosen == ["_InBlocks", "_InPieces", "_InBlocks", "_InPieces"]
+
+
+def test_sixteen_bit_attention_equals_plain():
+    documents = Documents.of_lengths([5, 7], "cpu", (-1, 0))
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(12, h, 8, generator=generator).bfloat16() for h in (4, 2, 2)]
+    results = []
+    for function in (plain_attention, fused_attention):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = function(*leaves, documents, None)
+        out.float().sum().backward()
+        results.append([out, *(x.grad for x in leaves)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+def test_blocks_of_a_chain_by_hand():
+    documents = Documents.of_lengths([3, 300, 2], "cpu", (-1, 0, 1))
+    chains = fused.chains(documents)
+    assert chains[2] == [slice(0, 3), slice(3, 303), slice(303, 305)]
+    assert fused.blocks(chains[0]) == [(slice(0, 3), 3)]
+    assert fused.blocks(chains[1]) == [(slice(3, 103), 103), (slice(103, 203), 203), (slice(203, 303), 303)]
+    assert fused.blocks(chains[2]) == [(slice(303, 305), 305)]
+
+
+@pytest.mark.parametrize("short", [0, 1024])
+def test_fused_attention_reads_no_channels_that_are_not_there(short, monkeypatch):
+    """The kernels take channels to lie one after another: strided inputs and an expanded gradient are copied."""
+    monkeypatch.setattr(fused, "SHORT", short)
     documents = Documents.of_lengths([5, 7], "cpu")
     wide = torch.randn(12, 2, 16, generator=torch.Generator().manual_seed(0))
     grads = []
