@@ -40,11 +40,10 @@ def check(config: TrainingConfig, *, resume: bool = False, overwrite: bool = Fal
         "adapter": {"rank": lora.rank, "alpha": lora.alpha, "scaling": lora.scaling, "dropout": lora.dropout},
         "dataset": {
             **_statistics(prepared.train_stats),
-            "longest": max(len(document.ids) for document in each(prepared.train)),
+            **_looked_over(prepared),
             "evaluation_rows": len(prepared.eval),
             "max_length": prepared.max_length,
             "template": prepared.template.name,
-            "end_token_trained": _end_tokens(prepared),
         },
         "steps": {
             "total": settings.total_steps,
@@ -92,14 +91,14 @@ def _statistics(stats) -> dict:
     }
 
 
-def _end_tokens(prepared: Prepared) -> str:
-    """How many documents (a pair is two) train on an end token last; the others were cut, or their template has none
-    that is one token."""
+def _looked_over(prepared: Prepared) -> dict:
+    """What takes a look at every document (a pair is two), so in one pass: the longest, and how many train on an end
+    token last; the others were cut, or their template has none that is one token."""
     stops = set(prepared.template.stop_ids(prepared.tokenizer))
-    ended = count = 0
+    longest = ended = count = 0
     for document in each(prepared.train):
-        ended, count = ended + (int(document.ids[-1]) in stops), count + 1
-    return f"{ended}/{count}"
+        longest, ended, count = max(longest, len(document.ids)), ended + (int(document.ids[-1]) in stops), count + 1
+    return {"longest": longest, "end_token_trained": f"{ended}/{count}"}
 
 
 def _folder_notes(config: TrainingConfig, resume: bool, overwrite: bool) -> list[str]:

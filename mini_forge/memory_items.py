@@ -8,18 +8,21 @@ compares. N tokens of a microbatch, D H K C F V R E as everywhere, b bytes of th
 import math
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from mini_forge.config import Plan
 from mini_forge.model.decoder import TILE_TOKENS, Decoder, DecoderSpec, LayerSpec
 from mini_forge.model.lora import target_names
-from mini_forge.training.losses import CHUNK_TOKENS
+from mini_forge.training import losses
 
 # Tensors of the MLP's width that autograd keeps of the plain gated unit: gate and up, and what it makes between.
 UNIT_TENSORS = {"silu": 3, "gelu_tanh": 3, "clamped": 6}
 FUSED_UNITS = ("silu", "clamped")  # whose fused form keeps gate and up alone
 ATTENTION_INPUTS, MLP_INPUTS = {"q_proj", "k_proj", "v_proj", "qkv_proj"}, {"gate_proj", "up_proj", "gate_up_proj"}
 BLOCK_4BIT, BLOCK_NESTED, BLOCK_MXFP4, BLOCK_OPTIMIZER = 64, 256, 32, 256
+# Of a document, up to which the CPU's attention is done in blocks, and of a block (SHORT, BLOCK of its kernel's file).
+SHORT_TOKENS, BLOCK_QUERIES = 1024, 128
 SMALLEST_8BIT_STATE = 4096  # values; bitsandbytes keeps the states of smaller tensors in float32
 
 
@@ -203,7 +206,11 @@ def _attention_kept(sizes: Sizes, index: int, job: Job) -> int:
     spec, layer, b = sizes.spec, sizes.spec.layers[index], job.width
     H, K, C = spec.heads, spec.kv_heads, spec.head_size
     own = _own(sizes.adapted, index, ATTENTION_INPUTS | {"o_proj"})
-    total = _input_kept(sizes, index, ATTENTION_INPUTS, job) + _attention_tensors(spec, job) + b * job.rank * len(own)
+    total = _input_kept(sizes, index, ATTENTION_INPUTS, job) + b * job.rank * len(own)
+    if _is_in_blocks(layer, spec, job):  # query, key and value; the output where o_proj keeps its input
+        total += b * (H + 2 * K + H * ("o_proj" in own)) * C
+    else:
+        total += _attention_tensors(spec, job)
     if spec.qk_norm == "weighted" or (spec.qk_norm and layer.rope is not None):  # queries and keys before it
         total += _norm_bytes(spec, job) * (H + K) * C
     if spec.fused_projections:  # the value is a part of a tensor that is kept whole
@@ -223,6 +230,11 @@ def _is_in_place(layer: LayerSpec, spec: DecoderSpec, job: Job) -> bool:
     """Whether attention writes the documents' outputs where they belong, instead of putting copies together."""
     is_plain = not spec.sinks and (layer.window is None or job.longest <= layer.window)
     return job.is_fused and not job.is_on_cuda and is_plain and not (job.spared and layer.chunk is not None)
+
+
+def _is_in_blocks(layer: LayerSpec, spec: DecoderSpec, job: Job) -> bool:
+    """Whether attention makes its weights again, a block of queries at a time."""
+    return _is_in_place(layer, spec, job) and job.width == 4 and job.longest <= SHORT_TOKENS
 
 
 def _mlp_kept(sizes: Sizes, index: int, job: Job) -> int:
@@ -284,12 +296,12 @@ def working_bytes(sizes: Sizes, index: int, job: Job) -> int:
     """What the backward of layer `index` makes beside what is kept: with recomputation also that, again."""
     layer, per_token = sizes.spec.layers[index], backward_per_token(sizes.spec, sizes.spec.layers[index], job)
     plain = replace(job, recompute=None)
-    if is_whole(job):
-        return kept_bytes(sizes, index, plain) + job.tokens * per_token
-    if job.recompute is None:
-        return job.tokens * per_token
-    tile = job.tokens if layer.experts else min(job.tokens, TILE_TOKENS)
-    return tile * (_mlp_kept(sizes, index, plain) + per_token)
+    attention, mlp_kept = attention_bytes(sizes.spec, layer, job), _mlp_kept(sizes, index, plain)
+    if job.recompute == "selective":
+        tile = job.tokens if layer.experts else min(job.tokens, TILE_TOKENS)
+        return max(tile * (mlp_kept + per_token), attention)
+    most = max(job.tokens * per_token, attention - job.tokens * mlp_kept)  # which is gone when attention's turn comes
+    return most + (kept_bytes(sizes, index, plain) if is_whole(job) else 0)
 
 
 def backward_per_token(spec: DecoderSpec, layer: LayerSpec, job: Job) -> int:
@@ -302,6 +314,14 @@ def backward_per_token(spec: DecoderSpec, layer: LayerSpec, job: Job) -> int:
     return max(dense, routed) * (4 * b + max(between * b, dropped)) + permuted
 
 
+def attention_bytes(spec: DecoderSpec, layer: LayerSpec, job: Job) -> int:
+    """What the backward of attention in blocks makes, of one document after another: keys and values for every query
+    head and their gradients; a block's logits and weights, and the gradient of either."""
+    if not _is_in_blocks(layer, spec, job):
+        return 0
+    return job.width * spec.heads * job.longest * (4 * spec.head_size + 3 * min(BLOCK_QUERIES, job.longest))
+
+
 def forward_bytes(spec: DecoderSpec, tokens: int, job: Job) -> int:
     """One layer's forward without gradients: input, norm, and what the widest part makes."""
     widest = max(max(widths(spec, layer)) for layer in spec.layers)
@@ -309,9 +329,13 @@ def forward_bytes(spec: DecoderSpec, tokens: int, job: Job) -> int:
 
 
 def head_bytes(spec: DecoderSpec, tokens: int, job: Job) -> int:
-    """Float32 logits of a chunk and, where the weight is in 16 bits, their 16-bit form beside them."""
-    chunk = min(CHUNK_TOKENS, tokens)
-    return spec.vocab_size * chunk * (4 if job.width == 4 else 4 + job.width)
+    """Float32 logits of a tile and, where the weight is in 16 bits, the 16-bit form beside them; Σ softmax·W of the
+    tile's tokens, float32, and what is added to it."""
+    if not tokens:
+        return 0
+    rows = min(losses.TILE_TOKENS, tokens)
+    width = min(spec.vocab_size, losses.tile_width(rows, torch.device(job.plan.device)))
+    return rows * (width * (4 if job.width == 4 else 4 + job.width) + spec.hidden_size * (4 + job.width))
 
 
 def cache_bytes(spec: DecoderSpec, rollouts: Rollouts, job: Job) -> int:

@@ -169,17 +169,26 @@ def hole_bytes(sizes: Sizes, job: Job, kept: int, working: int) -> int:
     return min(HOLES_LOADING, weights) + int(share * kept + HOLES_WORKING * working)
 
 
-def largest_microbatch(window: Windows, steps: int) -> list:
-    """The documents (or pairs) of the run's largest microbatch, as its first epochs are planned."""
-    lengths, largest, left = window.lengths, [], steps * window.accumulation
+def largest_microbatch(window: Windows, steps: int) -> tuple[list, object]:
+    """The microbatch of the run that is computed on most tokens, as its first epochs are planned: its documents (or
+    pairs), and the batch that they make.
+
+    A batch is computed on no more tokens than its documents have, and on fewer where they begin alike. So the longest
+    are made first, up to one whose documents have no more tokens than another is computed on."""
+    lengths, most, left = window.lengths, 0, steps * window.accumulation
     for epoch in range(EPOCHS_LOOKED_AT):
         options = (window.group_by_length, window.packing, window.capacity, window.seed, epoch)
         planned = plan_epoch(lengths, window.batch_size, window.accumulation, *options)
         tokens = planned.tokens(lengths)[: max(left, 0)]
-        if len(tokens) and tokens.max() > lengths[largest].sum():
-            largest = planned[int(tokens.argmax())]
+        for i in np.argsort(-tokens, kind="stable"):
+            if tokens[i] <= most:
+                break
+            documents = [window.documents[j] for j in planned[i]]
+            batch = window.collate(documents)
+            if batch.computed_tokens > most:
+                most, largest = batch.computed_tokens, (documents, batch)
         left -= len(planned)
-    return [window.documents[i] for i in largest]
+    return largest
 
 
 def memory_plan(prepared: Prepared, window: Windows, steps: int) -> MemoryPlan:
@@ -201,8 +210,7 @@ def memory_plan(prepared: Prepared, window: Windows, steps: int) -> MemoryPlan:
     if config.strategy == "rlhf":
         job = _reinforced(prepared, sizes, job)
     else:
-        documents = largest_microbatch(window, steps)
-        job = _with_microbatch(job, documents, prepared.collate(documents))
+        job = _with_microbatch(job, *largest_microbatch(window, steps))
         reference = job.tokens if has_reference(config) else 0
         job = replace(job, forward_tokens=max(reference, _longest(prepared.eval, config.per_device_eval_batch_size)))
     return replace(predict(sizes, job), notes=tuple(_notes(config, job)))
@@ -228,8 +236,7 @@ def _sizes_in(folder: Path, targets: tuple[str, ...] | None) -> Sizes:
 
 def _with_microbatch(job: Job, documents: Sequence, batch) -> Job:
     """batch: of the documents; what these begin with alike is in it once."""
-    lengths = [side.inputs for side in flatten(documents)]
-    tokens = getattr(batch, "row", batch).input_ids.numel()
+    lengths, tokens = [side.inputs for side in flatten(documents)], batch.computed_tokens
     is_ragged = len(set(lengths)) > 1
     return replace(job, tokens=tokens, longest=max(lengths), is_ragged=is_ragged, spared=sum(lengths) - tokens)
 
@@ -271,7 +278,8 @@ def _reward_pairs(prepared: Prepared) -> tuple[int, int]:
         prepared.train, config.per_device_train_batch_size, config.gradient_accumulation_steps,
         config.group_by_length, config.packing, 2 * prepared.max_length, config.seed, collate_pairs,
     )  # fmt: skip
-    sides = flatten(largest_microbatch(window, window.steps_per_epoch * config.reward_epochs))
+    documents, _ = largest_microbatch(window, window.steps_per_epoch * config.reward_epochs)
+    sides = flatten(documents)
     return sum(len(side.ids) for side in sides), max(len(side.ids) for side in sides)
 
 

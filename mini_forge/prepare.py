@@ -276,8 +276,7 @@ def _prompts(config: TrainingConfig, template: Template, tokenizer: Tokenizer, l
 def _documents_of(prompts: list[Prompt]) -> tuple[list[Document], TokenStats]:
     """The prompts as documents without a token to train on, which rollouts will bring."""
     documents = [prompt_document(prompt) for prompt in prompts]
-    tokens = sum(len(document.ids) for document in documents)
-    return documents, TokenStats(len(prompts), len(prompts), 0, 0, tokens, 0)
+    return documents, TokenStats.of(len(prompts), len(prompts), 0, documents)
 
 
 def _preference_notes(config: TrainingConfig) -> list[str]:

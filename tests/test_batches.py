@@ -1,4 +1,5 @@
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,8 +17,12 @@ from mini_forge.data.batches import (
     touches,
 )
 from mini_forge.data.chat import choose_template
-from mini_forge.data.tasks import Example
+from mini_forge.data.labelled import LabelledDocument, collate_labelled, tokenize_labelled
+from mini_forge.data.pairs import PairDocument, collate_pairs, flatten, tokenize_pairs
+from mini_forge.data.tasks import Example, Labelled, Pair
+from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.errors import DataError
+from mini_forge.training.sft import SFT
 from tests import toy_tokenizer
 
 
@@ -209,6 +214,38 @@ def test_a_text_longer_than_a_group_is_encoded_alone(tokenizer, chatml, monkeypa
     assert [document.line for document, _ in batches.encode(rows, chatml, tokenizer)] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("form", ["pairs", "labelled"])
+def test_rows_of_other_forms_are_encoded_in_the_same_way(form, tokenizer, chatml, monkeypatch):
+    """A few at a time, a row's texts together; every refused row is named, and none is encoded after the first."""
+    monkeypatch.setattr(batches, "_ENCODED_AT_ONCE", 400)  # characters; a text has about 80
+    seen, encode_batch = [], Tokenizer.encode_batch
+    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: seen.append(texts) or encode_batch(self, texts))
+    user, call = {"role": "user", "content": "two and two?"}, {"role": "assistant", "content": "", "tool_calls": [{}]}
+    one, other = ({"role": "assistant", "content": content} for content in ("four", "four, I think"))
+
+    def rows(refused=()):
+        for line in range(1, 21):
+            last = call if line in refused else one
+            if form == "pairs":
+                yield Pair((user,), (last,), (other,), line=line, file="f")
+            else:
+                yield Labelled((user,), (last,), line % 2 == 0, line=line, file="f")
+
+    tokenize_rows = {"pairs": tokenize_pairs, "labelled": tokenize_labelled}[form]
+    documents, stats = tokenize_rows(list(rows()), chatml, tokenizer)
+    assert [d.line for d in documents] == list(range(1, 21)) and stats.kept == 20
+    texts = 2 if form == "pairs" else 1
+    assert len(seen) > 3 and all(len(part) % texts == 0 and sum(map(len, part)) <= 400 for part in seen)
+    for d in flatten(documents):
+        trained = tokenizer.decode(d.ids[d.is_trained], skip_special=False)
+        assert trained in ("four<|im_end|>", "four, I think<|im_end|>")
+    seen.clear()
+    with pytest.raises(DataError) as caught:
+        tokenize_rows(list(rows(refused=(12, 19))), chatml, tokenizer)
+    assert [problem.split(" ")[0] for problem in caught.value.problems] == ["f:12:", "f:19:"]
+    assert 0 < sum(map(len, seen)) < 12 * texts
+
+
 def document(ids, trained):
     return Document(np.array(ids, np.int32), np.array(trained, bool), 1)
 
@@ -222,6 +259,25 @@ def test_a_batch_is_its_documents_end_to_end():
     assert (batch.documents, batch.tokens) == (2, 4)
     moved = batch.to("cpu")
     assert all(t.dtype == torch.int64 for t in (moved.input_ids, moved.targets, moved.position, moved.document))
+
+
+@pytest.mark.parametrize("together", [collate, collate_pairs, partial(collate_labelled, max_length=99)])
+def test_every_kind_of_batch_counts_its_tokens_alike(together):
+    """Two documents of 23 and 22 tokens, alike in 20 of which the last predicts a response: 19 are computed once."""
+    prompt = list(range(20))
+    ids, trained = [[*prompt, 7, 8, 9], [*prompt, 6, 5]], [[0] * 20 + [1, 0, 1], [0] * 20 + [1, 1]]
+    sides = [document(*each) for each in zip(ids, trained, strict=True)]
+    assert [(d.inputs, d.prompt_tokens, d.trained_tokens) for d in sides] == [(22, 20, 2), (21, 20, 2)]
+    if together is collate_pairs:
+        sides = [PairDocument(*sides)]
+    elif together is not collate:
+        sides = [LabelledDocument(d.ids, d.is_trained, 1, True) for d in sides]
+    alone, shared = together(sides), together(sides, share_prefixes=True)
+    assert (alone.tokens, alone.computed_tokens, alone.trained_tokens) == (43, 43, 4)
+    assert (shared.tokens, shared.computed_tokens, shared.trained_tokens) == (43, 24, 4)
+    assert SFT.count(shared) == 4
+    row = getattr(shared, "row", shared)
+    assert row.trained()[1].tolist() == [7, 9, 6, 5]
 
 
 def test_group_by_length_is_the_published_order():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -59,6 +60,18 @@ def test_it_is_prepared_as_in_memory(change, settings, on_disk, tmp_path):
         assert stored.fingerprint() == held.fingerprint()
     assert any("its tokens are kept" in note for note in first.notes) and second.notes == held.notes
     assert check(config) == held_report
+
+
+def test_check_looks_at_every_document_once(settings, on_disk, monkeypatch):
+    config = TrainingConfig.from_dict({**settings, "max_steps": 1})
+    on_disk()
+    prepare(config)
+    seen, look = Counter(), TokenStore.__getitem__
+    monkeypatch.setattr(TokenStore, "__getitem__", lambda self, i: seen.update([i]) or look(self, i))
+    report = check(config)
+    in_batches = sorted(count for i, count in seen.items() if count > 1 and i != 0)
+    assert sorted(seen)[: report["dataset"]["kept"]] == list(range(report["dataset"]["kept"]))
+    assert len(in_batches) <= 2 and max(in_batches, default=0) <= 2  # the largest microbatch, to predict memory
 
 
 def test_it_trains_and_resumes_as_in_memory(settings, on_disk, tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import mini_forge
 from mini_forge.cli import main
@@ -12,6 +12,7 @@ from mini_forge.io.adapters import load_adapter, save_adapter
 from mini_forge.io.merge import largest_difference, merge_adapter, streamed_logits
 from mini_forge.model.lora import LoraSpec, inject, lora_layers, merge
 from tests.golden_files import FAMILIES, family
+from tests.tiny import write_checkpoint
 
 TARGETS = ("q_proj", "o_proj", "down_proj")
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
@@ -63,6 +64,31 @@ def test_a_merged_model_has_the_adapters_logits_and_nothing_else_changed(name, t
     assert {n for n in after if not any(t in n for t in touched)} <= set(same)
     assert len(same) < len(after)
     assert all(before[n].dtype == after[n].dtype and before[n].shape == after[n].shape for n in after if n in before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_merged_weight_is_rounded_once(dtype, tmp_path):
+    """W + s·BA in float64, of numbers whose sum float32 holds exactly and 16 bits do not, and neither BA alone."""
+    folder = write_checkpoint(tmp_path / "base")
+    base = {n: ((4096 * t).round() / 4096).to(dtype) for n, t in load_file(folder / "model.safetensors").items()}
+    save_file(base, folder / "model.safetensors", metadata={"format": "pt"})
+    model, generator = mini_forge.load_model(folder), torch.Generator().manual_seed(0)
+    spec = LoraSpec(2, 4, targets=("q_proj",))
+    inject(model, spec)
+    updates = {}
+    for name, layer in lora_layers(model):
+        for factor in (layer.lora_A, layer.lora_B):
+            factor.data = torch.randint(-64, 64, factor.shape, generator=generator) / 256
+        updates[f"{name}.weight"] = 2 * layer.lora_B.data.double() @ layer.lora_A.data.double()
+    (tmp_path / "run").mkdir()
+    save_adapter(tmp_path / "run", model, spec, str(folder))
+    merged = tensors(merge_adapter(tmp_path / "run", tmp_path / "merged"))
+    assert len(updates) == 2
+    for name, update in updates.items():
+        exact = base[name].double() + update
+        assert torch.equal(exact.float().double(), exact) and merged[name].dtype == dtype
+        assert torch.equal(merged[name], exact.to(dtype))
+        assert not torch.equal(merged[name], base[name] + update.to(dtype))  # rounded twice
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -9,7 +9,7 @@ import mini_forge
 from mini_forge.config import LOSS_SUGGESTIONS, PREFERENCE_LOSSES, TrainingConfig
 from mini_forge.config_rules import REFERENCE_FREE_LOSSES, SMOOTHED_LOSSES
 from mini_forge.errors import ConfigError
-from mini_forge.training.preferences import LOSSES, REFERENCE_FREE, LossOptions, Scores, rewards
+from mini_forge.training.preferences import LOSSES, REFERENCE_FREE, LossOptions, Scores, implicit_rewards
 
 # With β = 1/2. Pair A: s_w = 2, s_l = -1, so r_w = 1, r_l = -1/2, βΔ = 3/2. Pair B: s_w = -1, s_l = 0, so r_w = -1/2,
 # r_l = 0, βΔ = -1/2. Means per token: A -3/2 and -5/2, B -3/2 and -1.
@@ -87,7 +87,7 @@ def test_losses_without_a_reference_do_not_look_at_it(loss_type):
     s = scores()
     alone = Scores(s.chosen, s.rejected, None, None, s.chosen_tokens, s.rejected_tokens)
     assert torch.equal(LOSSES[loss_type](alone, LossOptions()), LOSSES[loss_type](s, LossOptions()))
-    assert rewards(alone, LossOptions(0.5), loss_type)[0].tolist() == [-0.75, -0.75]
+    assert implicit_rewards(alone, LossOptions(0.5), loss_type)[0].tolist() == [-0.75, -0.75]
 
 
 def test_aot_compares_the_sorted_margins():
@@ -97,7 +97,7 @@ def test_aot_compares_the_sorted_margins():
 
 
 def test_rewards_are_beta_times_the_log_ratio():
-    chosen, rejected = rewards(scores(requires_grad=True), LossOptions(0.5), "sigmoid")
+    chosen, rejected = implicit_rewards(scores(requires_grad=True), LossOptions(0.5), "sigmoid")
     assert chosen.tolist() == [1, -0.5] and rejected.tolist() == [-0.5, 0] and not chosen.requires_grad
 
 

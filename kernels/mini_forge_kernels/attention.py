@@ -95,6 +95,7 @@ class _InBlocks(torch.autograd.Function):
                 else:
                     grad_keys[:, :seen] += part_keys
                     grad_values[:, :seen] += part_values
+                del weights, grad_weights, grad_logits, part_keys, part_values  # before the next block's are made
             _add_to_rows(grad_key, chain, grad_keys)
             _add_to_rows(grad_value, chain, grad_values)
         return grad_query, grad_key, grad_value, None, None

@@ -34,11 +34,10 @@ def step_flops(config: TrainingConfig, spec: DecoderSpec, weights: "Weights", ba
     N, M = weights.met, weights.met_again
     total = {"matrices": 0.0, "attention": 0.0, "head": 0.0}
     for row, is_trained_through in (each for batch in batches for each in passes(batch, config)):
-        trained = int((row.targets != -100).sum())
         scores = 4 * spec.heads * spec.head_size * visible_pairs(spec, row)
-        head = 2 * spec.vocab_size * spec.hidden_size * trained
-        spared = row.input_ids.numel() - trained
-        for n, m, tokens in ((N, M, row.input_ids.numel()), (-weights.last, -weights.last_again, spared)):
+        head = 2 * spec.vocab_size * spec.hidden_size * row.trained_tokens
+        spared = row.computed_tokens - row.trained_tokens
+        for n, m, tokens in ((N, M, row.computed_tokens), (-weights.last, -weights.last_again, spared)):
             total["matrices"] += (4 * n + 2 * m if is_trained_through else 2 * n) * tokens
         total["attention"] += scores * ((4 if M == N else 3) if is_trained_through else 1)
         total["head"] += head * (2 if is_trained_through else 1)

@@ -175,7 +175,6 @@ def _results(prepared: Prepared, run: Run, peak: float) -> dict:
     weights = met_weights(config, spec)
     seconds = [after - before for before, after in zip(run.clock, run.clock[1:], strict=False)]
     tokens = [sum(batch.tokens for batch in batches) for batches in run.batches]
-    trained = [int((getattr(b, "row", b).targets != -100).sum()) for batches in run.batches for b in batches]
     flops = [step_flops(config, spec, weights, batches) for batches in run.batches]
     rates = [sum(f.values()) / s for f, s in zip(flops, seconds, strict=True)][WARM_UP_STEPS:]
     speeds = [t / s for t, s in zip(tokens, seconds, strict=True)][WARM_UP_STEPS:]
@@ -185,7 +184,7 @@ def _results(prepared: Prepared, run: Run, peak: float) -> dict:
         "steps": len(seconds),
         "step_seconds": seconds,
         "tokens": sum(tokens),
-        "trained_tokens": sum(trained),
+        "trained_tokens": sum(batch.trained_tokens for batches in run.batches for batch in batches),
         "tokens_per_second": statistics.median(speeds),
         "tokens_per_second_overall": sum(tokens) / sum(seconds),
         "flops_per_token": sum(parts.values()),

@@ -8,7 +8,7 @@ is LoRA's or the loss head's.
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import wraps
 
@@ -18,8 +18,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from mini_forge.model.ops import Differentiable, Ops
 
-GROUPS = ("matrix products", "LoRA products", "dequantizing", "attention", "norms", "rope", "gated unit", "loss head",
-          "optimizer", "other operations", "between operations")  # fmt: skip
 OPS = {"rms_norm": "norms", "rope_qk": "rope", "swiglu": "gated unit",
        "clamped_swiglu": "gated unit", "attention": "attention", "token_nll": "loss head",
        "grouped_lora": "LoRA products", "rms_norm_vjp": "norms", "swiglu_vjp": "gated unit"}  # fmt: skip
@@ -124,34 +122,35 @@ def _groups(events, rank: int, vocab_size: int) -> list[tuple]:
     return [(event, _group(event, labels, rank, vocab_size)) for event in events]
 
 
+def _with_callers(event) -> Iterator:
+    """The event, what it is called by, what that is called by, …"""
+    while event is not None:
+        yield event
+        event = event.cpu_parent
+
+
 def _range(event) -> str | None:
     """The group of the innermost range that the event lies in."""
-    while event is not None:
-        if event.name.startswith(PREFIX):
-            return event.name.removeprefix(PREFIX)
-        event = event.cpu_parent
-    return None
+    names = (caller.name for caller in _with_callers(event))
+    return next((name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)), None)
 
 
 def _group(event, labels: dict, rank: int, vocab_size: int) -> str:
-    sizes = {size for shape in event.input_shapes or () for size in shape if isinstance(size, int)}
-    is_matrix = event.name.rstrip("_") in MATRIX
-    parent = event
-    while parent is not None:  # the nearest that says what it is for
-        name = parent.name
+    for caller in _with_callers(event):  # the nearest that says what it is for
+        name = caller.name
         if name.startswith(PREFIX):
             return name.removeprefix(PREFIX)
         if name.startswith("aten::embedding"):
             return "other operations"
         if ATTENTION in name.lower() or "varlen_attn" in name:
             return "attention"
-        if name.startswith(OPTIMIZER):
-            return "optimizer"
-        if name.startswith(BACKWARD) and labels.get((parent.fwd_thread, parent.sequence_nr)):
-            return labels[parent.fwd_thread, parent.sequence_nr]
-        parent = parent.cpu_parent
+        if name.startswith(BACKWARD) and labels.get((caller.fwd_thread, caller.sequence_nr)):
+            return labels[caller.fwd_thread, caller.sequence_nr]
+    if any(caller.name.startswith(OPTIMIZER) for caller in _with_callers(event)):  # clipping; a norm has such too
+        return "optimizer"
+    sizes = {size for shape in event.input_shapes or () for size in shape if isinstance(size, int)}
     if vocab_size in sizes:
         return "loss head"
-    if is_matrix:
+    if event.name.rstrip("_") in MATRIX:
         return "LoRA products" if rank in sizes else "matrix products"
     return "other operations"

@@ -6,8 +6,9 @@ tokens is L - 1 inputs and its first token is never a target. A document ends wi
 model's loss cannot depend on what follows), because a rendered example does.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from mini_forge.data.chat import Rendered, Template
 from mini_forge.data.packing import best_fit
 from mini_forge.data.prefixes import Segment, plan_segments
 from mini_forge.data.rows import first_problems
-from mini_forge.data.tasks import Example
+from mini_forge.data.tasks import Datum, Example
 from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.errors import DataError
 
@@ -36,6 +37,15 @@ class Document:
     def inputs(self) -> int:
         return len(self.ids) - 1
 
+    @property
+    def trained_tokens(self) -> int:
+        return int(self.is_trained.sum())
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Those before the first that is trained on."""
+        return int(np.argmax(self.is_trained))
+
 
 @dataclass(frozen=True)
 class TokenStats:
@@ -48,6 +58,12 @@ class TokenStats:
     tokens: int
     trained_tokens: int
 
+    @classmethod
+    def of(cls, rows: int, kept: int, truncated: int, documents: Sequence[Document]) -> "TokenStats":
+        """documents: all of the rows that were kept."""
+        tokens = sum(len(document.ids) for document in documents)
+        return cls(rows, kept, rows - kept, truncated, tokens, sum(document.trained_tokens for document in documents))
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -56,7 +72,7 @@ class Batch:
     documents share has a number from `documents` on."""
 
     input_ids: torch.Tensor
-    targets: torch.Tensor  # -100 where not trained on
+    targets: torch.Tensor  # IGNORED where not trained on
     position: torch.Tensor  # 0, 1, … from each document's beginning
     document: torch.Tensor  # 0, 0, …, 1, 1, …
     documents: int
@@ -67,6 +83,16 @@ class Batch:
     def to(self, device) -> "Batch":
         names = ("input_ids", "targets", "position", "document")
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+
+    @property
+    def computed_tokens(self) -> int:
+        """T: what documents begin with alike counts once."""
+        return self.input_ids.numel()
+
+    @property
+    def trained_tokens(self) -> int:
+        """How many tokens are trained on; `trained` says which."""
+        return int((self.targets != IGNORED).sum())
 
     def trained(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(rows, targets, document) of the tokens that are trained on, each (M,) int64, document after document."""
@@ -90,10 +116,8 @@ def tokenize(
     Raises DataError for every row the template refuses."""
     rows = list(encode(examples, template, tokenizer, max_length, train_on_prompt, system_prompt))
     documents = [document for document, _ in rows if document is not None]
-    tokens = sum(len(document.ids) for document in documents)
-    trained = sum(int(document.is_trained.sum()) for document in documents)
-    kept, truncated = len(documents), sum(is_truncated for _, is_truncated in rows)
-    return documents, TokenStats(len(rows), kept, len(rows) - kept, truncated, tokens, trained)
+    truncated = sum(is_truncated for _, is_truncated in rows)
+    return documents, TokenStats.of(len(rows), len(documents), truncated, documents)
 
 
 def encode(
@@ -106,21 +130,36 @@ def encode(
 ) -> Iterator[tuple[Document | None, bool]]:
     """Each example's document, None if no token to train on is left, and whether it lost tokens to `max_length`.
 
+    Raises DataError, after the last, for every row the template refuses."""
+
+    def render(example: Example) -> list[Rendered]:
+        return [template.render(example, system_prompt)]
+
+    for example, [(ids, is_trained)] in encode_rows(examples, render, tokenizer):
+        is_trained |= train_on_prompt
+        keep = _keep(is_trained, max_length, len(ids) > 0 and ids[0] == tokenizer.bos_id)
+        is_trained = is_trained[keep]
+        is_trained[:1] = False  # nothing precedes it to predict it from
+        is_kept = bool(is_trained.any())
+        yield Document(ids[keep], is_trained, example.line) if is_kept else None, is_kept and len(keep) < len(ids)
+
+
+def encode_rows(
+    rows: Iterable[Datum], render: Callable[[Datum], Sequence[Rendered]], tokenizer: Tokenizer
+) -> Iterator[tuple[Datum, list[tuple[np.ndarray, np.ndarray]]]]:
+    """Each row with the texts that `render` makes of it as tokens: of each, ids (L,) int32 and is_trained (L,) bool.
+
     Each text is encoded whole, once. A token is trained on if it holds a character of a response, so one that straddles
-    the boundary is. Only some examples are in memory at a time. Raises DataError, after the last, for every row the
-    template refuses; none is encoded after the first of them."""
+    the boundary is. Only some rows' texts are in memory at a time. Raises DataError, after the last, for every row that
+    `render` refuses; none is encoded after the first of them."""
     problems: list[str] = []
-    for group in _groups(_render(examples, template, system_prompt, problems)):
+    for group in _groups(_rendered(rows, render, problems)):
         if problems:
             continue
-        encoded = tokenizer.encode_batch([rendered.text for _, rendered in group])
-        for (line, rendered), (ids, offsets) in zip(group, encoded, strict=True):
-            is_trained = np.ones(len(ids), dtype=bool) if train_on_prompt else touches(offsets, rendered.trained)
-            keep = _keep(is_trained, max_length, len(ids) > 0 and ids[0] == tokenizer.bos_id)
-            is_trained = is_trained[keep]
-            is_trained[:1] = False  # nothing precedes it to predict it from
-            is_kept = bool(is_trained.any())
-            yield Document(ids[keep], is_trained, line) if is_kept else None, is_kept and len(keep) < len(ids)
+        encoded = iter(tokenizer.encode_batch([text.text for _, texts in group for text in texts]))
+        for row, texts in group:
+            tokens = zip(texts, islice(encoded, len(texts)), strict=True)
+            yield row, [(ids, touches(offsets, text.trained)) for text, (ids, offsets) in tokens]
     if problems:
         raise DataError(*first_problems(problems))
 
@@ -240,28 +279,28 @@ def show_example(document: Document, tokenizer: Tokenizer) -> str:
     return shown
 
 
-def _render(
-    examples: Iterable[Example], template: Template, system_prompt: str | None, problems: list[str]
-) -> Iterator[tuple[int, Rendered]]:
-    """Every example's line and text; what the template refuses goes to `problems`."""
-    for example in examples:
+def _rendered(
+    rows: Iterable[Datum], render: Callable[[Datum], Sequence[Rendered]], problems: list[str]
+) -> Iterator[tuple[Datum, Sequence[Rendered]]]:
+    """Every row with its texts; what `render` refuses goes to `problems`."""
+    for row in rows:
         try:
-            rendered = template.render(example, system_prompt)
+            texts = render(row)
         except DataError as error:
             problems += error.problems
         else:
-            yield example.line, rendered
+            yield row, texts
 
 
-def _groups(rendered: Iterable[tuple[int, Rendered]]) -> Iterator[list[tuple[int, Rendered]]]:
-    """Texts to encode together: no more than `_ENCODED_AT_ONCE` characters of them, or a longer one alone."""
+def _groups(rendered: Iterable[tuple[Datum, Sequence[Rendered]]]) -> Iterator[list[tuple[Datum, Sequence[Rendered]]]]:
+    """Rows to encode together: no more than `_ENCODED_AT_ONCE` characters of texts, or a longer row alone."""
     group, characters = [], 0
-    for each in rendered:
-        length = len(each[1].text)
+    for row, texts in rendered:
+        length = sum(len(text.text) for text in texts)
         if group and characters + length > _ENCODED_AT_ONCE:
             yield group
             group, characters = [], 0
-        group.append(each)
+        group.append((row, texts))
         characters += length
     if group:
         yield group

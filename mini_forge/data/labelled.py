@@ -12,15 +12,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from mini_forge.data.batches import Batch, Document, TokenStats, collate, show_example, touches
+from mini_forge.data.batches import Batch, Document, TokenStats, collate, encode_rows, show_example
 from mini_forge.data.chat import Rendered, Template
-from mini_forge.data.pairs import cut_sides, data_fingerprint
-from mini_forge.data.rows import first_problems
-from mini_forge.data.tasks import Example, Labelled
+from mini_forge.data.pairs import continuation, cut_sides, data_fingerprint
+from mini_forge.data.tasks import Labelled
 from mini_forge.data.tokenizer import Tokenizer
-from mini_forge.errors import DataError
-
-_ENCODED_AT_ONCE = 4096  # rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,10 +24,6 @@ class LabelledDocument(Document):
     """One prompt with its completion. `is_trained` marks the completion, from its first token on."""
 
     is_desirable: bool
-
-    @property
-    def prompt_tokens(self) -> int:
-        return int(np.argmax(self.is_trained))
 
 
 @dataclass(frozen=True)
@@ -48,8 +40,16 @@ class LabelledBatch:
 
     @property
     def tokens(self) -> int:
-        """Those of the rows; the mismatched documents are computed beside them and not counted."""
+        """Those of the rows, here and below; the mismatched documents are computed beside them and not counted."""
         return self.row.tokens
+
+    @property
+    def computed_tokens(self) -> int:
+        return self.row.computed_tokens
+
+    @property
+    def trained_tokens(self) -> int:
+        return self.row.trained_tokens
 
     @property
     def lines(self) -> tuple[int, ...]:
@@ -72,20 +72,17 @@ def tokenize_labelled(
 
     Each text is encoded whole, once; a token that holds a character of the completion is the completion's. Raises
     DataError for every row that the template refuses."""
-    rendered = _render(rows, template, system_prompt)
+
+    def render(row: Labelled) -> list[Rendered]:
+        return [continuation(row, row.completion, template, system_prompt)]
+
     documents, truncated = [], 0
-    for start in range(0, len(rows), _ENCODED_AT_ONCE):
-        part = slice(start, start + _ENCODED_AT_ONCE)
-        encoded = tokenizer.encode_batch([each.text for each in rendered[part]])
-        for row, text, (ids, offsets) in zip(rows[part], rendered[part], encoded, strict=True):
-            whole = ids, touches(offsets, _completion_spans(row, text))
-            ((kept_ids, is_trained),) = cut_sides([whole], max_length, tokenizer.bos_id)
-            if is_trained.any():
-                documents.append(LabelledDocument(kept_ids, is_trained, row.line, row.is_desirable))
-                truncated += len(kept_ids) < len(ids)
-    tokens, trained = sum(len(d.ids) for d in documents), sum(int(d.is_trained.sum()) for d in documents)
-    kept = len(documents)
-    return documents, TokenStats(len(rows), kept, len(rows) - kept, truncated, tokens, trained)
+    for row, [whole] in encode_rows(rows, render, tokenizer):
+        [(ids, is_trained)] = cut_sides([whole], max_length, tokenizer.bos_id)
+        if is_trained.any():
+            documents.append(LabelledDocument(ids, is_trained, row.line, row.is_desirable))
+            truncated += len(ids) < len(whole[0])
+    return documents, TokenStats.of(len(rows), len(documents), truncated, documents)
 
 
 def collate_labelled(
@@ -117,23 +114,3 @@ def _swapped(one: Document, other: Document, max_length: int) -> Document:
     ids = np.concatenate([one.ids[prompt], other.ids[completion]])[:max_length]
     is_trained = np.concatenate([one.is_trained[prompt], other.is_trained[completion]])[:max_length]
     return Document(ids, is_trained, one.line)
-
-
-def _render(rows: Sequence[Labelled], template: Template, system_prompt: str | None) -> list[Rendered]:
-    """Every row's text. Raises DataError with every row that the template refuses."""
-    rendered, problems = [], []
-    for row in rows:
-        try:
-            conversation = Example((*row.prompt, *row.completion), line=row.line, file=row.file)
-            rendered.append(template.render(conversation, system_prompt))
-        except DataError as error:
-            problems += error.problems
-    if problems:
-        raise DataError(*first_problems(problems))
-    return rendered
-
-
-def _completion_spans(row: Labelled, rendered: Rendered) -> list[tuple[int, int]]:
-    """(start, end) of the completion's assistant turns in the text; those of the prompt are not trained on."""
-    responses = sum(message["role"] == "assistant" for message in row.completion)
-    return rendered.trained[-responses:]

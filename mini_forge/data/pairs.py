@@ -16,14 +16,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from mini_forge.data.batches import Batch, Document, TokenStats, collate, show_example, touches
-from mini_forge.data.chat import Template
-from mini_forge.data.rows import first_problems
-from mini_forge.data.tasks import Example, Pair
+from mini_forge.data.batches import Batch, Document, TokenStats, collate, encode_rows, show_example
+from mini_forge.data.chat import Rendered, Template
+from mini_forge.data.tasks import Example, Labelled, Pair
 from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.errors import DataError
-
-_ENCODED_AT_ONCE = 2048  # pairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +58,14 @@ class PairBatch:
         return self.row.tokens
 
     @property
+    def computed_tokens(self) -> int:
+        return self.row.computed_tokens
+
+    @property
+    def trained_tokens(self) -> int:
+        return self.row.trained_tokens
+
+    @property
     def lines(self) -> tuple[int, ...]:
         return self.row.lines[::2]
 
@@ -81,20 +86,13 @@ def tokenize_pairs(
 
     Each side's text is encoded whole, once; a token that holds a character of the response is the response's. Raises
     DataError for every row that the template refuses, or whose prompt it spells in two ways."""
-    texts = _render(pairs, template, system_prompt)
     documents, truncated = [], 0
-    for start in range(0, len(texts), _ENCODED_AT_ONCE):
-        part = texts[start : start + _ENCODED_AT_ONCE]
-        encoded = iter(tokenizer.encode_batch([text for sides in part for text, _ in sides]))
-        for pair, sides in zip(pairs[start:], part, strict=False):
-            whole = [(ids, touches(offsets, spans)) for (_, spans), (ids, offsets) in zip(sides, encoded, strict=False)]
-            cut = cut_sides(whole, max_length, tokenizer.bos_id)
-            if all(is_response.any() for _, is_response in cut):
-                documents.append(PairDocument(*(Document(*side, pair.line) for side in cut)))
-                truncated += any(len(ids) < len(before[0]) for (ids, _), before in zip(cut, whole, strict=True))
-    sides = flatten(documents)
-    tokens, trained = (sum(len(d.ids) for d in sides), sum(int(d.is_trained.sum()) for d in sides))
-    return documents, TokenStats(len(pairs), len(documents), len(pairs) - len(documents), truncated, tokens, trained)
+    for pair, whole in encode_rows(pairs, lambda pair: _continuations(pair, template, system_prompt), tokenizer):
+        cut = cut_sides(whole, max_length, tokenizer.bos_id)
+        if all(is_response.any() for _, is_response in cut):
+            documents.append(PairDocument(*(Document(*side, pair.line) for side in cut)))
+            truncated += any(len(ids) < len(before[0]) for (ids, _), before in zip(cut, whole, strict=True))
+    return documents, TokenStats.of(len(pairs), len(documents), truncated, flatten(documents))
 
 
 def collate_pairs(pairs: Sequence[PairDocument], share_prefixes: bool = False) -> PairBatch:
@@ -127,39 +125,28 @@ def data_fingerprint(documents: Sequence[Document | PairDocument]) -> int:
     return checksum
 
 
-Side = tuple[str, list[tuple[int, int]]]  # a text, and the (start, end) of what is a response in it
+def continuation(
+    row: Pair | Labelled, turns: Sequence[dict], template: Template, system_prompt: str | None
+) -> Rendered:
+    """The row's prompt continued by `turns`: of its assistant turns those of `turns` alone are responses."""
+    rendered = template.render(Example((*row.prompt, *turns), line=row.line, file=row.file), system_prompt)
+    responses = sum(message["role"] == "assistant" for message in turns)
+    return replace(rendered, trained=rendered.trained[-responses:])
 
 
-def _render(pairs: Sequence[Pair], template: Template, system_prompt: str | None) -> list[tuple[Side, Side]]:
-    rendered, problems = [], []
-    for pair in pairs:
-        try:
-            rendered.append(_two_continuations(pair, template, system_prompt))
-        except DataError as error:
-            problems += error.problems
-    if problems:
-        raise DataError(*first_problems(problems))
-    return rendered
-
-
-def _two_continuations(pair: Pair, template: Template, system_prompt: str | None) -> tuple[Side, Side]:
-    """Chosen and rejected as text, each with the spans of its response: its assistant turns, but none of the prompt's.
+def _continuations(pair: Pair, template: Template, system_prompt: str | None) -> list[Rendered]:
+    """The prompt with chosen and with rejected.
 
     Where the template opens one response otherwise than the other (with thinking, or without), what both share is the
     prompt, and the rest of the opening belongs to the responses."""
-    sides = []
-    for turns in (pair.chosen, pair.rejected):
-        rendered = template.render(Example((*pair.prompt, *turns), line=pair.line, file=pair.file), system_prompt)
-        responses = sum(message["role"] == "assistant" for message in turns)
-        sides.append((rendered.text, rendered.trained[-responses:]))
-    (chosen, chosen_spans), (rejected, rejected_spans) = sides
-    start = min(chosen_spans[0][0], rejected_spans[0][0])
-    if chosen[:start] != rejected[:start]:
+    sides = [continuation(pair, turns, template, system_prompt) for turns in (pair.chosen, pair.rejected)]
+    start = min(side.trained[0][0] for side in sides)
+    if len({side.text[:start] for side in sides}) > 1:
         raise DataError(
             f"{pair.file}:{pair.line}: the {template.name} chat template spells the prompt before chosen otherwise "
             "than before rejected; put the turns that both share into prompt"
         )
-    return tuple((text, [(start, spans[0][1]), *spans[1:]]) for text, spans in sides)
+    return [replace(side, trained=[(start, side.trained[0][1]), *side.trained[1:]]) for side in sides]
 
 
 def cut_sides(

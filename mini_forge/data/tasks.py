@@ -57,6 +57,9 @@ class Labelled:
     file: str = ""
 
 
+Datum = Example | Pair | Labelled
+
+
 class _Fault(ValueError):
     """What is wrong with one row, without its place."""
 
@@ -79,7 +82,7 @@ def read_examples(path, task: str) -> Iterator[Example]:
     return _read_rows(path, TASKS[task])
 
 
-def _read_rows(path, read: Callable[[dict], Example | Pair | Labelled]) -> Iterator[Example | Pair | Labelled]:
+def _read_rows(path, read: Callable[[dict], Datum]) -> Iterator[Datum]:
     problems = []
     for row in scan(path, problems):
         try:

@@ -67,13 +67,8 @@ class Tokenizer:
         """Ids of the text, no special tokens added (those spelled in the text are recognised)."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and, for each, the (start, end) of its characters in the text."""
-        encoding = self._backend.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
-
     def encode_batch(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each text its ids (L,) int32 and character offsets (L, 2) int32, on all cores."""
+        """For each text its ids (L,) int32 and the (start, end) of their characters (L, 2) int32, on all cores."""
         return [
             (
                 np.array(encoding.ids, dtype=np.int32),

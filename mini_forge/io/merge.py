@@ -184,6 +184,7 @@ def adapter_updates(run: Path, spec: LoraSpec, merger: Merger) -> dict[str, Upda
 
 
 def _added(weight: torch.Tensor, delta: torch.Tensor, name: str) -> torch.Tensor:
+    """weight + delta, of one shape, delta float32; the sum is float32 too, and rounded once to the weight's dtype."""
     if weight.shape != delta.shape:
         raise CheckpointError(f"{name}: the adapter is {tuple(delta.shape)}, the weight {tuple(weight.shape)}")
     return (weight.float() + delta).to(weight.dtype)

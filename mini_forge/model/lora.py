@@ -19,10 +19,8 @@ from mini_forge.model.grouped import blocks, grouped, grouped_products, is_group
 from mini_forge.model.ops import Differentiable
 from mini_forge.model.products import adapted_products, draw_seeds, lora_factors
 from mini_forge.model.quant import Linear4bit, Linear8bit
-from mini_forge.model.stacks import Stack4bit, Stack8bit, StackMxfp4
 
 LINEAR_TYPES = (nn.Linear, Linear4bit, Linear8bit)
-STACK_TYPES = (Stack4bit, Stack8bit, StackMxfp4)
 STACK_NAMES = ("gate_up_proj", "down_proj")  # of experts, whose module is named `experts`
 
 

@@ -1,9 +1,10 @@
 """Preference tuning without a reward model: DPO (2305.18290) and the losses that grew from it, in `preferences.py`.
 
 The reference is the same weights with the adapters off, so it costs a forward pass and no memory. Both passes run
-without dropout (the run builds its LoRA layers with rate 0): at a fresh adapter they agree bit for bit, all rewards are
-0 and the sigmoid loss is ln 2, to rounding where `recompute: "selective"` or the alignment of memory orders a product's
-sums otherwise. The head runs in chunks and on response tokens alone.
+without dropout (the run builds its LoRA layers with rate 0): at a fresh adapter all rewards are 0 and the sigmoid loss
+is ln 2. That is bit for bit where both passes make the same products. They do not where `recompute: "selective"` cuts
+more than 1,024 tokens into tiles for the pass with gradients, or where memory is aligned otherwise: there it is to
+rounding. The head runs in chunks and on response tokens alone.
 """
 
 import json
@@ -20,7 +21,7 @@ from mini_forge.io.runs import write_atomic
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.lora import disabled
 from mini_forge.training.losses import LossSum, Objective, nll_of
-from mini_forge.training.preferences import LOSSES, REFERENCE_FREE, LossOptions, Scores, rewards
+from mini_forge.training.preferences import LOSSES, REFERENCE_FREE, LossOptions, Scores, implicit_rewards
 
 
 def response_logps(model: Decoder, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,17 +37,17 @@ def response_logps(model: Decoder, batch: Batch) -> tuple[torch.Tensor, torch.Te
 
 
 @torch.no_grad()
-def reference_logps(model: Decoder, batch: PairBatch) -> torch.Tensor:
-    """(P, 2) float32: the log-probabilities of chosen and rejected by the model with its adapters off."""
+def reference_logps(model: Decoder, batch: Batch) -> torch.Tensor:
+    """(documents,) float32: log π_ref of each document's response, in nats, by the model with its adapters off."""
     with disabled(model):
-        return response_logps(model, batch.row)[0].view(-1, 2)
+        return response_logps(model, batch)[0]
 
 
 def score_pairs(model: Decoder, batch: PairBatch, needs_reference: bool = True) -> Scores:
     """What the model and its reference say of the batch's pairs."""
     reference = (None, None)
     if needs_reference:  # first: its memory is free again before the policy keeps activations
-        known = batch.reference if batch.reference is not None else reference_logps(model, batch)
+        known = batch.reference if batch.reference is not None else reference_logps(model, batch.row).view(-1, 2)
         reference = known.unbind(1)
     logps, tokens = response_logps(model, batch.row)
     return Scores(*logps.view(-1, 2).unbind(1), *reference, *tokens.view(-1, 2).unbind(1))
@@ -72,7 +73,7 @@ def pair_metrics(s: Scores, options: LossOptions, loss_type: str) -> dict[str, f
     responses in nats, `logps_accuracy` counts pairs whose chosen response is the more probable one. `kl` is the mean of
     both responses' log π/π_ref: how far, on this data, the policy has moved from the reference; it may be negative,
     because the responses are not the policy's own."""
-    chosen, rejected = rewards(s, options, loss_type)
+    chosen, rejected = implicit_rewards(s, options, loss_type)
     sums = {
         "rewards_chosen": chosen,
         "rewards_rejected": rejected,
@@ -89,7 +90,8 @@ def pair_metrics(s: Scores, options: LossOptions, loss_type: str) -> dict[str, f
 
 
 def precompute_reference(model: Decoder, pairs: Sequence[PairDocument], batch_size: int) -> np.ndarray:
-    """(len(pairs), 2) float32: `reference_logps` of every pair, longest first, so that too little memory shows at once.
+    """(len(pairs), 2) float32: `reference_logps` of chosen and rejected, longest pairs first, so that too little memory
+    shows at once.
 
     The sums of a batched product may be ordered by the batch's size, so these agree with those computed beside the
     policy to rounding (about 1e-6 of a log-probability), not bit for bit."""
@@ -98,7 +100,7 @@ def precompute_reference(model: Decoder, pairs: Sequence[PairDocument], batch_si
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = collate_pairs([pairs[i] for i in chosen], share_prefixes=True).to(model.device)
-        logps[chosen] = reference_logps(model, batch).cpu().numpy()
+        logps[chosen] = reference_logps(model, batch.row).view(-1, 2).cpu().numpy()
     return logps
 
 

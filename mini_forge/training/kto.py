@@ -5,19 +5,17 @@ paper's practical one is taken: the mean log-ratio of prompts with each other's 
 below 0, which no KL is, and without gradient. So the batch size is part of the loss, and a row that is alone in its
 microbatch (the last of an epoch may be) has z0 = 0.
 
-The reference is the same weights with the adapters off; no pass has dropout. At a fresh adapter both agree bit for bit:
-all rewards and z0 are 0, and the loss of every row is half its weight.
+The reference is the same weights with the adapters off; no pass has dropout. At a fresh adapter all rewards and z0 are
+0 and the loss of every row is half its weight, exactly or to rounding as `dpo.py` says.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from mini_forge.data.batches import Batch
 from mini_forge.data.labelled import LabelledBatch
 from mini_forge.model.decoder import Decoder
-from mini_forge.model.lora import disabled
-from mini_forge.training.dpo import response_logps
+from mini_forge.training.dpo import reference_logps, response_logps
 from mini_forge.training.losses import LossSum, Objective
 
 
@@ -48,13 +46,6 @@ def reference_point(model: Decoder, batch: LabelledBatch) -> torch.Tensor:
         return torch.zeros((), device=model.device)
     logps, _ = response_logps(model, batch.mismatched)
     return (logps - reference_logps(model, batch.mismatched)).mean().clamp(min=0)
-
-
-@torch.no_grad()
-def reference_logps(model: Decoder, row: Batch) -> torch.Tensor:
-    """(documents,) float32: log π_ref of each document's response, by the model with its adapters off."""
-    with disabled(model):
-        return response_logps(model, row)[0]
 
 
 def kto_objective(options: KTOOptions) -> Objective:

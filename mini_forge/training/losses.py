@@ -79,7 +79,8 @@ class _FrozenHeadNLL(torch.autograd.Function):
             rows = slice(start, start + TILE_TOKENS)
             nll[rows], expected = _nll_in_tiles(hidden[rows], weight, targets[rows], grad is not None)
             if grad is not None:
-                grad[rows] = expected - weight[targets[rows]]
+                grad[rows] = expected.sub_(weight[targets[rows]])
+            del expected  # before the next tokens' is made
         ctx.save_for_backward(grad)
         return nll
 
@@ -110,6 +111,7 @@ def _nll_in_tiles(hidden, weight, targets, wants_expected: bool):
         normaliser.mul_(shrink).add_(exponentials.sum(-1, keepdim=True))
         if wants_expected:
             expected.mul_(shrink).add_(exponentials.to(tile.dtype) @ tile)
+        del logits, exponentials  # before the next tile's are made
     nll = (normaliser.log() + largest - wanted).squeeze(-1)
     return nll, expected.div_(normaliser).to(hidden.dtype) if wants_expected else None
 

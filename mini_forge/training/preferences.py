@@ -172,8 +172,8 @@ def _log1mexp(x: torch.Tensor) -> torch.Tensor:
     return torch.log(-torch.expm1(x.clamp(max=-1e-7)))
 
 
-def rewards(s: Scores, options: LossOptions, loss_type: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(chosen, rejected) implicit rewards (P,), without gradient: β·s (DPO Eq. 5 up to a constant of the prompt); of a
+def implicit_rewards(s: Scores, options: LossOptions, loss_type: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(chosen, rejected), each (P,), without gradient: β·s (DPO Eq. 5 up to a constant of the prompt); of a
     loss without a reference, β times the mean log-probability of a token."""
     if loss_type in REFERENCE_FREE:
         return options.beta * s.chosen_mean.detach(), options.beta * s.rejected_mean.detach()

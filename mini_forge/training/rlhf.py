@@ -194,7 +194,8 @@ def ppo_loss(
 
 def minibatches(count: int, settings: PPOSettings, update: int, epoch: int) -> list[list[int]]:
     """Rollouts 0…count-1 in mini-batches of nearly equal size. The first epoch keeps their order, which is random
-    already, so its forward passes are those that made the experience, and the first ratios are exactly 1."""
+    already, so its forward passes are those that made the experience, and the first ratios are exactly 1 (to rounding
+    with `recompute: "selective"` and more than 1,024 tokens, which it cuts into tiles where there are gradients)."""
     order = np.arange(count)
     if epoch:
         order = np.random.default_rng([settings.seed, update, SHUFFLE, epoch]).permutation(count)
@@ -277,5 +278,5 @@ def draws_of(seed: int, update: int, purpose: int) -> torch.Generator:
 
 def _is_response(documents: Sequence[Document], device: torch.device) -> torch.Tensor:
     """(B, T) bool: response tokens to the left, padding behind."""
-    lengths = torch.tensor([int(document.is_trained.sum()) for document in documents], device=device)
+    lengths = torch.tensor([document.trained_tokens for document in documents], device=device)
     return torch.arange(int(lengths.max()), device=device) < lengths[:, None]

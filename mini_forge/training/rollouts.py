@@ -112,7 +112,7 @@ def sample_rollouts(
 
 def rollout_of(document: Document, tokenizer: Tokenizer, row: dict) -> Rollout:
     """A response that somebody else wrote, as if it had been sampled: from the first token that is trained on."""
-    start = int(document.is_trained.argmax())
+    start = document.prompt_tokens
     prompt, response = document.ids[:start].tolist(), document.ids[start:].tolist()
     texts = tokenizer.decode(prompt), tokenizer.decode(response)
     return Rollout(prompt, response, *texts, row, document.line, [0.0] * len(response))

@@ -34,8 +34,4 @@ def _with_balance(model: Decoder, nll: torch.Tensor) -> LossSum:
     return LossSum(total, count, metrics)
 
 
-def trained_tokens(batch: Batch) -> int:
-    return int((batch.targets != -100).sum())
-
-
-SFT = Objective(sft_loss, trained_tokens)
+SFT = Objective(sft_loss, lambda batch: batch.trained_tokens)
