@@ -1,4 +1,10 @@
-"""What a provider gives to the layers that make their own products."""
+"""What a provider gives to the layers that make their own products, and what a run imports for it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +15,16 @@ from mini_forge.model.lora import LoraSpec, LoRAStack, inject, lora_layers
 from mini_forge.providers import PROVIDERS, equip, token_nll
 from mini_forge.training import losses
 from mini_forge_kernels import linear_cross_entropy
+from tests.tiny import write_rows
 from tests.tiny_experts import CONFIGS, SHARED
+
+ROOT = Path(__file__).parent.parent
+RUN = """
+import json, sys
+import mini_forge
+mini_forge.train(mini_forge.TrainingConfig.from_dict(json.loads(sys.argv[1])))
+print("imported:", *[name for name in ("triton", "bitsandbytes", "sympy", "torch._dynamo") if name in sys.modules])
+"""
 
 
 def model_with_experts(provider):
@@ -48,3 +63,25 @@ def test_the_fused_head_runs_in_triton_where_that_runs(monkeypatch, reason, chos
     monkeypatch.setattr("mini_forge.providers.reason_not", lambda device: reason)
     monkeypatch.setattr(chosen, "token_nll", lambda *arguments: "chosen")
     assert token_nll(torch.ones(2, 3), torch.ones(4, 3), torch.zeros(2, dtype=torch.int64)) == "chosen"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="beside a CUDA device triton is imported")
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_run_on_the_cpu_imports_neither_kernels_nor_compilers(quantized, tiny, tmp_path):
+    """They cost a start up to 2 s and 150 MiB. The triton that is found here cannot be imported."""
+    package = tmp_path / "path" / "triton"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('wanted')")
+    settings = {
+        "task": "text-generation", "model_name": str(tiny), "dataset": str(write_rows(tmp_path / "rows.jsonl", 20)),
+        "output_dir": str(tmp_path / "run"), "compute_specs": "low_end", "device": "cpu", "provider": "unsloth",
+        "use_4bit": quantized, "optim": "adamw_torch", "gradient_checkpointing": False, "max_steps": 2,
+        "save_strategy": "no",
+    }  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-c", RUN, json.dumps(settings)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "(Triton needs a CUDA device, this is cpu)" in done.stdout
+    assert done.stdout.splitlines()[-1] == "imported:"

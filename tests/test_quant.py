@@ -26,7 +26,7 @@ from mini_forge.model.quant import (
 
 bnb = pytest.importorskip("bitsandbytes.functional")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BACKENDS = ("torch", "bitsandbytes")
+WAYS = ("cpu", "torch", "bitsandbytes")  # to dequantize: on a CPU, and those between which other devices choose
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +34,11 @@ def seeded():
     torch.manual_seed(0)
 
 
-def force(monkeypatch, name):
-    monkeypatch.setattr(fourbit, "backend", lambda device: (name, "forced by a test"))
+def dequantized(q, dtype, way):
+    """`dequantize_4bit` as it is on a CPU, or with what it calls on other devices."""
+    if way == "cpu":
+        return dequantize_4bit(q, dtype)
+    return fourbit._DECODERS[way](q.packed.view(-1), q.absmax, q, dtype)[: q.shape.numel()].view(q.shape)
 
 
 def bits(tensor):
@@ -64,7 +67,7 @@ def by_the_table(packed, absmax, code, count):
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [False, True])
-def test_stored_and_dequantized_bits_equal_bitsandbytes(quant_type, nested, monkeypatch):
+def test_stored_and_dequantized_bits_equal_bitsandbytes(quant_type, nested):
     rng = random.Random(f"{quant_type} {nested}")
     for trial in range(60):
         weight = random_weight(trial, rng) if trial else torch.randn(700, 771)  # the first is of several chunks
@@ -78,10 +81,12 @@ def test_stored_and_dequantized_bits_equal_bitsandbytes(quant_type, nested, monk
             assert torch.equal(ours.nested_absmax, theirs.state2.absmax) and ours.nested_offset == theirs.offset
             absmax = bnb.dequantize_blockwise(theirs.absmax, theirs.state2) + theirs.offset
         expected = by_the_table(packed, absmax, theirs.code, weight.numel()).view(weight.shape)
-        for name in BACKENDS:
-            force(monkeypatch, name)
+        for way in WAYS:
             for dtype in DTYPES:
-                assert torch.equal(dequantize_4bit(ours, dtype), expected.to(dtype)), (weight.shape, name)
+                found, wanted = dequantized(ours, dtype, way), expected.to(dtype)
+                assert torch.equal(found, wanted), (weight.shape, way)
+                # FP4's second zero has either sign in bitsandbytes
+                assert quant_type == "fp4" or torch.equal(bits(found), bits(wanted))
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -95,16 +100,17 @@ def test_dequantized_values_equal_bitsandbytes_own_dequantizing(quant_type, dtyp
         assert torch.equal(dequantize_4bit(ours), bnb.dequantize_4bit(packed, theirs).view(shape))
 
 
-def test_backends_give_the_same_values(monkeypatch):
-    weight = torch.randn(300, 48)
-    for quant_type in ("nf4", "fp4"):
-        quantized, results = quantize_4bit(weight, quant_type, nested=True), []
-        for name in BACKENDS:
-            force(monkeypatch, name)
-            results.append(dequantize_4bit(quantized))
-        assert torch.equal(*results)
-        if quant_type == "nf4":  # FP4's second zero has either sign in bitsandbytes
-            assert torch.equal(*map(bits, results))
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_codes_equal_bitsandbytes_at_every_edge_of_rounding(quant_type):
+    """Midpoints of neighbouring codes, edges of the parts that are looked up, and the next floats to both sides."""
+    ascending = torch.tensor(fourbit.CODES[quant_type]).sort().values
+    midpoints = (ascending[:-1] + ascending[1:]) / 2
+    assert fourbit._level(midpoints).unique().numel() == 15  # no part has two
+    edges = torch.cat([midpoints, -midpoints, torch.linspace(-1, 1, fourbit.LEVELS + 1), torch.tensor([-0.0, 1e-40])])
+    values = torch.cat([edges, *(edges.nextafter(torch.tensor(end)).clamp(-1, 1) for end in (2.0, -2.0))])
+    values = F.pad(values, (0, -len(values) % 63)).view(-1, 63)
+    blocks = F.pad(values, (1, 0), value=1.0)  # the largest of each is 1: nothing is rounded in scaling
+    assert torch.equal(quantize_4bit(blocks, quant_type).packed, bnb.quantize_4bit(blocks, quant_type=quant_type)[0])
 
 
 def test_golden_numbers():
@@ -141,9 +147,7 @@ def test_dynamic_codes_equal_at_every_edge_of_rounding():
         assert torch.equal(codes, theirs) and torch.equal(largest, state.absmax)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_out_is_written_and_decides_the_dtype(name, monkeypatch):
-    force(monkeypatch, name)
+def test_out_is_written_and_decides_the_dtype():
     for shape in [(3, 33), (64, 64), (600, 700)]:
         quantized = quantize_4bit(torch.randn(shape), nested=True)
         for dtype in (*DTYPES, torch.float64):
@@ -163,13 +167,14 @@ def test_what_cannot_be_quantized_is_refused_in_one_line():
 
 
 def test_backend_says_what_and_why():
-    name, reason = backend("cpu")
-    assert name in BACKENDS and reason
-    assert backend("mps")[0] == backend(torch.device("meta"))[0] == "torch" and "mps" in backend("mps")[1]
+    for device in ("cpu", "mps", "meta"):
+        name, reason = backend(torch.device(device))
+        assert name == "torch" and device in reason
+    assert backend("cuda") == ("bitsandbytes", "its kernel is faster than torch operations")
 
 
 def test_tables_first_made_under_another_default_device_are_real():
-    for table in (fourbit.dynamic_map, fourbit._dynamic_code_of_level, fourbit._boundaries, fourbit._byte_values):
+    for table in (fourbit.dynamic_map, fourbit._dynamic_code_of_level, fourbit._ranks, fourbit._byte_values):
         table.cache_clear()
     with torch.device("meta"):
         quantized = quantize_4bit(torch.ones(4, device="cpu"), nested=True)

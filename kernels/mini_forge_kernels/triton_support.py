@@ -1,15 +1,19 @@
 """Whether a Triton kernel can run on a device here, as a value read before a launch; nothing is tried and caught.
 
-triton is an optional extra (`pip install 'mini-forge[kernels]'`, Linux). Without it the kernel files still import:
-their kernels stay ordinary functions that are never launched, since `reason_not` speaks first.
+triton is an optional extra (`pip install 'mini-forge[kernels]'`, Linux). It is imported where its kernels can run,
+beside a CUDA device or under its interpreter; elsewhere it would cost every start 0.1 s and 52 MiB. Without it the
+kernel files still import: their kernels stay ordinary functions that are never launched, since `reason_not` speaks
+first.
 
-Under `TRITON_INTERPRET=1`, set before triton is imported, kernels run on CPU tensors, one program after another in
+Under `TRITON_INTERPRET=1`, set before this module is imported, kernels run on CPU tensors, one program after another in
 Python. That is for tests, which call the Triton functions themselves: a thousand times slower than torch, it is never
 picked for work, so `reason_not` names a reason for every CPU tensor. Loops of kernels have constexpr bounds: with numpy
 2.4 Triton 3.6's interpreter takes no others.
 """
 
 import importlib.util
+import os
+import sys
 from functools import cache
 from types import SimpleNamespace
 
@@ -17,7 +21,8 @@ import torch
 
 IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
-if IS_INSTALLED:
+# A program that has imported triton by itself may want to compile kernels for a GPU that is not here.
+if IS_INSTALLED and (torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ or "triton" in sys.modules):
     import triton
     import triton.language as tl
 
@@ -60,7 +65,7 @@ def reason_not_testable() -> str | None:
         return "triton is not installed: pip install 'mini-forge[kernels]'"
     if torch.cuda.is_available():
         return reason_not(torch.device("cuda"))
-    return None if IS_INTERPRETED else "no CUDA device, and TRITON_INTERPRET=1 was not set before triton was imported"
+    return None if IS_INTERPRETED else "no CUDA device, and TRITON_INTERPRET=1 was not set before kernels were imported"
 
 
 def launch(kernel, programs: int, tensor: torch.Tensor, *arguments, **options) -> None:

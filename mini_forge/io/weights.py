@@ -35,7 +35,7 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LIMIT_BYTES = 100_000_000  # the format's own bound
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # old checkpoints store these derived values
-DENSE_BYTES = 32 << 20  # of a tensor that stays dense this much is read at once: embeddings are the largest of all
+DENSE_BYTES = 4 << 20  # of a tensor that stays dense this much is read at once, and stays in cache until it is copied
 BNB_SUFFIXES = (
     ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map",
     ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4",
@@ -259,7 +259,9 @@ class Loader:
     def _put_rows(self, name: str, first: int, rows: torch.Tensor):
         owner, leaf = self._owner(name)
         if getattr(owner, leaf).is_meta:
-            own = torch.empty_like(getattr(owner, leaf), dtype=self.storage.dtype, device=self.storage.device)
+            # Not empty_like: asked about a meta tensor, torch answers in Python and imports SymPy for it, 0.3 s.
+            shape = getattr(owner, leaf).shape
+            own = torch.empty(shape, dtype=self.storage.dtype, device=self.storage.device)
             setattr(owner, leaf, nn.Parameter(own, requires_grad=False))
         getattr(owner, leaf).data[first : first + len(rows)].copy_(rows)
 
