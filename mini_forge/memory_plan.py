@@ -52,10 +52,10 @@ from mini_forge.training.windows import Windows
 
 MIB = 2**20
 GPU_BYTES = 80 * GIB
-PROCESS_BYTES = 285 * MIB  # python, torch, this package and what loading leaves; measured, as the next three
-COMPILER_BYTES = 38 * MIB  # torch's compiler, which torch.utils.checkpoint and bitsandbytes import
+PROCESS_BYTES = 252 * MIB  # python, torch, this package and what loading leaves; measured, as the next three
+COMPILER_BYTES = 38 * MIB  # torch's compiler, which torch.utils.checkpoint and bitsandbytes' optimizers import
 BITSANDBYTES_BYTES = 44 * MIB
-TRITON_BYTES = 52 * MIB  # where it is installed
+TRITON_BYTES = 52 * MIB  # beside a GPU, where it is installed
 CUDA_CONTEXT_BYTES = GIB // 2  # not measured
 # Holes in the heap, fitted to 25 runs of 45 to 135M parameters, 6 to 30 layers, 300 to 2000 tokens, with and without
 # each of what follows. They peaked at 0.75 to 1.7 GiB, up to 7 % apart from run to run, and were predicted to 0.91 to
@@ -125,7 +125,7 @@ def runtime_bytes(sizes: Sizes, job: Job) -> int:
     """What is there before a weight is: on a CPU the process, on CUDA the context."""
     if job.is_on_cuda:
         return CUDA_CONTEXT_BYTES
-    uses_bitsandbytes = job.plan.quantization in ("nf4", "fp4") or "8bit" in job.optimizer
+    uses_bitsandbytes = "8bit" in job.optimizer  # 4-bit weights on the CPU do without
     layers = range(len(sizes.spec.layers)) if job.recompute == "selective" else ()
     uses_checkpoint = is_whole(job) or any(needs_checkpoint(sizes, i) for i in layers)
     compiler = COMPILER_BYTES if uses_bitsandbytes or uses_checkpoint else 0
@@ -204,7 +204,7 @@ def memory_plan(prepared: Prepared, window: Windows, steps: int) -> MemoryPlan:
         recompute=config.recompute if config.gradient_checkpointing else None,
         is_fused=config.provider == "unsloth",
         dropout=lora.dropout,
-        has_triton=find_spec("triton") is not None,
+        has_triton=torch.cuda.is_available() and find_spec("triton") is not None,  # as `triton_support` has it
         has_mxfp4=is_stored_as_mxfp4(read_json(prepared.folder / "config.json")),
     )
     if config.strategy == "rlhf":

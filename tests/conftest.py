@@ -8,7 +8,7 @@ import torch
 from tests.tiny import write_checkpoint
 
 # Without a GPU Triton's kernels are tested under its interpreter. It must be asked for before triton is imported, which
-# the kernels and bitsandbytes do; nothing but the tests of kernels launches one on a CPU tensor.
+# the kernels do then, and bitsandbytes; nothing but the tests of kernels launches one on a CPU tensor.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -47,8 +47,8 @@ KINDS = ["nf4", "nested", "8-bit"]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_product_makes_a_dense_weight_of_its_own(kind):
-    """q, k, v of 1,024² weights, 4 MiB each when dense: forward and backward make parts of 1 MiB at most (what
-    bitsandbytes decodes at a time) once the buffer is there."""
+    """q, k, v of 1,024² weights, 4 MiB each when dense: forward and backward make parts of 1 MiB at most once the
+    buffer is there."""
     layers = [adapted(kind, 1024, 1024, seed) for seed in range(3)]
     x = torch.randn(3, 1024, requires_grad=True)
     loan = dequantized_weight(layers[0].base, torch.float32)

@@ -66,8 +66,8 @@ def test_the_fused_head_runs_in_triton_where_that_runs(monkeypatch, reason, chos
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="beside a CUDA device triton is imported")
-@pytest.mark.parametrize("quantized", [True, False])
-def test_a_run_on_the_cpu_imports_neither_kernels_nor_compilers(quantized, tiny, tmp_path):
+@pytest.mark.parametrize(("quantized", "recompute"), [(True, None), (False, None), (False, "selective")])
+def test_a_run_on_the_cpu_imports_neither_kernels_nor_compilers(quantized, recompute, tiny, tmp_path):
     """They cost a start up to 2 s and 150 MiB. The triton that is found here cannot be imported."""
     package = tmp_path / "path" / "triton"
     package.mkdir(parents=True)
@@ -75,8 +75,8 @@ def test_a_run_on_the_cpu_imports_neither_kernels_nor_compilers(quantized, tiny,
     settings = {
         "task": "text-generation", "model_name": str(tiny), "dataset": str(write_rows(tmp_path / "rows.jsonl", 20)),
         "output_dir": str(tmp_path / "run"), "compute_specs": "low_end", "device": "cpu", "provider": "unsloth",
-        "use_4bit": quantized, "optim": "adamw_torch", "gradient_checkpointing": False, "max_steps": 2,
-        "save_strategy": "no",
+        "use_4bit": quantized, "optim": "adamw_torch", "gradient_checkpointing": recompute is not None,
+        **({"recompute": recompute} if recompute else {}), "max_steps": 2, "save_strategy": "no",
     }  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -216,9 +216,8 @@ def test_dequantizing_an_expert_makes_about_a_mebibyte(size, dtype):
         for known in (out, stack.expert(0, dtype)):
             with PeakBytes(*stack.buffers(), known) as seen:
                 stack.expert(0, dtype, out if known is out else None)
-            # torch's decoding of 4 bits, used where bitsandbytes' is not, holds 512 KiB of indices besides.
-            allowed = 1.25 if quant.backend("cpu")[0] == "bitsandbytes" else 1.75
-            assert seen.peak <= allowed * 2**20, (type(stack).__name__, seen.peak)
+            # Besides an expert's 1 MiB, decoding of 4 bits holds indices and values of 128k weights at a time.
+            assert seen.peak <= 1.75 * 2**20, (type(stack).__name__, seen.peak)
 
 
 def test_what_does_not_fit_is_refused_in_one_line_and_not_stored():

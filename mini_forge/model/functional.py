@@ -22,10 +22,26 @@ def vjp(function: Callable, *inputs: torch.Tensor) -> tuple[torch.Tensor, Callab
         out = function(*leaves)
 
     def pullback(grad):
-        found = iter(torch.autograd.grad(out, [leaf for leaf in leaves if leaf.requires_grad], grad))
+        with torch.enable_grad():
+            last = _WithGradient.apply(out, grad)
+        found = iter(torch.autograd.grad(last, [leaf for leaf in leaves if leaf.requires_grad]))
         return [next(found) if leaf.requires_grad else None for leaf in leaves]
 
     return out.detach(), pullback
+
+
+class _WithGradient(torch.autograd.Function):
+    """A number whose gradient is `grad` where `out` is asked for it: torch.autograd.grad(out, …, grad) imports SymPy to
+    compare the two shapes, 0.3 s and 30 MiB of every process."""
+
+    @staticmethod
+    def forward(ctx, out, grad):
+        ctx.grad = grad
+        return out.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _):
+        return ctx.grad, None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
