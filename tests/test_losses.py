@@ -74,3 +74,19 @@ def test_sixteen_bit_heads_have_the_gradient_of_float32_to_their_rounding(dtype)
         token_nll(h, weight.to(cast), targets).sum().backward()
         gradients.append(h.grad.float())
     torch.testing.assert_close(*gradients, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.01), (torch.float16, 0.002)])
+def test_a_confident_token_keeps_its_gradient_in_sixteen_bits(dtype, tolerance):
+    """Its 1 - p is 0.02: softmax·W and W_target nearly cancel."""
+    torch.manual_seed(0)
+    weight = torch.randn(512, 64).to(dtype)
+    targets = torch.randint(0, 512, (64,))
+    hidden = (0.13 * weight[targets]).requires_grad_()
+    token_nll(hidden, weight, targets).sum().backward()
+    wide = hidden.detach().double().requires_grad_()
+    probability = torch.softmax(wide @ weight.double().T, dim=-1).gather(-1, targets[:, None])
+    assert 0.5 < probability.median() < 0.999
+    F.cross_entropy(wide @ weight.double().T, targets, reduction="sum").backward()
+    error = (hidden.grad.double() - wide.grad).norm(dim=-1) / wide.grad.norm(dim=-1)
+    assert error.median() < tolerance

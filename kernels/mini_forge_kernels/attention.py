@@ -148,7 +148,7 @@ def _weights(q: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
 @cache
 def _future(size: int, dtype: torch.dtype) -> torch.Tensor:
     """(size, size): -inf where a key lies behind the query, else 0."""
-    return torch.full((size, size), -torch.inf, dtype=dtype).triu_(1)
+    return torch.full((size, size), -torch.inf, dtype=dtype, device="cpu").triu_(1)
 
 
 def _scaled_product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:

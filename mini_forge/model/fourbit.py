@@ -111,7 +111,7 @@ def dequantize_4bit(
     if packed.device.type != "cpu":
         weight = _DECODERS[backend(packed.device)[0]](packed, absmax, q, dtype)[:count].view(q.shape)
         return weight if out is None else out.copy_(weight)
-    out = torch.empty(q.shape, dtype=dtype) if out is None else out
+    out = torch.empty(q.shape, dtype=dtype, device=packed.device) if out is None else out
     flat = out.view(-1)
     for start in range(0, count, DECODED):
         stop = min(start + DECODED, count)

@@ -77,10 +77,10 @@ class _FrozenHeadNLL(torch.autograd.Function):
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(targets), TILE_TOKENS):
             rows = slice(start, start + TILE_TOKENS)
-            nll[rows], expected = _nll_in_tiles(hidden[rows], weight, targets[rows], grad is not None)
+            nll[rows], part = _nll_in_tiles(hidden[rows], weight, targets[rows], grad is not None)
             if grad is not None:
-                grad[rows] = expected.sub_(weight[targets[rows]])
-            del expected  # before the next tokens' is made
+                grad[rows] = part
+            del part  # before the next tokens' is made
         ctx.save_for_backward(grad)
         return nll
 
@@ -90,30 +90,37 @@ class _FrozenHeadNLL(torch.autograd.Function):
         return grad * grad_nll[:, None].to(grad.dtype), None, None
 
 
-def _nll_in_tiles(hidden, weight, targets, wants_expected: bool):
-    """nll (N,) and softmax(hidden Wᵀ)·W (N, D), or None, over tiles of the vocabulary: the online softmax (1805.02867
-    Alg. 3), which scales the sums so far down whenever a larger logit comes. float32, like the logits: a sum of V
-    exponentials in 16 bits loses the tail."""
+def _nll_in_tiles(hidden, weight, targets, wants_grad: bool):
+    """nll (N,) and its gradient by hidden (N, D), or None, over tiles of the vocabulary: the online softmax (1805.02867
+    Alg. 3), which scales the sums so far down whenever a larger logit comes.
+
+    With e_j = exp(z_j − max) and the target t: dh = (Σ_{j≠t} e_j W_j − W_t Σ_{j≠t} e_j) / Σ_j e_j. That the target's
+    own term is in neither sum keeps the digits of 1 − p_t, which softmax·W − W_t loses in 16 bits where p_t is near 1.
+    Sums over tiles are float32."""
     N, width = len(targets), tile_width(len(targets), hidden.device)
     index = targets[:, None]
     largest = hidden.new_full((N, 1), -torch.inf, dtype=torch.float32)
-    normaliser, wanted = torch.zeros_like(largest), torch.zeros_like(largest)
-    expected = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if wants_expected else None
+    others, wanted = torch.zeros_like(largest), torch.zeros_like(largest)
+    grad = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if wants_grad else None
     for start in range(0, len(weight), width):
         tile = weight[start : start + width]
         logits = (hidden @ tile.t()).float()
         column = index - start
-        is_here = (column >= 0) & (column < len(tile))
-        wanted += torch.where(is_here, logits.gather(-1, column.clamp(0, len(tile) - 1)), 0)
+        is_here, column = (column >= 0) & (column < len(tile)), column.clamp(0, len(tile) - 1)
+        wanted += torch.where(is_here, logits.gather(-1, column), 0)
         before, largest = largest, torch.maximum(largest, logits.amax(-1, keepdim=True))
         shrink = torch.exp(before - largest)
         exponentials = logits.sub_(largest).exp_()
-        normaliser.mul_(shrink).add_(exponentials.sum(-1, keepdim=True))
-        if wants_expected:
-            expected.mul_(shrink).add_(exponentials.to(tile.dtype) @ tile)
+        exponentials.scatter_(-1, column, torch.where(is_here, 0, exponentials.gather(-1, column)))
+        others.mul_(shrink).add_(exponentials.sum(-1, keepdim=True))
+        if wants_grad:
+            grad.mul_(shrink).add_(exponentials.to(tile.dtype) @ tile)
         del logits, exponentials  # before the next tile's are made
+    normaliser = others + torch.exp(wanted - largest)
     nll = (normaliser.log() + largest - wanted).squeeze(-1)
-    return nll, expected.div_(normaliser).to(hidden.dtype) if wants_expected else None
+    if wants_grad:
+        grad = grad.sub_(others * weight[targets]).div_(normaliser).to(hidden.dtype)
+    return nll, grad
 
 
 def tile_width(tokens: int, device: torch.device) -> int:
