@@ -15,14 +15,13 @@ from mini_forge.config import Plan
 from mini_forge.model.decoder import TILE_TOKENS, Decoder, DecoderSpec, LayerSpec
 from mini_forge.model.lora import target_names
 from mini_forge.training import losses
+from mini_forge_kernels.attention import BLOCK, SHORT
 
 # Tensors of the MLP's width that autograd keeps of the plain gated unit: gate and up, and what it makes between.
 UNIT_TENSORS = {"silu": 3, "gelu_tanh": 3, "clamped": 6}
 FUSED_UNITS = ("silu", "clamped")  # whose fused form keeps gate and up alone
 ATTENTION_INPUTS, MLP_INPUTS = {"q_proj", "k_proj", "v_proj", "qkv_proj"}, {"gate_proj", "up_proj", "gate_up_proj"}
 BLOCK_4BIT, BLOCK_NESTED, BLOCK_MXFP4, BLOCK_OPTIMIZER = 64, 256, 32, 256
-# Of a document, up to which the CPU's attention is done in blocks, and of a block (SHORT, BLOCK of its kernel's file).
-SHORT_TOKENS, BLOCK_QUERIES = 1024, 128
 SMALLEST_8BIT_STATE = 4096  # values; bitsandbytes keeps the states of smaller tensors in float32
 
 
@@ -52,8 +51,8 @@ class Rollouts:
 class Job:
     """What the prediction needs of a run. tokens: that the largest microbatch is computed on; spared: how many more
     its documents have, because they begin alike; longest: of the documents; is_ragged: they differ in length.
-    recompute: as `Decoder.recompute`. has_mxfp4: experts stay in MXFP4, as stored. has_triton:
-    it is installed, and so imported.
+    recompute: as `Decoder.recompute`. has_mxfp4: experts stay in MXFP4, as stored. has_triton: it is
+    imported.
 
     forward_tokens: of the largest pass without gradients, as in an evaluation or of a reference. rollouts: what is
     sampled (rlhf). pairs: (tokens, longest) of the largest microbatch of the reward model's training. heads: trained
@@ -234,7 +233,7 @@ def _is_in_place(layer: LayerSpec, spec: DecoderSpec, job: Job) -> bool:
 
 def _is_in_blocks(layer: LayerSpec, spec: DecoderSpec, job: Job) -> bool:
     """Whether attention makes its weights again, a block of queries at a time."""
-    return _is_in_place(layer, spec, job) and job.width == 4 and job.longest <= SHORT_TOKENS
+    return _is_in_place(layer, spec, job) and job.width == 4 and job.longest <= SHORT
 
 
 def _mlp_kept(sizes: Sizes, index: int, job: Job) -> int:
@@ -245,10 +244,8 @@ def _mlp_kept(sizes: Sizes, index: int, job: Job) -> int:
     total = b * job.rank * len(own) + b * dense * (2 if "down_proj" in own else unit)
     if not routed:
         return total + _input_kept(sizes, index, MLP_INPUTS, job)
-    top_k, has_stacks = (
-        spec.experts.top_k,
-        any(f".layers.{index}." in n and "gate_up_proj" in n for n in _stacks(sizes)),
-    )
+    top_k = spec.experts.top_k
+    has_stacks = any(f".layers.{index}." in name and "gate_up_proj" in name for name in _stacks(sizes))
     total += D * (_norm_bytes(spec, job) + b * bool(own & MLP_INPUTS))  # the norm is one of its own; of the shared MLP
     total += b * (unit + has_stacks) * routed + b * top_k * D * (1 + has_stacks)
     return total + 4 * spec.experts.count + 2 * 8 * top_k  # router's softmax; two orders
@@ -319,7 +316,7 @@ def attention_bytes(spec: DecoderSpec, layer: LayerSpec, job: Job) -> int:
     head and their gradients; a block's logits and weights, and the gradient of either."""
     if not _is_in_blocks(layer, spec, job):
         return 0
-    return job.width * spec.heads * job.longest * (4 * spec.head_size + 3 * min(BLOCK_QUERIES, job.longest))
+    return job.width * spec.heads * job.longest * (4 * spec.head_size + 3 * min(BLOCK, job.longest))
 
 
 def forward_bytes(spec: DecoderSpec, tokens: int, job: Job) -> int:

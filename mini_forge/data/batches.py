@@ -103,6 +103,29 @@ class Batch:
         return rows, targets[rows], document[rows]
 
 
+@dataclass(frozen=True)
+class RowBatch:
+    """What an objective needs beside its documents, which lie in `row` and are what is counted."""
+
+    row: Batch
+
+    @property
+    def tokens(self) -> int:
+        return self.row.tokens
+
+    @property
+    def computed_tokens(self) -> int:
+        return self.row.computed_tokens
+
+    @property
+    def trained_tokens(self) -> int:
+        return self.row.trained_tokens
+
+    @property
+    def lines(self) -> tuple[int, ...]:
+        return self.row.lines
+
+
 def tokenize(
     examples: Sequence[Example],
     template: Template,

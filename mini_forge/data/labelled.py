@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from mini_forge.data.batches import Batch, Document, TokenStats, collate, encode_rows, show_example
+from mini_forge.data.batches import Batch, Document, RowBatch, TokenStats, collate, encode_rows, show_example
 from mini_forge.data.chat import Rendered, Template
 from mini_forge.data.pairs import continuation, cut_sides, data_fingerprint
 from mini_forge.data.tasks import Labelled
@@ -27,33 +27,17 @@ class LabelledDocument(Document):
 
 
 @dataclass(frozen=True)
-class LabelledBatch:
-    """N prompts with their own completions and, in `mismatched`, with each other's, in rows of N documents each."""
+class LabelledBatch(RowBatch):
+    """N prompts with their own completions and, in `mismatched`, with each other's, in rows of N documents each.
 
-    row: Batch
+    The mismatched documents are computed beside the others and not counted."""
+
     mismatched: Batch | None  # None for a single row, which has nobody to swap with
     is_desirable: torch.Tensor  # (N,) bool
 
     @property
     def rows(self) -> int:
         return self.row.documents
-
-    @property
-    def tokens(self) -> int:
-        """Those of the rows, here and below; the mismatched documents are computed beside them and not counted."""
-        return self.row.tokens
-
-    @property
-    def computed_tokens(self) -> int:
-        return self.row.computed_tokens
-
-    @property
-    def trained_tokens(self) -> int:
-        return self.row.trained_tokens
-
-    @property
-    def lines(self) -> tuple[int, ...]:
-        return self.row.lines
 
     def to(self, device) -> "LabelledBatch":
         mismatched = None if self.mismatched is None else self.mismatched.to(device)

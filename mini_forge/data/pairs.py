@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from mini_forge.data.batches import Batch, Document, TokenStats, collate, encode_rows, show_example
+from mini_forge.data.batches import Document, RowBatch, TokenStats, collate, encode_rows, show_example
 from mini_forge.data.chat import Rendered, Template
 from mini_forge.data.tasks import Example, Labelled, Pair
 from mini_forge.data.tokenizer import Tokenizer
@@ -46,24 +46,11 @@ class PairDocument:
 
 
 @dataclass(frozen=True)
-class PairBatch:
+class PairBatch(RowBatch):
     """P pairs as one row of 2P documents: 0 the first chosen, 1 the first rejected, and so on."""
 
-    row: Batch
     pairs: int
     reference: torch.Tensor | None  # (P, 2) float32: log π_ref of chosen and rejected; None: to be computed
-
-    @property
-    def tokens(self) -> int:
-        return self.row.tokens
-
-    @property
-    def computed_tokens(self) -> int:
-        return self.row.computed_tokens
-
-    @property
-    def trained_tokens(self) -> int:
-        return self.row.trained_tokens
 
     @property
     def lines(self) -> tuple[int, ...]:

@@ -14,8 +14,7 @@ CHUNK_TOKENS = 256  # under a trained head: float32 logits of a 128k vocabulary 
 # Under a frozen one a tile of logits is all there is: on the CPU small enough to stay in the cache between the product
 # that makes it and the one that uses it, elsewhere large enough to fill the device.
 TILE_TOKENS = 1024
-TILE_BYTES = {"cpu": 1 << 22}
-LARGE_TILE_BYTES = 1 << 27
+TILE_BYTES_CPU, TILE_BYTES = 1 << 22, 1 << 27
 
 
 @dataclass(frozen=True)
@@ -125,5 +124,5 @@ def _nll_in_tiles(hidden, weight, targets, wants_grad: bool):
 
 def tile_width(tokens: int, device: torch.device) -> int:
     """How many logits of each of `tokens` are made at a time: a multiple of 256."""
-    size = TILE_BYTES.get(device.type, LARGE_TILE_BYTES)
+    size = TILE_BYTES_CPU if device.type == "cpu" else TILE_BYTES
     return max(256, size // (4 * tokens) // 256 * 256)

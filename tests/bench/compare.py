@@ -38,33 +38,48 @@ PEER_ENVIRONMENT = {
 
 
 def main():
-    args = parse()
-    options = [f"--{name}" for name in OPTIONS if getattr(args, name)]
-    print(f"{time.strftime('%Y-%m-%d')} {cpu_name()}, {os.cpu_count()} cores; {' '.join(options) or 'plain'}; "
-          f"{args.steps} steps, {args.pairs} pairs")  # fmt: skip
-    pairs = []
+    args = make_parser(__doc__).parse_args()
+    options = begin(args, OPTIONS)
     with tempfile.TemporaryDirectory() as folder:
-        ours_rows, peer_rows, tokens = write_rows(args, Path(folder))
-        print(f"{tokens} tokens a run")
-        for _ in range(args.pairs):
-            ours = measure([sys.executable, HERE / "ours_sft.py"], args.model, ours_rows, options, {}, tokens)
-            peer = measure([args.peer_python, HERE / "peer_sft.py"], args.model, peer_rows, options,
-                           PEER_ENVIRONMENT, tokens)  # fmt: skip
-            pairs.append((ours, peer))
+        pairs = run_pairs(args, "sft", *write_rows(args, Path(folder)), options)
     report(pairs)
-    if args.out:
-        with open(args.out, "a", encoding="utf-8") as out:
-            out.writelines(json.dumps({"options": options, **run}) + "\n" for pair in pairs for run in pair)
+    append_records(args.out, options, pairs)
 
 
-def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--peer-python", required=True, help="Python of the environment with TRL and PEFT")
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=3, help="pairs of runs, one of each side")
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps of a run (packed: about as many)")
     parser.add_argument("--out", help="append every run's record to this JSONL file")
-    return parser.parse_args()
+    return parser
+
+
+def begin(args, names: tuple[str, ...]) -> list[str]:
+    """Print what is compared. Returns those of the options `names` that are given."""
+    options = [f"--{name}" for name in names if getattr(args, name)]
+    print(f"{time.strftime('%Y-%m-%d')} {cpu_name()}, {os.cpu_count()} cores; {' '.join(options) or 'plain'}; "
+          f"{args.steps} steps, {args.pairs} pairs of runs")  # fmt: skip
+    return options
+
+
+def run_pairs(args, strategy: str, ours_rows: Path, peer_rows: Path, tokens: int, given: list[str]) -> list[tuple]:
+    """The records of ours_STRATEGY.py and peer_STRATEGY.py, run in turn on `tokens` tokens."""
+    print(f"{tokens} tokens a run")
+    pairs = []
+    for _ in range(args.pairs):
+        ours = measure([sys.executable, HERE / f"ours_{strategy}.py"], args.model, ours_rows, given, {}, tokens)
+        peer = measure([args.peer_python, HERE / f"peer_{strategy}.py"], args.model, peer_rows, given,
+                       PEER_ENVIRONMENT, tokens)  # fmt: skip
+        pairs.append((ours, peer))
+    return pairs
+
+
+def append_records(path: str | None, options: list[str], pairs: list[tuple[dict, dict]]):
+    if path:
+        with open(path, "a", encoding="utf-8") as out:
+            out.writelines(json.dumps({"options": options, **run}) + "\n" for pair in pairs for run in pair)
 
 
 def write_rows(args, folder: Path) -> tuple[Path, Path, int]:

@@ -9,7 +9,6 @@ of chosen or rejected as rendered, the prompt included in each, padding not, for
 begin at ln 2, or their losses differ.
 """
 
-import argparse
 import json
 import math
 import os
@@ -17,11 +16,20 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from bench_common import MAX_LENGTH, PAIRS, add_options, read_rows
-from compare import EPOCH, HERE, PEER_ENVIRONMENT, SEED, cpu_name, measure, report
+from bench_common import MAX_LENGTH, PAIRS, read_rows
+from compare import (
+    EPOCH,
+    HERE,
+    PEER_ENVIRONMENT,
+    SEED,
+    append_records,
+    begin,
+    make_parser,
+    report,
+    run_pairs,
+)  # fmt: skip
 
 from mini_forge.data.batches import plan_epoch
 from mini_forge.data.chat import choose_template
@@ -34,41 +42,19 @@ SAME_START, SAME_LOSS = 1e-4, 1e-3  # nats: how far a first loss may be from ln 
 
 
 def main():
-    args = parse()
-    options = [f"--{name}" for name in OPTIONS if getattr(args, name)]
-    print(f"{time.strftime('%Y-%m-%d')} {cpu_name()}, {os.cpu_count()} cores; {' '.join(options) or 'plain'}; "
-          f"{args.steps} steps, {args.pairs} pairs of runs")  # fmt: skip
-    runs = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        ours_rows, peer_rows, tokens = write_rows(args, folder)
-        print(f"{tokens} tokens a run")
-        adapter = str(folder / "init")
-        write_adapter(args, adapter)
-        given = [*options, "--adapter", adapter]
-        for _ in range(args.pairs):
-            ours = measure([sys.executable, HERE / "ours_dpo.py"], args.model, ours_rows, given, {}, tokens)
-            peer = measure([args.peer_python, HERE / "peer_dpo.py"], args.model, peer_rows, given, PEER_ENVIRONMENT,
-                           tokens)  # fmt: skip
-            runs.append((ours, peer))
-    report(runs)
-    if args.out:
-        with open(args.out, "a", encoding="utf-8") as out:
-            out.writelines(json.dumps({"options": ["dpo", *options], **run}) + "\n" for pair in runs for run in pair)
-    sys.exit(not all([same_losses(ours, peer) for ours, peer in runs]))
-
-
-def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser)
-    parser.add_argument("--peer-python", required=True, help="Python of the environment with TRL and PEFT")
-    parser.add_argument("--pairs", type=int, default=3, help="pairs of runs, one of each side")
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of a run")
-    parser.add_argument("--out", help="append every run's record to this JSONL file")
+    parser = make_parser(__doc__)
     args = parser.parse_args()
     if args.packing:
         parser.error("--packing: TRL's DPOTrainer has none")
-    return args
+    options = begin(args, OPTIONS)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rows, adapter = write_rows(args, folder), str(folder / "init")
+        write_adapter(args, adapter)
+        runs = run_pairs(args, "dpo", *rows, [*options, "--adapter", adapter])
+    report(runs)
+    append_records(args.out, ["dpo", *options], runs)
+    sys.exit(not all([same_losses(ours, peer) for ours, peer in runs]))
 
 
 def write_adapter(args, folder: str):
