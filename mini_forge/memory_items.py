@@ -51,8 +51,8 @@ class Rollouts:
 class Job:
     """What the prediction needs of a run. tokens: that the largest microbatch is computed on; spared: how many more
     its documents have, because they begin alike; longest: of the documents; is_ragged: they differ in length.
-    recompute: as `Decoder.recompute`. has_mxfp4: experts stay in MXFP4, as stored. has_triton: it is
-    imported.
+    recompute: as `Decoder.recompute`. has_mxfp4: experts stay in MXFP4, as stored. in_bfloat16: matrices that stay so
+    under float32 activations, where they are not quantized. has_triton: it is imported.
 
     forward_tokens: of the largest pass without gradients, as in an evaluation or of a reference. rollouts: what is
     sampled (rlhf). pairs: (tokens, longest) of the largest microbatch of the reward model's training. heads: trained
@@ -70,6 +70,7 @@ class Job:
     forward_tokens: int = 0
     is_ragged: bool = False
     has_mxfp4: bool = False
+    in_bfloat16: frozenset[str] = frozenset()
     has_triton: bool = False
     spared: int = 0
     rollouts: Rollouts | None = None
@@ -106,7 +107,9 @@ def sizes_of(model: Decoder, targets: tuple[str, ...] | None) -> Sizes:
 
 def stored_bytes(sizes: Sizes, name: str, job: Job) -> int:
     """Bytes of one parameter as it is kept: see model/fourbit.py, quant.py and mxfp4.py for the forms."""
-    shape = sizes.shapes[name]
+    shape, is_quantized = sizes.shapes[name], name in sizes.stored and job.plan.quantization
+    if name in job.in_bfloat16 and not is_quantized:
+        return 2 * math.prod(shape)
     if name not in sizes.stored:
         return math.prod(shape) * job.width
     if len(shape) == 3 and job.has_mxfp4:
@@ -303,12 +306,14 @@ def working_bytes(sizes: Sizes, index: int, job: Job) -> int:
 
 def backward_per_token(spec: DecoderSpec, layer: LayerSpec, job: Job) -> int:
     """Bytes a token that the MLP's backward makes: the unit's result and its gradient, those of gate and up; and what
-    the plain unit keeps between, or where dropout is drawn again a mask, the masked input and its gradient."""
+    the plain unit keeps between, or where dropout is drawn again a mask, the masked input and its gradient; and the
+    three parts of what multiplies a bfloat16 weight."""
     b, (dense, routed) = job.width, widths(spec, layer)
     between = 0 if job.is_fused and spec.activation in FUSED_UNITS else UNIT_TENSORS[spec.activation] - 2
     dropped = 1 + 2 * b if job.dropout else 0
     permuted = 2 * b * spec.hidden_size * spec.experts.top_k if routed else 0
-    return max(dense, routed) * (4 * b + max(between * b, dropped)) + permuted
+    parts = 3 * 2 * dense if job.in_bfloat16 and job.plan.quantization is None else 0
+    return max(dense, routed) * (4 * b + max(between * b, dropped)) + parts + permuted
 
 
 def attention_bytes(spec: DecoderSpec, layer: LayerSpec, job: Job) -> int:
@@ -326,13 +331,14 @@ def forward_bytes(spec: DecoderSpec, tokens: int, job: Job) -> int:
 
 
 def head_bytes(spec: DecoderSpec, tokens: int, job: Job) -> int:
-    """Float32 logits of a tile and, where the weight is in 16 bits, the 16-bit form beside them; Σ softmax·W of the
-    tile's tokens, float32, and what is added to it."""
+    """Float32 logits of a tile and, where the weight is in 16 bits, their 16-bit form or parts beside them; Σ softmax·W
+    of the tile's tokens, float32, and what is added to it."""
     if not tokens:
         return 0
     rows = min(losses.TILE_TOKENS, tokens)
     width = min(spec.vocab_size, losses.tile_width(rows, torch.device(job.plan.device)))
-    return rows * (width * (4 if job.width == 4 else 4 + job.width) + spec.hidden_size * (4 + job.width))
+    beside = 3 * 2 if job.in_bfloat16 else job.width % 4
+    return rows * (width * (4 + beside) + spec.hidden_size * (4 + job.width))
 
 
 def cache_bytes(spec: DecoderSpec, rollouts: Rollouts, job: Job) -> int:

@@ -24,7 +24,8 @@ from mini_forge.data.token_store import inputs_of
 from mini_forge.io.adapters import PREFIX, read_adapter_tensors
 from mini_forge.io.models import is_adapter
 from mini_forge.io.rewards import read_reward_config
-from mini_forge.io.weights import read_json, resolve_model
+from mini_forge.io.storage import keeps_bfloat16
+from mini_forge.io.weights import bfloat16_matrices, read_json, resolve_model
 from mini_forge.memory_items import (
     Job,
     Rollouts,
@@ -48,6 +49,7 @@ from mini_forge.memory_items import (
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.families import decoder_spec
 from mini_forge.prepare import Prepared, adapter_spec, has_reference, trains_reward
+from mini_forge.providers import PROVIDERS
 from mini_forge.training.windows import Windows
 
 MIB = 2**20
@@ -206,6 +208,7 @@ def memory_plan(prepared: Prepared, window: Windows, steps: int) -> MemoryPlan:
         dropout=lora.dropout,
         has_triton="triton" in sys.modules,  # the kernels import it where it can run
         has_mxfp4=is_stored_as_mxfp4(read_json(prepared.folder / "config.json")),
+        in_bfloat16=_in_bfloat16(prepared),
     )
     if config.strategy == "rlhf":
         job = _reinforced(prepared, sizes, job)
@@ -214,6 +217,15 @@ def memory_plan(prepared: Prepared, window: Windows, steps: int) -> MemoryPlan:
         reference = job.tokens if has_reference(config) else 0
         job = replace(job, forward_tokens=max(reference, _longest(prepared.eval, config.per_device_eval_batch_size)))
     return replace(predict(sizes, job), notes=tuple(_notes(config, job)))
+
+
+def _in_bfloat16(prepared: Prepared) -> frozenset[str]:
+    plan, folder = prepared.plan, prepared.folder
+    if not keeps_bfloat16(
+        PROVIDERS[prepared.config.provider](plan.device).ops, getattr(torch, plan.dtype), plan.device
+    ):
+        return frozenset()
+    return bfloat16_matrices(folder, _on_meta(folder))
 
 
 def _notes(config: TrainingConfig, job: Job) -> list[str]:
@@ -230,8 +242,12 @@ def _notes(config: TrainingConfig, job: Job) -> list[str]:
 
 
 def _sizes_in(folder: Path, targets: tuple[str, ...] | None) -> Sizes:
+    return sizes_of(_on_meta(folder), targets)
+
+
+def _on_meta(folder: Path) -> Decoder:
     with torch.device("meta"):
-        return sizes_of(Decoder(decoder_spec(read_json(folder / "config.json"))), targets)
+        return Decoder(decoder_spec(read_json(folder / "config.json")))
 
 
 def _with_microbatch(job: Job, documents: Sequence, batch) -> Job:

@@ -14,7 +14,7 @@ from mini_forge.model.lora import LoRAStack, lora_layers
 from mini_forge.model.ops import PLAIN, Ops
 from mini_forge.model.stacks import use_kernels
 from mini_forge.training import losses
-from mini_forge_kernels import TRITON_OPS, linear_cross_entropy
+from mini_forge_kernels import TRITON_OPS, bfloat16_product, linear_cross_entropy
 from mini_forge_kernels import missing as missing_in_triton
 from mini_forge_kernels.attention import attention
 from mini_forge_kernels.dequantize import dequantize_4bit, dequantize_mxfp4, matmul_4bit, matmul_mxfp4
@@ -27,6 +27,8 @@ from mini_forge_kernels.triton_support import reason_not
 
 def token_nll(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """`losses.token_nll`, whose chunks of logits are torch's, or the same in Triton where that runs."""
+    if hidden.dtype != weight.dtype:
+        return losses.token_nll(hidden, weight, targets, bfloat16_product.Split)
     in_torch = reason_not(hidden.device) is not None
     return (losses if in_torch else linear_cross_entropy).token_nll(hidden, weight, targets)
 
@@ -47,8 +49,8 @@ UNFUSED = {"gelu_glu": "no fused form"}
 
 @dataclass(frozen=True)
 class Provider:
-    """The ops a model is built with; what each runs in on the device, "triton", "torch" or "plain"; and a reason for
-    each op that is not fused, or not in Triton though it has such a form."""
+    """The ops a model is built with; what each runs in on the device, "triton", "mkl", "torch" or "plain"; and a reason
+    for each op that is not fused, or not in Triton though it has such a form."""
 
     ops: Ops
     backends: dict[str, str] = field(default_factory=dict)
@@ -76,9 +78,14 @@ def fused(device: torch.device | str | None = None) -> Provider:
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     missing = missing_in_triton(device) | UNFUSED
     backends = {op: "triton" if op in TRITON_OPS and op not in missing else "torch" for op in (*FUSED, *STORED)}
+    factor = None
     if device.type != "cpu":
         backends["attention"], missing["attention"] = "plain", "torch's own kernels are used"
-    return Provider(replace(PLAIN, name="fused", **FUSED, **VJPS), backends, missing)
+    elif reason := bfloat16_product.reason_not(device):
+        missing[bfloat16_product.NAME] = reason
+    else:
+        backends[bfloat16_product.NAME], factor = "mkl", bfloat16_product.Split
+    return Provider(replace(PLAIN, name="fused", **FUSED, **VJPS, factor=factor), backends, missing)
 
 
 def equip(model: Decoder, provider: Provider):

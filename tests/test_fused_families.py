@@ -22,26 +22,31 @@ from mini_forge.model import decoder
 from mini_forge.model.experts import Router
 from mini_forge.model.lora import LoRALinear, LoraSpec, LoRAStack, inject, lora_layers, project
 from mini_forge.model.ops import PLAIN
-from mini_forge.model.quant import Linear4bit, Linear8bit, dequantized_weight
+from mini_forge.model.quant import Linear4bit, Linear8bit, Linear16bit, dequantized_weight
 from mini_forge.model.stacks import Stack4bit, Stack8bit, StackMxfp4, expert_weight
 from mini_forge.providers import PROVIDERS, equip
 from mini_forge.training.dpo import preference_objective
 from mini_forge.training.losses import LossSum
 from mini_forge.training.preferences import LossOptions
 from mini_forge.training.sft import sft_loss
-from mini_forge_kernels import attention
+from mini_forge_kernels import attention, bfloat16_product
 from tests import golden_files as golden
 from tests.tiny import write_rows
 from tests.tiny_experts import write_checkpoint
 
 STORAGES = {
     "dense": {},
+    "bfloat16": {},
     "nf4": {"quantization": "nf4"},
     "nf4_nested": {"quantization": "nf4", "nested": True},
     "int8": {"quantization": "int8"},
 }
-STORED_IN = {"dense": nn.Linear, "nf4": Linear4bit, "nf4_nested": Linear4bit, "int8": Linear8bit}
-STACKED_IN = {"dense": nn.Parameter, "nf4": Stack4bit, "nf4_nested": Stack4bit, "int8": Stack8bit}
+STORED_IN = {
+    "dense": nn.Linear, "bfloat16": Linear16bit, "nf4": Linear4bit, "nf4_nested": Linear4bit, "int8": Linear8bit,
+}  # fmt: skip
+STACKED_IN = {
+    "dense": nn.Parameter, "bfloat16": nn.Parameter, "nf4": Stack4bit, "nf4_nested": Stack4bit, "int8": Stack8bit,
+}  # fmt: skip
 
 
 def kind(name):
@@ -50,7 +55,7 @@ def kind(name):
 
 MXFP4 = "gpt_oss_mxfp4"  # its experts stay in MXFP4, however the rest is stored
 ONE_OF_EACH = list({kind(name): name for name in golden.FAMILIES}.values())
-CASES = [(name, "dense") for name in golden.FAMILIES]
+CASES = [(name, storage) for name in golden.FAMILIES for storage in ("dense", "bfloat16")]
 CASES += [(name, storage) for name in (*ONE_OF_EACH, MXFP4) for storage in ("nf4", "int8")]
 CASES += [("llama_tied_bias", "nf4_nested"), ("qwen3_moe_hub", "nf4_nested")]
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
@@ -84,9 +89,13 @@ def small_tiles(monkeypatch):
 
 
 def adapted(folder, provider, storage="dense", dropout=0.0):
-    """The checkpoint as a run trains it: all linear layers and all experts adapted, B not zero."""
+    """The checkpoint as a run trains it: all linear layers and all experts adapted, B not zero. All these checkpoints
+    are stored in bfloat16."""
     provider = PROVIDERS[provider]("cpu")
-    model = load_base(folder, ops=provider.ops, **STORAGES[storage])
+    if storage == "bfloat16" and (reason := bfloat16_product.reason_not(torch.device("cpu"))):
+        pytest.skip(reason)
+    ops = replace(provider.ops, factor=None) if storage == "dense" else provider.ops
+    model = load_base(folder, ops=ops, **STORAGES[storage])
     targets = ("all-linear", *(EXPERTS if model.spec.experts else ()))
     inject(model, LoraSpec(2, 4, dropout, targets), torch.Generator().manual_seed(0))
     equip(model, provider)
@@ -162,10 +171,9 @@ def test_losses_and_gradients_are_those_of_autograd(name, storage):
     folder = golden.family(name)[0]
     plain, fused = (adapted(folder, provider, storage) for provider in ("huggingface", "unsloth"))
     assert (plain.ops.name, fused.ops.name) == ("plain", "fused")
-    for model in (plain, fused):
-        for _, layer in lora_layers(model):
-            stack = StackMxfp4 if name == MXFP4 else STACKED_IN[storage]
-            assert isinstance(layer.base, stack if isinstance(layer, LoRAStack) else STORED_IN[storage])
+    for _, layer in lora_layers(fused):
+        stack = StackMxfp4 if name == MXFP4 else STACKED_IN[storage]
+        assert isinstance(layer.base, stack if isinstance(layer, LoRAStack) else STORED_IN[storage])
     alone, shared = (collate(DOCUMENTS, share_prefixes=share) for share in (False, True))
     assert alone.parents is None and shared.parents is not None
     expected = outcome(by_autograd(plain), alone)
@@ -261,7 +269,9 @@ def dpo_by_the_book(policy, base):
     return {"loss": loss.detach(), **{name: p.grad for name, p in policy.named_parameters() if p.requires_grad}}
 
 
-@pytest.mark.parametrize("name, storage", [("llama_tied_bias", "nf4"), (MXFP4, "int8")])
+@pytest.mark.parametrize(
+    "name, storage", [("llama_tied_bias", "nf4"), (MXFP4, "int8"), ("llama_tied_bias", "bfloat16")]
+)
 def test_dpo_has_the_loss_and_gradients_of_its_equation(name, storage):
     folder = golden.family(name)[0]
     plain, fused = (adapted(folder, provider, storage) for provider in ("huggingface", "unsloth"))

@@ -15,7 +15,7 @@ from mini_forge.model import functional
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.families import decoder_spec
 from mini_forge.providers import PROVIDERS, fused
-from mini_forge_kernels import rms_norm, rope, swiglu, triton_support
+from mini_forge_kernels import bfloat16_product, rms_norm, rope, swiglu, triton_support
 from mini_forge_kernels.triton_support import IS_INTERPRETED, reason_not_testable
 from tests.tiny import CONFIG
 from tests.tiny_experts import CONFIGS, SHARED
@@ -304,8 +304,11 @@ def test_a_provider_says_what_is_in_use_and_what_is_missing(monkeypatch):
     rest = "; plain: gelu_glu (no fused form)"
     names = "rms_norm, rope_qk, swiglu, clamped_swiglu, token_nll, grouped_lora, dequantize_4bit, dequantize_mxfp4"
     monkeypatch.setattr(triton_support, "IS_INSTALLED", True)
-    here = PROVIDERS["unsloth"]("cpu").describe()
-    assert here == f"ops: fused; torch: {names} (Triton needs a CUDA device, this is cpu); torch: attention" + rest
+    fused = f"ops: fused; torch: {names} (Triton needs a CUDA device, this is cpu); torch: attention"
+    monkeypatch.setattr(bfloat16_product, "reason_not", lambda device: None)
+    assert PROVIDERS["unsloth"]("cpu").describe() == fused + "; mkl: bfloat16_product" + rest
+    monkeypatch.setattr(bfloat16_product, "reason_not", lambda device: "a reason")
+    assert PROVIDERS["unsloth"]("cpu").describe() == fused + rest + "; plain: bfloat16_product (a reason)"
     monkeypatch.setattr(mini_forge_kernels, "reason_not", lambda device: None)
     assert PROVIDERS["unsloth"]("cuda").describe() == (
         f"ops: fused; triton: {names}; plain: attention (torch's own kernels are used)" + rest

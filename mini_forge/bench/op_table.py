@@ -25,6 +25,7 @@ OPS = {"rms_norm": "norms", "rope_qk": "rope", "swiglu": "gated unit",
 OTHERS = {"unit": "gated unit", "update": "LoRA products", "dequantized": "dequantizing", "expert": "dequantizing"}
 MATRIX = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm", "aten::linear", "aten::matmul",
           "aten::addmv", "aten::mv", "aten::mkldnn_linear")  # fmt: skip
+BFLOAT16_PRODUCT = "bfloat16_product"  # a range of its kernel's: torch does not see what MKL does in it
 ATTENTION, OPTIMIZER = "scaled_dot_product", ("aten::_foreach", "aten::_fused_adam", "aten::linalg_vector_norm")
 BACKWARD = "autograd::engine::evaluate_function"
 PREFIX = "mini_forge: "
@@ -151,6 +152,8 @@ def _group(event, labels: dict, rank: int, vocab_size: int) -> str:
     sizes = {size for shape in event.input_shapes or () for size in shape if isinstance(size, int)}
     if vocab_size in sizes:
         return "loss head"
+    if any(caller.name == BFLOAT16_PRODUCT for caller in _with_callers(event)):
+        return "matrix products"
     if event.name.rstrip("_") in MATRIX:
         return "LoRA products" if rank in sizes else "matrix products"
     return "other operations"

@@ -17,11 +17,13 @@ from mini_forge.config import TrainingConfig, detect_machine, resolve
 from mini_forge.data.batches import Document, TokenStats
 from mini_forge.data.pairs import PairDocument
 from mini_forge.errors import ConfigError
-from mini_forge.io.weights import Storage, read_json
+from mini_forge.io.storage import Storage, keeps_bfloat16
+from mini_forge.io.weights import bfloat16_matrices, read_json
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.families import decoder_spec, expert_layout
 from mini_forge.model.lora import target_names
 from mini_forge.model.ops import PLAIN, Ops
+from mini_forge.model.quant import Linear16bit
 from mini_forge.model.stacks import Stack4bit, Stack8bit, StackMxfp4
 from mini_forge.prepare import Prepared, adapter_spec, is_paired
 
@@ -124,12 +126,14 @@ def random_base(
 ) -> Decoder:
     """`load_base` of a folder that has no weights: those its config.json describes, drawn from torch's global state.
 
-    Matrices are normal with deviation DEVIATION, norms the identity; experts are MXFP4 where config.json says so."""
+    Matrices are normal with deviation DEVIATION, norms the identity; experts are MXFP4 where config.json says so, and
+    other matrices in bfloat16, where those of a checkpoint are kept so (`bfloat16_matrices`)."""
     record = read_json(Path(folder) / "config.json")
     with torch.device("meta"):
         model = Decoder(decoder_spec(record), ops)
     model.layout = expert_layout(record)
     storage = Storage(quantization, nested, compute_dtype or dtype, dtype, torch.device(device))
+    in_bfloat16 = bfloat16_matrices(Path(folder), model) if keeps_bfloat16(ops, dtype, device) else ()
     is_mxfp4 = (record.get("quantization_config") or {}).get("quant_method") == "mxfp4"
     linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, parameter in list(model.named_parameters()):
@@ -140,8 +144,12 @@ def random_base(
             setattr(owner, leaf, _random_stack(tuple(parameter.shape), storage, is_mxfp4))
         elif quantization is not None and name in linears and name != "lm_head.weight":
             model.set_submodule(owner_name, storage.quantized(_drawn(parameter.shape, storage)))
+        elif name in in_bfloat16 and name in linears:
+            weight = _drawn(parameter.shape, replace(storage, dtype=torch.bfloat16))
+            model.set_submodule(owner_name, Linear16bit(weight, owner.bias, ops.factor))
         else:
-            value = _drawn(parameter.shape, storage)
+            own = replace(storage, dtype=torch.bfloat16) if name in in_bfloat16 else storage
+            value = _drawn(parameter.shape, own)
             if parameter.dim() == 1 and name.endswith("norm.weight"):
                 value.fill_(1 - model.spec.norm_offset)
             setattr(owner, leaf, _frozen(value))

@@ -9,7 +9,6 @@ import json
 import os
 from collections import Counter
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,12 +19,12 @@ from torch import nn
 from mini_forge.errors import CheckpointError
 from mini_forge.io.expert_weights import StackLoader
 from mini_forge.io.reading import Piece, ReadAhead, TensorEntry, read_tensor
+from mini_forge.io.storage import Storage, keeps_bfloat16
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.families import decoder_spec, expert_layout
 from mini_forge.model.families.layout import text_name
-from mini_forge.model.fourbit import FLOATS
 from mini_forge.model.ops import PLAIN, Ops
-from mini_forge.model.quant import Linear4bit, Linear8bit
+from mini_forge.model.quant import Linear16bit
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -36,6 +35,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LIMIT_BYTES = 100_000_000  # the format's own bound
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # old checkpoints store these derived values
 DENSE_BYTES = 4 << 20  # of a tensor that stays dense this much is read at once, and stays in cache until it is copied
+MATRICES = (nn.Linear, nn.Embedding)
 BNB_SUFFIXES = (
     ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map",
     ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4",
@@ -205,7 +205,8 @@ class Loader:
         with torch.device("meta"):
             self.model = Decoder(spec, ops)
         self.model.layout = layout
-        self.storage = Storage(quantization, nested, compute_dtype or dtype, dtype, torch.device(device))
+        self.storage = Storage(quantization, nested, compute_dtype or dtype, dtype, torch.device(device),
+                               ops.factor if keeps_bfloat16(ops, dtype, device) else None)  # fmt: skip
         self.stacks = StackLoader(self.model, self.storage, layout)
         self.missing = set(self.model.state_dict())
         linears = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
@@ -259,11 +260,22 @@ class Loader:
     def _put_rows(self, name: str, first: int, rows: torch.Tensor):
         owner, leaf = self._owner(name)
         if getattr(owner, leaf).is_meta:
-            # Not empty_like: asked about a meta tensor, torch answers in Python and imports SymPy for it, 0.3 s.
-            shape = getattr(owner, leaf).shape
-            own = torch.empty(shape, dtype=self.storage.dtype, device=self.storage.device)
-            setattr(owner, leaf, nn.Parameter(own, requires_grad=False))
+            self._allocate(name, rows.dtype)
+            owner, leaf = self._owner(name)
         getattr(owner, leaf).data[first : first + len(rows)].copy_(rows)
+
+    def _allocate(self, name: str, stored: torch.dtype):
+        """Memory for a tensor that is not quantized."""
+        owner, leaf = self._owner(name)
+        is_matrix = isinstance(owner, MATRICES) and leaf == "weight"
+        is_kept = is_matrix and stored == torch.bfloat16 and self.storage.factor is not None
+        dtype = stored if is_kept else self.storage.dtype
+        # Not empty_like: asked about a meta tensor, torch answers in Python and imports SymPy for it, 0.3 s.
+        own = torch.empty(getattr(owner, leaf).shape, dtype=dtype, device=self.storage.device)
+        if is_kept and isinstance(owner, nn.Linear):
+            self._replace(name, Linear16bit(own, None, self.storage.factor))
+        else:
+            setattr(owner, leaf, nn.Parameter(own, requires_grad=False))
 
     def _put_quantized(self, name: str, weight: torch.Tensor):
         self._replace(name, self.storage.quantized(weight))
@@ -283,10 +295,10 @@ class Loader:
             dense = layer.dequantized(self.storage.dtype).to(self.storage.device)
             setattr(owner, leaf, nn.Parameter(dense, requires_grad=False))
 
-    def _replace(self, name: str, quantized: nn.Module):
+    def _replace(self, name: str, linear: nn.Module):
         owner, _ = self._owner(name)
-        quantized.bias = owner.bias  # filled now or later: `_put_rows` finds it under the same name
-        self.model.set_submodule(name.removesuffix(".weight"), quantized)
+        linear.bias = owner.bias  # filled now or later: `_put_rows` finds it under the same name
+        self.model.set_submodule(name.removesuffix(".weight"), linear)
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         owner, _, leaf = name.rpartition(".")
@@ -322,6 +334,19 @@ class StoredLayers:
         return weight, self.parts.pop(weight) if len(parts) == self.count[weight] else None
 
 
+def bfloat16_matrices(folder: Path, model: Decoder) -> frozenset[str]:
+    """The weights of a model's linear layers and embeddings that its checkpoint stores in bfloat16; of a folder without
+    weights all, unless its config.json says otherwise: most published ones are."""
+    config = read_json(folder / "config.json")
+    names = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, MATRICES)}
+    if any(folder.glob("*.safetensors")):
+        entries = text_entries(Checkpoint(folder).entries, expert_layout(config))
+        names = {name for name in names if name in entries and entries[name].dtype == torch.bfloat16}
+    elif config.get("dtype", config.get("torch_dtype", "bfloat16")) != "bfloat16":
+        names = set()
+    return frozenset(names)
+
+
 def other_parts(folder: Path) -> int:
     """How many tensors of a multimodal checkpoint are not its text model's."""
     return sum(text_name(name) is None for file in weight_files(folder) for name in read_header(file))
@@ -335,45 +360,3 @@ def text_entries(entries: dict[str, TensorEntry], layout) -> dict[str, TensorEnt
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return checkpoint.entries["model.embed_tokens.weight"].dtype
-
-
-@dataclass(frozen=True)
-class Storage:
-    """How weights are kept once read: the form of linear layers, and the dtype and device of everything else."""
-
-    quantization: str | None
-    nested: bool
-    compute_dtype: torch.dtype
-    dtype: torch.dtype
-    device: torch.device
-
-    def cast(self, weight: torch.Tensor) -> torch.Tensor:
-        """A weight that is to be quantized, on the device, with the values it has in the training dtype: statistics are
-        taken of these, as loading stacks that quantize do. No copy is made for float32, which holds all the values of
-        the 16-bit dtypes and by way of which these are quantized anyway."""
-        weight = weight.to(self.device)
-        return weight if self.dtype == torch.float32 and weight.dtype in FLOATS else weight.to(self.dtype)
-
-    def quantized(self, weight: torch.Tensor) -> Linear4bit | Linear8bit:
-        """The layer of a dense (out, in) weight, without its bias."""
-        weight = self.cast(weight)
-        if self.quantization == "int8":
-            return Linear8bit.from_weight(weight, None, compute_dtype=self.compute_dtype)
-        options = {"quant_type": self.quantization, "nested": self.nested, "compute_dtype": self.compute_dtype}
-        layer = Linear4bit.from_weight(weight, None, **options)
-        layer.weight_dtype = self.dtype
-        return layer
-
-    def stored(self, name: str, parts: dict[str, torch.Tensor], folder: Path) -> Linear4bit | Linear8bit:
-        """The layer of weight `name` from the tensors in which a checkpoint holds it, without its bias."""
-        if name + ".absmax" not in parts:
-            scale = parts[name.removesuffix("weight") + "SCB"]
-            return Linear8bit.from_state(parts[name], scale, compute_dtype=self.compute_dtype)
-        state = {"weight" + key.removeprefix(name): tensor for key, tensor in parts.items()}
-        layer = Linear4bit.from_state(state, compute_dtype=self.compute_dtype)
-        if self.quantization not in (None, layer.quant_type):
-            raise CheckpointError(
-                f"{folder}: {name} is stored as {layer.quant_type}, not {self.quantization}; "
-                f"set bnb_4bit_quant_type to {layer.quant_type!r}"
-            )
-        return layer

@@ -11,9 +11,9 @@ from mini_forge.model.spec import DecoderSpec, LayerSpec
 class LayerCache:
     """Keys and values of one layer, (B, S, K, C); slot s of a row holds its position s."""
 
-    def __init__(self, batch: int, slots: int, spec: DecoderSpec, like: torch.Tensor):
+    def __init__(self, batch: int, slots: int, spec: DecoderSpec, dtype: torch.dtype, device: torch.device):
         shape = (batch, slots, spec.kv_heads, spec.head_size)
-        self.key, self.value = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+        self.key, self.value = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
 
     def attend(self, query, key, value, position, layer: LayerSpec, scale, sinks) -> torch.Tensor:
         """Store the new keys and values (N, K, C) at `position` (B, T), then attend from query (N, H, C)."""
@@ -33,9 +33,8 @@ class KVCache:
     row's end, which no query looks at before the row's own token of that position overwrites it."""
 
     def __init__(self, model: nn.Module, batch: int, capacity: int):
-        like = model.model.embed_tokens.weight
         self.capacity = capacity
-        self.layers = [LayerCache(batch, capacity, model.spec, like) for _ in model.spec.layers]
+        self.layers = [LayerCache(batch, capacity, model.spec, model.dtype, model.device) for _ in model.spec.layers]
 
 
 def read_prompts(model: nn.Module, prompts: list[list[int]], lengths: torch.Tensor, cache: KVCache) -> torch.Tensor:

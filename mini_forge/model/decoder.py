@@ -18,6 +18,7 @@ from mini_forge.model.lora import is_adapted, is_frozen, project, project_again,
 from mini_forge.model.masks import Documents, document_positions
 from mini_forge.model.offload import HostCopies, offloaded
 from mini_forge.model.ops import PLAIN, Differentiable, Ops, gated_unit
+from mini_forge.model.quant import Linear16bit
 from mini_forge.model.rope import Rope
 from mini_forge.model.spec import DecoderSpec, ExpertsSpec, LayerSpec
 
@@ -254,6 +255,11 @@ class Decoder(nn.Module):
     def device(self) -> torch.device:
         return self.model.embed_tokens.weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations. Matrices may be held in fewer bits."""
+        return self.model.norm.weight.dtype
+
     def forward(
         self, input_ids, position=None, document=None, cache: KVCache | None = None, parents=None, rows=None
     ) -> torch.Tensor:  # fmt: skip
@@ -282,7 +288,7 @@ class Decoder(nn.Module):
     def begin(self, input_ids, position=None, document=None, cache: KVCache | None = None, parents=None):
         """What the first block takes: embeddings (N, D) and the Stream that all blocks share."""
         B, T = input_ids.shape
-        x = self.model.embed_tokens(input_ids).flatten(0, 1)
+        x = self.model.embed_tokens(input_ids).flatten(0, 1).to(self.dtype)
         if self.spec.embed_scale != 1:
             x = x * torch.tensor(self.spec.embed_scale, dtype=x.dtype, device=x.device)
         documents = None
@@ -313,6 +319,8 @@ class Decoder(nn.Module):
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """(…, D) hidden states → (…, V) float32 logits."""
+        if self.head_weight.dtype != hidden.dtype:
+            return Linear16bit(self.head_weight, None, self.ops.factor)(hidden)
         return nn.functional.linear(hidden, self.head_weight).float()
 
     def logits(self, input_ids, position=None, document=None) -> torch.Tensor:

@@ -44,6 +44,21 @@ class _WithGradient(torch.autograd.Function):
         return ctx.grad, None
 
 
+class Factor:
+    """The left side x (N, K) of products with frozen matrices: what an op may prepare once, for all of them."""
+
+    def __init__(self, x: torch.Tensor):
+        self.x = x
+
+    def product_t(self, weight: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
+        """x Wᵀ, (N, out), or that added to `onto` in place. weight (out, K)."""
+        return self.product(weight.t(), onto)
+
+    def product(self, weight: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
+        """x W, (N, in), or that added to `onto` in place. weight (K, in)."""
+        return self.x @ weight if onto is None else onto.addmm_(self.x, weight)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last dimension. RMSNorm (1910.07467) Eq. 4.
 

@@ -18,9 +18,8 @@ from mini_forge.errors import ConfigError
 from mini_forge.model.grouped import blocks, grouped, grouped_products, is_groupable
 from mini_forge.model.ops import Differentiable
 from mini_forge.model.products import adapted_products, draw_seeds, lora_factors
-from mini_forge.model.quant import Linear4bit, Linear8bit
+from mini_forge.model.quant import Linear, Linear16bit
 
-LINEAR_TYPES = (nn.Linear, Linear4bit, Linear8bit)
 STACK_NAMES = ("gate_up_proj", "down_proj")  # of experts, whose module is named `experts`
 
 
@@ -40,7 +39,7 @@ class LoraSpec:
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer (dense, 4-bit or 8-bit) with a trainable float32 update beside it."""
+    """A frozen linear layer of any kind with a trainable float32 update beside it."""
 
     def __init__(self, base: nn.Module, spec: LoraSpec, generator: torch.Generator | None = None):
         """A starts uniform in ±1/√in (Kaiming uniform with a = √5), B at zero: the adapted layer begins as its base."""
@@ -154,8 +153,7 @@ def is_frozen(module: nn.Module | None) -> bool:
 
 def linear_names(model: nn.Module) -> list[str]:
     """Names of all linear layers but the head, which stays as it is (it may be the embedding)."""
-    kinds = (*LINEAR_TYPES, LoRALinear)
-    names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    names = [name for name, module in model.named_modules() if isinstance(module, Linear | LoRALinear)]
     return [name for name in names if name != "lm_head" and not name.endswith(".base")]
 
 
@@ -237,10 +235,10 @@ def disabled(model: nn.Module):
 def merge(model: nn.Module) -> nn.Module:
     """Add every update to its dense base weight and drop the adapters, in place.
 
-    The sum is made in float32 and rounded once to the weight's dtype. Raises ConfigError for a quantized base:
+    The sum is made in float32 and rounded once to the training dtype. Raises ConfigError for a quantized base:
     rounding W + s·BA to 4 bits again would lose the update; merge into the full-precision checkpoint instead."""
     for name, layer in list(lora_layers(model)):
-        base = layer.base
+        base = layer.base.dense() if isinstance(layer.base, Linear16bit) else layer.base
         if not isinstance(base, nn.Linear | nn.Parameter):
             raise ConfigError(
                 f"merge: {name} has a quantized weight; use the merge command, which merges into full precision"

@@ -18,7 +18,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from mini_forge.model.ops import Differentiable
-from mini_forge.model.quant import dequantized_weight, frozen_product
+from mini_forge.model.quant import add_frozen_products, frozen_gradient
 
 Seed = tuple[float, int] | None  # rate and seed of one layer's dropout; None: none
 
@@ -62,9 +62,9 @@ class _AdaptedProducts(torch.autograd.Function):
         ctx.bases = [layer.base for layer in layers]
         lows = _low_products(_dropped(flat, seeds), [A.to(x.dtype) for A in factors[::2]])
         ctx.save_for_backward(*tensors, *lows)
-        outs = [frozen_product(flat, base) for base in ctx.bases]
-        for out, low, B, scale in zip(outs, lows, factors[1::2], ctx.scales, strict=True):
-            out.addmm_(low, B.to(x.dtype).t(), alpha=scale)
+        wides = [(B * scale).to(x.dtype).t() for B, scale in zip(factors[1::2], ctx.scales, strict=True)]
+        outs = [_affine(low, B, base.bias) for low, B, base in zip(lows, wides, ctx.bases, strict=True)]
+        add_frozen_products(flat, ctx.bases, outs)
         return tuple(out.view(*x.shape[:-1], -1) for out in outs)
 
     @staticmethod
@@ -95,15 +95,21 @@ class _AdaptedProducts(torch.autograd.Function):
 
 def _input_gradient(grads, bases, grad_lows, As, keeps) -> torch.Tensor:
     """dX of all layers together, (N, in), added up in one buffer."""
-    grad_x = _base_gradient(grads[0], bases[0])
-    for grad, base in zip(grads[1:], bases[1:], strict=True):
-        _base_gradient(grad, base, onto=grad_x)
+    grad_x = None
     for grad_low, A, keep in zip(grad_lows, As, keeps, strict=True):
-        if keep is None:
+        if grad_x is not None and keep is None:
             grad_x.addmm_(grad_low, A)
-        else:
-            grad_x.add_((grad_low @ A).mul_(keep))
+            continue
+        part = grad_low @ A if keep is None else (grad_low @ A).mul_(keep)
+        grad_x = part if grad_x is None else grad_x.add_(part)
+    for grad, base in zip(grads, bases, strict=True):
+        frozen_gradient(grad, base, onto=grad_x)
     return grad_x
+
+
+def _affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x W + b."""
+    return x @ weight if bias is None else torch.addmm(bias.to(x.dtype), x, weight)
 
 
 def _low_products(inputs: list[torch.Tensor], As: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -127,15 +133,6 @@ def _masks(x: torch.Tensor, seeds: Sequence[Seed]) -> list[torch.Tensor | None]:
 def _dropped(x: torch.Tensor, seeds: Sequence[Seed]) -> list[torch.Tensor]:
     """x for each projection with its own dropout mask, not yet divided by 1 - rate."""
     return [x if keep is None else x * keep for keep in _masks(x, seeds)]
-
-
-def _base_gradient(grad: torch.Tensor, base: nn.Module, onto: torch.Tensor | None = None) -> torch.Tensor:
-    """dY W, or that added to `onto` in place."""
-    compute = getattr(base, "compute_dtype", grad.dtype)
-    weight = dequantized_weight(base, compute)
-    if onto is None:
-        return (grad.to(compute) @ weight).to(grad.dtype)
-    return onto.addmm_(grad, weight) if compute == grad.dtype else onto.add_(grad.to(compute) @ weight)
 
 
 def kept_scale(rate: float) -> float:

@@ -1,11 +1,13 @@
-"""Frozen weights in 4 or 8 bits: the two linear layers that hold them, and the form in which files hold them.
+"""Frozen weights in 4, 8 or 16 bits: the linear layers that hold them, and the form in which files hold them.
 
 4 bits (NF4, FP4, nested statistics): model/fourbit.py. 8 bits, LLM.int8 (2208.07339): W ≈ weight · SCB / 127, SCB the
-largest magnitude of each row. Products are made with a dense W that exists for that product only.
+largest magnitude of each row. Products are made with a dense W that exists for that product only. 16 bits: bfloat16 as
+a checkpoint stores it, under float32 activations, where an op multiplies the two (`Ops.factor`).
 """
 
 import json
 import threading
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +26,11 @@ from mini_forge.model.fourbit import (
     dynamic_map,
     quantize_4bit,
 )
+from mini_forge.model.functional import Factor
 
 __all__ = [
-    "Linear4bit", "Linear8bit", "Quantized4bit", "backend", "dequantize_4bit", "dequantized_weight", "frozen_product",
-    "quantize_4bit", "quantize_8bit",
+    "Linear16bit", "Linear4bit", "Linear8bit", "Quantized4bit", "backend", "dequantize_4bit", "dequantized_weight",
+    "add_frozen_products", "frozen_gradient", "frozen_product", "quantize_4bit", "quantize_8bit",
 ]  # fmt: skip
 
 
@@ -137,7 +140,40 @@ class Linear8bit(nn.Module):
         return super()._apply(_keep_dtypes(self, fn), recurse)
 
 
-def dequantized_weight(layer: nn.Linear | Linear4bit | Linear8bit, dtype: torch.dtype) -> torch.Tensor:
+class Linear16bit(nn.Module):
+    """A frozen linear layer of float32 activations whose `weight` (out, in) is kept in bfloat16: y = x Wᵀ + b, without
+    another rounding than a float32 weight's product has. `factor` makes its products: see `Ops.factor`."""
+
+    compute_dtype = torch.float32
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, factor: type[Factor]):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.factor = factor
+        self.register_buffer("weight", weight)
+        self.register_parameter("bias", _frozen(bias))
+
+    def dequantized(self, dtype: torch.dtype | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+        """W (out, in), in memory of its own, or in `out`."""
+        return self.weight.to(dtype or self.compute_dtype, copy=True) if out is None else out.copy_(self.weight)
+
+    def dense(self) -> nn.Linear:
+        """The layer in float32."""
+        layer = nn.Linear(self.in_features, self.out_features, device="meta")
+        layer.weight, layer.bias = _frozen(self.dequantized()), self.bias
+        return layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _FrozenProduct.apply(x, self.bias, self)
+
+    def _apply(self, fn, recurse=True):
+        return super()._apply(_keep_dtypes(self, fn), recurse)
+
+
+Linear = nn.Linear | Linear4bit | Linear8bit | Linear16bit
+
+
+def dequantized_weight(layer: Linear, dtype: torch.dtype) -> torch.Tensor:
     """W (out, in) of any linear layer in `dtype`, on loan: a quantized layer's is overwritten by the next call.
 
     Use it at once, in a product whose backward is written by hand. On CPU it lies in one buffer per thread and dtype,
@@ -152,15 +188,59 @@ def dequantized_weight(layer: nn.Linear | Linear4bit | Linear8bit, dtype: torch.
     return layer.dequantized(out=_buffer((layer.out_features, layer.in_features), dtype, device))
 
 
-def frozen_product(x: torch.Tensor, layer: nn.Linear | Linear4bit | Linear8bit) -> torch.Tensor:
+def frozen_product(x: torch.Tensor, layer: Linear) -> torch.Tensor:
     """x Wᵀ + b of any linear layer, in its compute_dtype (a dense one's: x's), returned in x's dtype.
 
-    For functions whose backward is written by hand: what is saved here for autograd may be on loan."""
-    compute = getattr(layer, "compute_dtype", x.dtype)
+    For functions whose backward is written by hand, like the next two: what is saved here for autograd may be on
+    loan."""
+    compute = _compute_dtype(layer, x)
     bias = None if layer.bias is None else layer.bias.to(compute)
     if isinstance(layer, Linear4bit) and layer.matmul:
         return layer.matmul(x.to(compute), layer.quantized, bias).to(x.dtype)
+    if isinstance(layer, Linear16bit):
+        out = layer.factor(x.reshape(-1, x.shape[-1]).to(compute)).product_t(layer.weight).view(*x.shape[:-1], -1)
+        return (out if bias is None else out.add_(bias)).to(x.dtype)
     return F.linear(x.to(compute), dequantized_weight(layer, compute), bias).to(x.dtype)
+
+
+def add_frozen_products(x: torch.Tensor, layers: Sequence[Linear], onto: Sequence[torch.Tensor]):
+    """x Wᵀ of linear layers that share x (N, in), each added to one of `onto` (N, out), in place; without the biases.
+
+    Memory that has just been written is near: adding a product to it costs less than adding to the product."""
+    factors = {}
+    for layer, total in zip(layers, onto, strict=True):
+        compute = _compute_dtype(layer, x)
+        if isinstance(layer, Linear4bit) and layer.matmul:
+            total.add_(layer.matmul(x.to(compute), layer.quantized, None))
+            continue
+        kind, weight = _factor_and_weight(layer, compute)
+        if (kind, compute) not in factors:
+            factors[kind, compute] = kind(x.to(compute))
+        _add_product(factors[kind, compute].product_t, weight, compute, total)
+
+
+def frozen_gradient(grad: torch.Tensor, layer: Linear, onto: torch.Tensor | None = None) -> torch.Tensor:
+    """dY W (N, in) for dY (N, out), in its dtype, or that added to `onto` in place."""
+    compute = _compute_dtype(layer, grad)
+    kind, weight = _factor_and_weight(layer, compute)
+    product = kind(grad.to(compute)).product
+    return product(weight).to(grad.dtype) if onto is None else _add_product(product, weight, compute, onto)
+
+
+def _compute_dtype(layer: Linear, x: torch.Tensor) -> torch.dtype:
+    return getattr(layer, "compute_dtype", x.dtype)
+
+
+def _factor_and_weight(layer: Linear, compute: torch.dtype) -> tuple[type[Factor], torch.Tensor]:
+    """What multiplies the layer's weight, and the weight as it takes it, on loan."""
+    if isinstance(layer, Linear16bit):
+        return layer.factor, layer.weight
+    return Factor, dequantized_weight(layer, compute)
+
+
+def _add_product(product: Callable, weight: torch.Tensor, compute: torch.dtype, total: torch.Tensor) -> torch.Tensor:
+    """total += product(weight), within the product where both are of one dtype."""
+    return product(weight, total) if compute == total.dtype else total.add_(product(weight))
 
 
 def quantize_8bit(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -212,9 +292,8 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_x = grad_bias = None
-        compute = ctx.layer.compute_dtype
         if ctx.needs_input_grad[0]:
-            grad_x = (grad.to(compute) @ dequantized_weight(ctx.layer, compute)).to(grad.dtype)
+            grad_x = frozen_gradient(grad.reshape(-1, grad.shape[-1]), ctx.layer).view(*grad.shape[:-1], -1)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.float().flatten(0, -2).sum(0).to(ctx.layer.bias.dtype)
         return grad_x, grad_bias, None

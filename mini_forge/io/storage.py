@@ -1,0 +1,60 @@
+"""The form in which a base's weights are held, once read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mini_forge.errors import CheckpointError
+from mini_forge.model.fourbit import FLOATS
+from mini_forge.model.functional import Factor
+from mini_forge.model.ops import Ops
+from mini_forge.model.quant import Linear4bit, Linear8bit
+
+
+def keeps_bfloat16(ops: Ops, dtype: torch.dtype, device: str | torch.device) -> bool:
+    """Whether matrices that a checkpoint stores in bfloat16 are held so, under activations in `dtype`."""
+    return ops.factor is not None and dtype == torch.float32 and torch.device(device).type == "cpu"
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How weights are kept once read: the form of linear layers, and the dtype and device of everything else."""
+
+    quantization: str | None
+    nested: bool
+    compute_dtype: torch.dtype
+    dtype: torch.dtype
+    device: torch.device
+    factor: type[Factor] | None = None  # `Ops.factor`, where matrices stored in bfloat16 are held so
+
+    def cast(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight that is to be quantized, on the device, with the values it has in the training dtype: statistics are
+        taken of these, as loading stacks that quantize do. No copy is made for float32, which holds all the values of
+        the 16-bit dtypes and by way of which these are quantized anyway."""
+        weight = weight.to(self.device)
+        return weight if self.dtype == torch.float32 and weight.dtype in FLOATS else weight.to(self.dtype)
+
+    def quantized(self, weight: torch.Tensor) -> Linear4bit | Linear8bit:
+        """The layer of a dense (out, in) weight, without its bias."""
+        weight = self.cast(weight)
+        if self.quantization == "int8":
+            return Linear8bit.from_weight(weight, None, compute_dtype=self.compute_dtype)
+        options = {"quant_type": self.quantization, "nested": self.nested, "compute_dtype": self.compute_dtype}
+        layer = Linear4bit.from_weight(weight, None, **options)
+        layer.weight_dtype = self.dtype
+        return layer
+
+    def stored(self, name: str, parts: dict[str, torch.Tensor], folder: Path) -> Linear4bit | Linear8bit:
+        """The layer of weight `name` from the tensors in which a checkpoint holds it, without its bias."""
+        if name + ".absmax" not in parts:
+            scale = parts[name.removesuffix("weight") + "SCB"]
+            return Linear8bit.from_state(parts[name], scale, compute_dtype=self.compute_dtype)
+        state = {"weight" + key.removeprefix(name): tensor for key, tensor in parts.items()}
+        layer = Linear4bit.from_state(state, compute_dtype=self.compute_dtype)
+        if self.quantization not in (None, layer.quant_type):
+            raise CheckpointError(
+                f"{folder}: {name} is stored as {layer.quant_type}, not {self.quantization}; "
+                f"set bnb_4bit_quant_type to {layer.quant_type!r}"
+            )
+        return layer
