@@ -34,7 +34,7 @@ def check(config: TrainingConfig, *, resume: bool = False, overwrite: bool = Fal
         "machine": {
             "device": prepared.plan.device,
             "precision": prepared.plan.dtype,
-            "base weights": prepared.plan.quantization or prepared.plan.dtype,
+            "base weights": prepared.stored_form,
             "provider": PROVIDERS[config.provider](prepared.plan.device).describe(),
         },
         "adapter": {"rank": lora.rank, "alpha": lora.alpha, "scaling": lora.scaling, "dropout": lora.dropout},

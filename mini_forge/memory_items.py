@@ -22,6 +22,7 @@ UNIT_TENSORS = {"silu": 3, "gelu_tanh": 3, "clamped": 6}
 FUSED_UNITS = ("silu", "clamped")  # whose fused form keeps gate and up alone
 ATTENTION_INPUTS, MLP_INPUTS = {"q_proj", "k_proj", "v_proj", "qkv_proj"}, {"gate_proj", "up_proj", "gate_up_proj"}
 BLOCK_4BIT, BLOCK_NESTED, BLOCK_MXFP4, BLOCK_OPTIMIZER = 64, 256, 32, 256
+PARTS_BYTES = 3 * 2  # of a float32 number that is multiplied with bfloat16 weights
 SMALLEST_8BIT_STATE = 4096  # values; bitsandbytes keeps the states of smaller tensors in float32
 
 
@@ -107,7 +108,7 @@ def sizes_of(model: Decoder, targets: tuple[str, ...] | None) -> Sizes:
 
 def stored_bytes(sizes: Sizes, name: str, job: Job) -> int:
     """Bytes of one parameter as it is kept: see model/fourbit.py, quant.py and mxfp4.py for the forms."""
-    shape, is_quantized = sizes.shapes[name], name in sizes.stored and job.plan.quantization
+    shape, is_quantized = sizes.shapes[name], name in sizes.stored and job.plan.quantization is not None
     if name in job.in_bfloat16 and not is_quantized:
         return 2 * math.prod(shape)
     if name not in sizes.stored:
@@ -306,14 +307,15 @@ def working_bytes(sizes: Sizes, index: int, job: Job) -> int:
 
 def backward_per_token(spec: DecoderSpec, layer: LayerSpec, job: Job) -> int:
     """Bytes a token that the MLP's backward makes: the unit's result and its gradient, those of gate and up; and what
-    the plain unit keeps between, or where dropout is drawn again a mask, the masked input and its gradient; and the
-    three parts of what multiplies a bfloat16 weight."""
+    the plain unit keeps between, or where dropout is drawn again a mask, the masked input and, of experts, its
+    gradient; and the three parts of what multiplies a bfloat16 weight."""
     b, (dense, routed) = job.width, widths(spec, layer)
     between = 0 if job.is_fused and spec.activation in FUSED_UNITS else UNIT_TENSORS[spec.activation] - 2
-    dropped = 1 + 2 * b if job.dropout else 0
+    dropped, dropped_of_experts = (1 + b, 1 + 2 * b) if job.dropout else (0, 0)
+    made = max(dense * max(between * b, dropped), routed * max(between * b, dropped_of_experts))
     permuted = 2 * b * spec.hidden_size * spec.experts.top_k if routed else 0
-    parts = 3 * 2 * dense if job.in_bfloat16 and job.plan.quantization is None else 0
-    return max(dense, routed) * (4 * b + max(between * b, dropped)) + parts + permuted
+    parts = PARTS_BYTES * dense if job.in_bfloat16 and job.plan.quantization is None else 0
+    return max(dense, routed) * 4 * b + made + parts + permuted
 
 
 def attention_bytes(spec: DecoderSpec, layer: LayerSpec, job: Job) -> int:
@@ -327,7 +329,8 @@ def attention_bytes(spec: DecoderSpec, layer: LayerSpec, job: Job) -> int:
 def forward_bytes(spec: DecoderSpec, tokens: int, job: Job) -> int:
     """One layer's forward without gradients: input, norm, and what the widest part makes."""
     widest = max(max(widths(spec, layer)) for layer in spec.layers)
-    return tokens * (4 * spec.hidden_size + 4 * widest) * job.width
+    parts = PARTS_BYTES * widest if job.in_bfloat16 and job.plan.quantization is None else 0
+    return tokens * ((4 * spec.hidden_size + 4 * widest) * job.width + parts)
 
 
 def head_bytes(spec: DecoderSpec, tokens: int, job: Job) -> int:
@@ -337,8 +340,9 @@ def head_bytes(spec: DecoderSpec, tokens: int, job: Job) -> int:
         return 0
     rows = min(losses.TILE_TOKENS, tokens)
     width = min(spec.vocab_size, losses.tile_width(rows, torch.device(job.plan.device)))
-    beside = 3 * 2 if job.in_bfloat16 else job.width % 4
-    return rows * (width * (4 + beside) + spec.hidden_size * (4 + job.width))
+    form = 0 if job.width == 4 else job.width
+    parts = PARTS_BYTES if job.in_bfloat16 else 0
+    return rows * (width * (4 + form + parts) + spec.hidden_size * (4 + job.width + parts))
 
 
 def cache_bytes(spec: DecoderSpec, rollouts: Rollouts, job: Job) -> int:

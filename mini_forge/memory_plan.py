@@ -24,8 +24,7 @@ from mini_forge.data.token_store import inputs_of
 from mini_forge.io.adapters import PREFIX, read_adapter_tensors
 from mini_forge.io.models import is_adapter
 from mini_forge.io.rewards import read_reward_config
-from mini_forge.io.storage import keeps_bfloat16
-from mini_forge.io.weights import bfloat16_matrices, read_json, resolve_model
+from mini_forge.io.weights import read_json, resolve_model
 from mini_forge.memory_items import (
     Job,
     Rollouts,
@@ -48,8 +47,7 @@ from mini_forge.memory_items import (
 )
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.families import decoder_spec
-from mini_forge.prepare import Prepared, adapter_spec, has_reference, trains_reward
-from mini_forge.providers import PROVIDERS
+from mini_forge.prepare import Prepared, adapter_spec, has_reference, in_bfloat16, trains_reward
 from mini_forge.training.windows import Windows
 
 MIB = 2**20
@@ -208,7 +206,7 @@ def memory_plan(prepared: Prepared, window: Windows, steps: int) -> MemoryPlan:
         dropout=lora.dropout,
         has_triton="triton" in sys.modules,  # the kernels import it where it can run
         has_mxfp4=is_stored_as_mxfp4(read_json(prepared.folder / "config.json")),
-        in_bfloat16=_in_bfloat16(prepared),
+        in_bfloat16=in_bfloat16(prepared, prepared.folder),
     )
     if config.strategy == "rlhf":
         job = _reinforced(prepared, sizes, job)
@@ -217,15 +215,6 @@ def memory_plan(prepared: Prepared, window: Windows, steps: int) -> MemoryPlan:
         reference = job.tokens if has_reference(config) else 0
         job = replace(job, forward_tokens=max(reference, _longest(prepared.eval, config.per_device_eval_batch_size)))
     return replace(predict(sizes, job), notes=tuple(_notes(config, job)))
-
-
-def _in_bfloat16(prepared: Prepared) -> frozenset[str]:
-    plan, folder = prepared.plan, prepared.folder
-    if not keeps_bfloat16(
-        PROVIDERS[prepared.config.provider](plan.device).ops, getattr(torch, plan.dtype), plan.device
-    ):
-        return frozenset()
-    return bfloat16_matrices(folder, _on_meta(folder))
 
 
 def _notes(config: TrainingConfig, job: Job) -> list[str]:
@@ -242,12 +231,8 @@ def _notes(config: TrainingConfig, job: Job) -> list[str]:
 
 
 def _sizes_in(folder: Path, targets: tuple[str, ...] | None) -> Sizes:
-    return sizes_of(_on_meta(folder), targets)
-
-
-def _on_meta(folder: Path) -> Decoder:
     with torch.device("meta"):
-        return Decoder(decoder_spec(read_json(folder / "config.json")))
+        return sizes_of(Decoder(decoder_spec(read_json(folder / "config.json"))), targets)
 
 
 def _with_microbatch(job: Job, documents: Sequence, batch) -> Job:
@@ -308,17 +293,18 @@ def _reward_bytes(prepared: Prepared, sizes: Sizes, job: Job) -> tuple[int, int]
     if trains_reward(config):
         return 4 * (sum(math.prod(shape) for shape in adapter_shapes(sizes, job.rank)) + prepared.spec.hidden_size), 0
     if not is_adapter(config.reward_model):
-        return 0, _backbone_bytes(resolve_model(config.reward_model), job)
+        return 0, _backbone_bytes(prepared, resolve_model(config.reward_model), job)
     folder = Path(config.reward_model).expanduser()
     tensors, base = read_adapter_tensors(folder), resolve_model(read_reward_config(folder)[1])
     names = {name.removeprefix(PREFIX).split(".lora_")[0] for name in tensors if ".lora_" in name}
     live = {name.removesuffix(".weight") for name in sizes.adapted}
     borrows = base.resolve() == prepared.folder.resolve() and all(n in live or ".experts" in n for n in names)
-    return 4 * sum(tensor.numel() for tensor in tensors.values()), 0 if borrows else _backbone_bytes(base, job)
+    own = 0 if borrows else _backbone_bytes(prepared, base, job)
+    return 4 * sum(tensor.numel() for tensor in tensors.values()), own
 
 
-def _backbone_bytes(folder: Path, job: Job) -> int:
-    other = _sizes_in(folder, None)
+def _backbone_bytes(prepared: Prepared, folder: Path, job: Job) -> int:
+    other, job = _sizes_in(folder, None), replace(job, in_bfloat16=in_bfloat16(prepared, folder))
     return sum(stored_bytes(other, name, job) for name in other.shapes if not name.startswith("lm_head"))
 
 

@@ -27,10 +27,12 @@ from mini_forge.errors import CheckpointError, ConfigError, DataError, UserError
 from mini_forge.io.adapters import read_adapter_config, read_adapter_tensors
 from mini_forge.io.expert_adapters import stack_targets
 from mini_forge.io.rewards import load_function
-from mini_forge.io.weights import other_parts, read_json, resolve_model, weight_files
+from mini_forge.io.storage import keeps_bfloat16
+from mini_forge.io.weights import bfloat16_matrices, other_parts, read_json, resolve_model, weight_files
 from mini_forge.model.decoder import Decoder, DecoderSpec
 from mini_forge.model.families import decoder_spec
 from mini_forge.model.lora import LoraSpec, target_names
+from mini_forge.providers import PROVIDERS
 from mini_forge.training.rollouts import Prompt, encode_prompts, prompt_document
 
 
@@ -70,6 +72,11 @@ class Prepared:
         if self.is_labelled:
             return partial(collate_labelled, max_length=self.max_length, share_prefixes=share)
         return partial(collate_pairs if self.is_paired else collate, share_prefixes=share)
+
+    @property
+    def stored_form(self) -> str:
+        """What the linear layers of the base are held in: how they are quantized, or a dtype."""
+        return self.plan.quantization or ("bfloat16" if in_bfloat16(self, self.folder) else self.plan.dtype)
 
     def fingerprint(self) -> int:
         """A checksum of all that is trained on, by which a resumed run knows that its data are the same."""
@@ -161,6 +168,17 @@ def with_absolute_paths(config: TrainingConfig) -> TrainingConfig:
     named = {name: getattr(config, name) for name in PATHS}
     local = {name: os.path.abspath(value) for name, value in named.items() if value and os.path.exists(value)}
     return replace(config, **local)
+
+
+def in_bfloat16(prepared: Prepared, folder: Path) -> frozenset[str]:
+    """The matrices of a checkpoint that the run keeps in bfloat16, where they are not quantized."""
+    plan = prepared.plan
+    if not keeps_bfloat16(
+        PROVIDERS[prepared.config.provider](plan.device).ops, getattr(torch, plan.dtype), plan.device
+    ):
+        return frozenset()
+    with torch.device("meta"):
+        return bfloat16_matrices(folder, Decoder(decoder_spec(read_json(folder / "config.json"))))
 
 
 def model_identity(prepared: Prepared) -> str:

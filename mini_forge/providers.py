@@ -1,4 +1,4 @@
-"""Providers: which functions the decoder calls. The only module that imports kernels.
+"""Providers: which functions the decoder calls. What it gets of the kernels, it gets from here.
 
 `huggingface` is the plain reference path. `unsloth` is the fused path: hand-written gradients, in Triton for CUDA
 tensors and else in torch. `missing` says, op by op, what is not so and why. What is in use is printed when a run
@@ -27,8 +27,9 @@ from mini_forge_kernels.triton_support import reason_not
 
 def token_nll(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """`losses.token_nll`, whose chunks of logits are torch's, or the same in Triton where that runs."""
-    if hidden.dtype != weight.dtype:
+    if hidden.dtype != weight.dtype and weight.device.type == "cpu":
         return losses.token_nll(hidden, weight, targets, bfloat16_product.Split)
+    weight = weight.to(hidden.dtype)
     in_torch = reason_not(hidden.device) is not None
     return (losses if in_torch else linear_cross_entropy).token_nll(hidden, weight, targets)
 
@@ -78,14 +79,14 @@ def fused(device: torch.device | str | None = None) -> Provider:
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     missing = missing_in_triton(device) | UNFUSED
     backends = {op: "triton" if op in TRITON_OPS and op not in missing else "torch" for op in (*FUSED, *STORED)}
-    factor = None
+    left_side = None
     if device.type != "cpu":
         backends["attention"], missing["attention"] = "plain", "torch's own kernels are used"
     elif reason := bfloat16_product.reason_not(device):
         missing[bfloat16_product.NAME] = reason
     else:
-        backends[bfloat16_product.NAME], factor = "mkl", bfloat16_product.Split
-    return Provider(replace(PLAIN, name="fused", **FUSED, **VJPS, factor=factor), backends, missing)
+        backends[bfloat16_product.NAME], left_side = "mkl", bfloat16_product.Split
+    return Provider(replace(PLAIN, name="fused", **FUSED, **VJPS, left_side=left_side), backends, missing)
 
 
 def equip(model: Decoder, provider: Provider):

@@ -299,10 +299,8 @@ def _describe(prepared: Prepared, model: Decoder, loop: Loop, report):
     config, plan, stats = prepared.config, prepared.plan, prepared.train_stats
     trainable = sum(p.numel() for p in loop.parameters)
     stored = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    storage = plan.quantization or plan.dtype
-    report(
-        f"model: {config.model_name}, {stored / 2**20:.0f} MiB on {plan.device} ({storage}, training in {plan.dtype})"
-    )
+    form = f"{prepared.stored_form}, training in {plan.dtype}"
+    report(f"model: {config.model_name}, {stored / 2**20:.0f} MiB on {plan.device} ({form})")
     report(f"adapter: {trainable:,} trained parameters, template: {prepared.template.name}")
     evaluation = f", {len(prepared.eval)} to evaluate on" if prepared.eval else ""
     rows = f"{len(prepared.train)} {'pairs' if prepared.is_paired else 'rows'}"

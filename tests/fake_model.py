@@ -16,8 +16,7 @@ class TableModel(nn.Module):
         self.table = logits.float()
         self.dropout = nn.Dropout(0.5)  # a module whose mode can be looked at
         self.spec = SimpleNamespace(layers=(), max_positions=max_positions)
-        self.model = SimpleNamespace(embed_tokens=SimpleNamespace(weight=self.table))
-        self.device = logits.device
+        self.device, self.dtype = logits.device, torch.float32
         self.calls, self.heads = [], []
 
     def forward(self, input_ids, position=None, document=None, cache=None):

@@ -1,5 +1,6 @@
 """Products of float32 activations with bfloat16 weights, and the layers, heads and files that use them."""
 
+import copy
 import json
 
 import pytest
@@ -12,15 +13,17 @@ from mini_forge.bench.shapes import random_base
 from mini_forge.config_plan import Plan
 from mini_forge.io.weights import bfloat16_matrices, load_base
 from mini_forge.memory_items import Job, sizes_of, stored_bytes
+from mini_forge.model.cache import KVCache, read_prompts
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.families import decoder_spec
-from mini_forge.model.functional import Factor
-from mini_forge.model.lora import LoraSpec, inject, lora_layers, merge
+from mini_forge.model.functional import LeftSide
+from mini_forge.model.lora import LoraSpec, disabled, inject, lora_layers, merge
 from mini_forge.model.quant import Linear16bit, add_frozen_products, frozen_gradient
 from mini_forge.providers import PROVIDERS
 from mini_forge.training import losses
 from mini_forge_kernels import bfloat16_product
 from mini_forge_kernels.bfloat16_product import FEW_ROWS, Split, reason_not, split
+from tests import golden_files as golden
 from tests.tiny import write_checkpoint, write_rows
 
 CPU = torch.device("cpu")
@@ -33,12 +36,16 @@ def in_torch(a, b, transpose, out, adds):
     out.add_(product) if adds else out.copy_(product)
 
 
+def emulate(monkeypatch):
+    monkeypatch.setattr(bfloat16_product, "_multiply", in_torch)
+    monkeypatch.setattr(bfloat16_product, "reason_not", lambda device: None)
+
+
 @pytest.fixture(params=["mkl", "emulated"])
 def products(request, monkeypatch):
     """The products as they are and, so that all around them is tested on every machine, in torch."""
     if request.param == "emulated":
-        monkeypatch.setattr(bfloat16_product, "_multiply", in_torch)
-        monkeypatch.setattr(bfloat16_product, "reason_not", lambda device: None)
+        emulate(monkeypatch)
     elif reason := reason_not(CPU):
         pytest.skip(reason)
 
@@ -96,7 +103,7 @@ def test_they_are_closer_to_float64_than_those_of_float32(spread):
     x, weight = drawn(200, 1536, spread=spread), drawn(300, 1536, seed=2).bfloat16()
     exact = x.double() @ weight.double().t()
     error = rms(Split(x).product_t(weight) - exact)
-    assert error < rms(Factor(x).product_t(weight.float()) - exact) and error < 4e-7 * rms(exact)
+    assert error < rms(LeftSide(x).product_t(weight.float()) - exact) and error < 4e-7 * rms(exact)
 
 
 @pytest.mark.skipif(reason_not(CPU) is not None, reason=str(reason_not(CPU)))
@@ -117,27 +124,31 @@ def test_what_does_not_fit_is_refused(products):
             left.product_t(weight)
     with pytest.raises(ValueError, match="weight"):
         left.product(drawn(5, 6).bfloat16())
+    with pytest.raises(ValueError, match="weight"):
+        left.product_t(drawn(1, 6).bfloat16().expand(5, 6))
+    with pytest.raises(ValueError, match="x: torch.float64"):
+        Split(drawn(40, 6).double())
 
 
-@pytest.mark.skipif(reason_not(CPU) is not None, reason=str(reason_not(CPU)))
-@pytest.mark.parametrize("onto", [torch.zeros(40, 5, dtype=torch.float64), torch.zeros(5, 40).t()])
-def test_what_cannot_be_added_to_is_refused(onto):
-    with pytest.raises(ValueError, match="out"):
+@pytest.mark.parametrize("shape, turned", [((39, 5), False), ((40, 6), False), ((200,), False), ((5, 40), True)])
+def test_what_cannot_be_added_to_is_refused(shape, turned):
+    onto = torch.zeros(shape).t() if turned else torch.zeros(shape)
+    with pytest.raises(ValueError, match="onto"):
         Split(drawn(40, 6)).product(drawn(6, 5).bfloat16(), onto)
 
 
 def test_a_reason_is_named_where_they_cannot_run(monkeypatch):
     assert reason_not(torch.device("cuda")) == "for CPUs, this is cuda"
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert reason_not(CPU) == "this CPU has no AMX" and PROVIDERS["unsloth"]("cpu").ops.factor is None
+    assert reason_not(CPU) == "this CPU has no AMX" and PROVIDERS["unsloth"]("cpu").ops.left_side is None
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     monkeypatch.setattr(bfloat16_product, "_gemm_of_mkl", lambda: None)
-    assert reason_not(CPU) == "this torch has no MKL" and PROVIDERS["unsloth"]("cpu").ops.factor is None
-    assert PROVIDERS["huggingface"]("cpu").ops.factor is PROVIDERS["unsloth"]("cuda").ops.factor is None
+    assert reason_not(CPU) == "this torch has no MKL" and PROVIDERS["unsloth"]("cpu").ops.left_side is None
+    assert PROVIDERS["huggingface"]("cpu").ops.left_side is PROVIDERS["unsloth"]("cuda").ops.left_side is None
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("shape", [(40, 24), (2, 3, 24), (1, 24)])
+@pytest.mark.parametrize("shape", [(40, 24), (2, 3, 24), (1, 24), (24,), (0, 24)])
 def test_a_layer_is_the_linear_one(products, shape, has_bias):
     weight, x = drawn(10, 24).bfloat16(), drawn(*shape, seed=1)
     bias = nn.Parameter(drawn(10, seed=2)) if has_bias else None
@@ -269,7 +280,7 @@ def test_a_run_is_the_plain_run(products, stored, tmp_path, strategy):
         rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     else:
         rows = write_rows(tmp_path / "rows.jsonl")
-    logged = {}
+    logged, said = {}, {}
     for provider in ("huggingface", "unsloth"):
         config = mini_forge.TrainingConfig.from_dict({
             "task": "text-generation", "strategy": strategy, "model_name": str(stored[0]), "dataset": str(rows),
@@ -277,8 +288,49 @@ def test_a_run_is_the_plain_run(products, stored, tmp_path, strategy):
             "provider": provider, "lora_dropout": 0.0, "optim": "adamw_torch", "max_steps": 4, "logging_steps": 1,
             "per_device_train_batch_size": 2, "learning_rate": 1e-3, "eval_split": 0, "save_strategy": "no",
         })  # fmt: skip
-        mini_forge.train(config)
+        reports = []
+        mini_forge.train(config, report=reports.append)
+        said[provider] = "\n".join(reports)
         lines = (tmp_path / provider / "metrics.jsonl").read_text().splitlines()
         logged[provider] = [json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)]
+    assert ("(bfloat16, training in float32)" in said["unsloth"]) and "(float32, training" in said["huggingface"]
     assert len(logged["unsloth"]) == 4
     assert logged["unsloth"] == pytest.approx(logged["huggingface"], rel=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [20, 60])
+def test_an_adapter_of_zeros_changes_no_bit(products, tokens):
+    """Of a model with biases: DPO's first rewards are 0 because policy and reference compute the same."""
+    folder = golden.family("qwen2_hub")[0]
+    model = load_base(folder, ops=PROVIDERS["unsloth"]("cpu").ops)
+    inject(model, LoraSpec(2, 4), torch.Generator().manual_seed(0))
+    assert any(isinstance(m, Linear16bit) and m.bias is not None and m.bias.any() for m in model.modules())
+    ids = torch.arange(tokens)[None] % 40
+    with torch.no_grad(), disabled(model):
+        reference = model(ids)
+    assert torch.equal(model(ids), reference)
+
+
+def test_text_is_generated_as_by_the_plain_model(products, stored):
+    """Through the cache, whose keys and values are of the activations' dtype."""
+    plain, fused = (load_base(stored[0], ops=PROVIDERS[name]("cpu").ops) for name in ("huggingface", "unsloth"))
+    found = []
+    for model in (plain, fused):
+        cache = KVCache(model, 2, 12)
+        with torch.no_grad():
+            lengths = torch.tensor([5, 3])
+            hidden = read_prompts(model, [[1, 2, 3, 4, 5], [6, 7, 8]], lengths, cache)
+            token = torch.tensor([[9], [10]])
+            found.append((model.head(hidden), model.head(model(token, position=lengths[:, None], cache=cache))))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_a_model_can_be_moved_and_copied(products, stored):
+    model = load_base(stored[0], ops=PROVIDERS["unsloth"]("cpu").ops)
+    ids = torch.arange(1, 50)[None]
+    expected = model.logits(ids)
+    assert torch.equal(copy.deepcopy(model).logits(ids), expected)
+    layer = copy.deepcopy(model.model.layers[0].mlp.up_proj).to("meta")  # stands for any device but the CPU
+    assert layer(torch.empty(3, layer.in_features, device="meta")).shape == (3, layer.out_features)
+    assert copy.deepcopy(model).half().logits(ids).dtype == torch.float32

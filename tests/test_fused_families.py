@@ -31,6 +31,7 @@ from mini_forge.training.preferences import LossOptions
 from mini_forge.training.sft import sft_loss
 from mini_forge_kernels import attention, bfloat16_product
 from tests import golden_files as golden
+from tests.test_bfloat16_product import emulate
 from tests.tiny import write_rows
 from tests.tiny_experts import write_checkpoint
 
@@ -88,13 +89,18 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", 16)
 
 
+@pytest.fixture(autouse=True)
+def bfloat16_products(monkeypatch):
+    """In torch where the machine has none."""
+    if bfloat16_product.reason_not(torch.device("cpu")):
+        emulate(monkeypatch)
+
+
 def adapted(folder, provider, storage="dense", dropout=0.0):
     """The checkpoint as a run trains it: all linear layers and all experts adapted, B not zero. All these checkpoints
     are stored in bfloat16."""
     provider = PROVIDERS[provider]("cpu")
-    if storage == "bfloat16" and (reason := bfloat16_product.reason_not(torch.device("cpu"))):
-        pytest.skip(reason)
-    ops = replace(provider.ops, factor=None) if storage == "dense" else provider.ops
+    ops = replace(provider.ops, left_side=None) if storage == "dense" else provider.ops
     model = load_base(folder, ops=ops, **STORAGES[storage])
     targets = ("all-linear", *(EXPERTS if model.spec.experts else ()))
     inject(model, LoraSpec(2, 4, dropout, targets), torch.Generator().manual_seed(0))

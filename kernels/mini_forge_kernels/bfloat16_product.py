@@ -3,19 +3,20 @@
     x = x₁ + x₂ + x₃     x₁ = bfloat16(x)     x₂ = bfloat16(x − x₁)     x₃ = x − x₁ − x₂
     x Wᵀ = x₃Wᵀ + x₂Wᵀ + x₁Wᵀ                 dY W likewise
 
-A float32 has 24 significant bits and a bfloat16 8, with the same exponents, so the three are all of x. A product of two
-bfloat16 numbers has 16 bits and enters the unit's float32 sums as it is: where a checkpoint stores W in bfloat16, as
-most do, nothing is rounded but the sums. They are 3 times closer to float64 than a float32 product's (rms over 576 to
-4,096 terms, 1e-7 to 2e-7), having fewer roundings: two terms are added at once.
+A float32 has 24 significant bits and a bfloat16 8, with the same exponents, so the three are all of x. The product of
+two bfloat16 numbers has 16 bits, and float32 holds it as it is: where a checkpoint stores W in bfloat16, as most do,
+nothing is rounded but sums. Measured, the result is 2 to 3 times closer to float64 than a float32 product's (rms over
+576 to 4,096 terms: 1e-7 to 2e-7). The unit takes numbers below 2⁻¹²⁶ for 0, so of an x below 2⁻¹⁰² the last bits are
+lost; and what is infinite in x makes NaN, not infinity, of a row.
 
-On a Xeon of two cores with AMX: float32 products 340 GFLOP/s, bfloat16 ones 1,950. Three of them take 0.6 of the time
-of the float32 one; splitting 812 × 1,536 numbers costs 0.8 ms, a fifth of a product with 576 of them, and is shared by
-layers that share x. W takes half the memory, and is read as it lies in the file.
+On a Xeon of two cores with AMX: float32 products 340 GFLOP/s, bfloat16 ones 1,950. Three of them take two thirds of the
+time of the float32 one on matrices of 576 × 1,536, and x must be split, at 0.6 ns a number; on larger ones half. W
+takes half the memory, and is kept as it lies in the file.
 
 torch rounds the result of a bfloat16 product to bfloat16, so this calls the function of MKL (oneAPI Math Kernel
 Library, which torch brings on x86) that does not: cblas_gemm_bf16bf16f32, by name in torch's own library.
 
-Reference: `mini_forge.model.functional.Factor`, on a weight made float32.
+Reference: `mini_forge.model.functional.LeftSide`, on a weight made float32.
 """
 
 import ctypes
@@ -25,6 +26,8 @@ from pathlib import Path
 
 import torch
 from torch.profiler import record_function
+
+from mini_forge.model.functional import LeftSide
 
 __all__ = ["NAME", "Split", "reason_not"]
 
@@ -43,10 +46,12 @@ def reason_not(device: torch.device) -> str | None:
     return None if _gemm_of_mkl() else "this torch has no MKL"
 
 
-class Split:
+class Split(LeftSide):
     """The left side x (N, K), float32, of products with frozen bfloat16 matrices, as its three parts."""
 
     def __init__(self, x: torch.Tensor):
+        if x.dtype != torch.float32:
+            raise ValueError(f"x: {x.dtype}, not float32")
         with _named():
             self.parts = split(x)
 
@@ -60,30 +65,37 @@ class Split:
 
     def _add_up(self, weight, transpose: int, onto):
         _, N, K = self.parts.shape
-        if weight.dtype != torch.bfloat16 or weight.stride(1) != 1:
-            raise ValueError(f"weight: {weight.dtype} of strides {weight.stride()}, not bfloat16 in rows")
-        if weight.shape[transpose == _TRANSPOSED] != K:
-            raise ValueError(f"weight: {tuple(weight.shape)} does not fit x of {K} columns")
-        columns = weight.shape[transpose != _TRANSPOSED]
+        rows, columns = weight.shape if transpose == _AS_IT_IS else weight.shape[::-1]
+        if rows != K or weight.dtype != torch.bfloat16 or not _is_in_rows(weight):
+            raise ValueError(
+                f"weight: {weight.dtype} {tuple(weight.shape)}, strides {weight.stride()}, for {K} columns"
+            )
+        if onto is not None and (onto.shape != (N, columns) or onto.dtype != torch.float32 or not _is_in_rows(onto)):
+            raise ValueError(f"onto: {onto.dtype} {tuple(onto.shape)} of strides {onto.stride()}, not {(N, columns)}")
         with _named():
             if N <= FEW_ROWS:
-                parts = torch.empty(3 * N, columns)
+                parts = torch.empty(3 * N, columns, dtype=torch.float32, device="cpu")
                 _multiply(self.parts.view(3 * N, K), weight, transpose, parts, False)
                 total = parts.view(3, N, columns).sum(0)
                 return total if onto is None else onto.add_(total)
-            out = torch.empty(N, columns) if onto is None else onto
+            out = torch.empty(N, columns, dtype=torch.float32, device="cpu") if onto is None else onto
             for i in (2, 1, 0):  # the smallest first
                 _multiply(self.parts[i], weight, transpose, out, onto is not None or i < 2)
             return out
 
 
+def _is_in_rows(matrix: torch.Tensor) -> bool:
+    """Whether it lies as MKL can read and write it."""
+    return matrix.device.type == "cpu" and matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
+
+
 def split(x: torch.Tensor) -> torch.Tensor:
     """(3, N, K) bfloat16 whose sum over the first dimension is x (N, K), float32, to the last bit.
 
-    But for numbers below 2⁻¹⁰², whose last part is none, and what rounds up to infinity, above 3.39e38."""
-    parts = torch.empty(3, *x.shape, dtype=torch.bfloat16)
+    But for the last bits of numbers below 2⁻¹¹⁰, and for those above 3.39e38, which bfloat16 rounds to infinity."""
+    parts = torch.empty(3, *x.shape, dtype=torch.bfloat16, device="cpu")
     rows = max(1, CHUNK // max(1, x.shape[1]))
-    rest = torch.empty(min(rows, len(x)), x.shape[1])
+    rest = torch.empty(min(rows, len(x)), x.shape[1], dtype=torch.float32, device="cpu")
     for some, first, second, third in zip(x.split(rows), *(part.split(rows) for part in parts), strict=True):
         left = rest[: len(some)]
         first.copy_(some)
@@ -100,8 +112,6 @@ def _multiply(a: torch.Tensor, b: torch.Tensor, transpose: int, out: torch.Tenso
         if not adds:
             out.zero_()
         return
-    if out.dtype != torch.float32 or out.stride(1) != 1:
-        raise ValueError(f"out: {out.dtype} of strides {out.stride()}, not float32 in rows")
     _gemm_of_mkl()(
         _ROW_MAJOR, _AS_IT_IS, transpose, M, N, K, 1.0, a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0),
         float(adds), out.data_ptr(), out.stride(0),

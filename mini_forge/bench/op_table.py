@@ -17,6 +17,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mini_forge.model.ops import Differentiable, Ops
+from mini_forge_kernels import bfloat16_product
 
 OPS = {"rms_norm": "norms", "rope_qk": "rope", "swiglu": "gated unit",
        "clamped_swiglu": "gated unit", "attention": "attention", "token_nll": "loss head",
@@ -25,7 +26,6 @@ OPS = {"rms_norm": "norms", "rope_qk": "rope", "swiglu": "gated unit",
 OTHERS = {"unit": "gated unit", "update": "LoRA products", "dequantized": "dequantizing", "expert": "dequantizing"}
 MATRIX = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm", "aten::linear", "aten::matmul",
           "aten::addmv", "aten::mv", "aten::mkldnn_linear")  # fmt: skip
-BFLOAT16_PRODUCT = "bfloat16_product"  # a range of its kernel's: torch does not see what MKL does in it
 ATTENTION, OPTIMIZER = "scaled_dot_product", ("aten::_foreach", "aten::_fused_adam", "aten::linalg_vector_norm")
 BACKWARD = "autograd::engine::evaluate_function"
 PREFIX = "mini_forge: "
@@ -152,7 +152,7 @@ def _group(event, labels: dict, rank: int, vocab_size: int) -> str:
     sizes = {size for shape in event.input_shapes or () for size in shape if isinstance(size, int)}
     if vocab_size in sizes:
         return "loss head"
-    if any(caller.name == BFLOAT16_PRODUCT for caller in _with_callers(event)):
+    if any(caller.name == bfloat16_product.NAME for caller in _with_callers(event)):
         return "matrix products"
     if event.name.rstrip("_") in MATRIX:
         return "LoRA products" if rank in sizes else "matrix products"

@@ -105,7 +105,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class RowBatch:
-    """What an objective needs beside its documents, which lie in `row` and are what is counted."""
+    """The documents of an objective that needs more than these, in `row`: what is counted of it is counted of them."""
 
     row: Batch
 

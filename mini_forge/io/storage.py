@@ -7,14 +7,14 @@ import torch
 
 from mini_forge.errors import CheckpointError
 from mini_forge.model.fourbit import FLOATS
-from mini_forge.model.functional import Factor
+from mini_forge.model.functional import LeftSide
 from mini_forge.model.ops import Ops
 from mini_forge.model.quant import Linear4bit, Linear8bit
 
 
 def keeps_bfloat16(ops: Ops, dtype: torch.dtype, device: str | torch.device) -> bool:
     """Whether matrices that a checkpoint stores in bfloat16 are held so, under activations in `dtype`."""
-    return ops.factor is not None and dtype == torch.float32 and torch.device(device).type == "cpu"
+    return ops.left_side is not None and dtype == torch.float32 and torch.device(device).type == "cpu"
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Storage:
     compute_dtype: torch.dtype
     dtype: torch.dtype
     device: torch.device
-    factor: type[Factor] | None = None  # `Ops.factor`, where matrices stored in bfloat16 are held so
+    left_side: type[LeftSide] | None = None  # `Ops.left_side`, where matrices stored in bfloat16 are held so
 
     def cast(self, weight: torch.Tensor) -> torch.Tensor:
         """A weight that is to be quantized, on the device, with the values it has in the training dtype: statistics are

@@ -186,7 +186,8 @@ def load_base(
 ) -> Decoder:
     """A decoder with the folder's weights, in eval mode.
 
-    dtype: of floating weights; None keeps the stored one. quantization: None, "nf4", "fp4" or "int8", for all linear
+    dtype: of floating weights; None keeps the stored one. Under float32, matrices stored in bfloat16 stay so where
+    `ops` multiply them (`Ops.left_side`). quantization: None, "nf4", "fp4" or "int8", for all linear
     layers but the head; a checkpoint already stored in 4 or 8 bits is taken as it is, or made dense for None."""
     loader = Loader(folder, dtype, device, quantization, nested, compute_dtype, ops)
     loader.load()
@@ -206,7 +207,7 @@ class Loader:
             self.model = Decoder(spec, ops)
         self.model.layout = layout
         self.storage = Storage(quantization, nested, compute_dtype or dtype, dtype, torch.device(device),
-                               ops.factor if keeps_bfloat16(ops, dtype, device) else None)  # fmt: skip
+                               ops.left_side if keeps_bfloat16(ops, dtype, device) else None)  # fmt: skip
         self.stacks = StackLoader(self.model, self.storage, layout)
         self.missing = set(self.model.state_dict())
         linears = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
@@ -268,12 +269,12 @@ class Loader:
         """Memory for a tensor that is not quantized."""
         owner, leaf = self._owner(name)
         is_matrix = isinstance(owner, MATRICES) and leaf == "weight"
-        is_kept = is_matrix and stored == torch.bfloat16 and self.storage.factor is not None
+        is_kept = is_matrix and stored == torch.bfloat16 and self.storage.left_side is not None
         dtype = stored if is_kept else self.storage.dtype
         # Not empty_like: asked about a meta tensor, torch answers in Python and imports SymPy for it, 0.3 s.
         own = torch.empty(getattr(owner, leaf).shape, dtype=dtype, device=self.storage.device)
         if is_kept and isinstance(owner, nn.Linear):
-            self._replace(name, Linear16bit(own, None, self.storage.factor))
+            self._replace(name, Linear16bit(own, None, self.storage.left_side))
         else:
             setattr(owner, leaf, nn.Parameter(own, requires_grad=False))
 
@@ -341,8 +342,10 @@ def bfloat16_matrices(folder: Path, model: Decoder) -> frozenset[str]:
     names = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, MATRICES)}
     if any(folder.glob("*.safetensors")):
         entries = text_entries(Checkpoint(folder).entries, expert_layout(config))
-        names = {name for name in names if name in entries and entries[name].dtype == torch.bfloat16}
-    elif config.get("dtype", config.get("torch_dtype", "bfloat16")) != "bfloat16":
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        stored = {name: entry.shape for name, entry in entries.items() if entry.dtype == torch.bfloat16}
+        names = {name for name in names if stored.get(name) == shapes[name]}  # packed bits have another
+    elif (config.get("dtype") or config.get("torch_dtype") or "bfloat16") != "bfloat16":
         names = set()
     return frozenset(names)
 

@@ -320,7 +320,7 @@ class Decoder(nn.Module):
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """(…, D) hidden states → (…, V) float32 logits."""
         if self.head_weight.dtype != hidden.dtype:
-            return Linear16bit(self.head_weight, None, self.ops.factor)(hidden)
+            return Linear16bit(self.head_weight, None, self.ops.left_side)(hidden).float()
         return nn.functional.linear(hidden, self.head_weight).float()
 
     def logits(self, input_ids, position=None, document=None) -> torch.Tensor:

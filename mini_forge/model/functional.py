@@ -44,8 +44,8 @@ class _WithGradient(torch.autograd.Function):
         return ctx.grad, None
 
 
-class Factor:
-    """The left side x (N, K) of products with frozen matrices: what an op may prepare once, for all of them."""
+class LeftSide:
+    """x (N, K) of products with frozen matrices: what an op may prepare once, for all of them."""
 
     def __init__(self, x: torch.Tensor):
         self.x = x

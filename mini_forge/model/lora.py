@@ -18,7 +18,7 @@ from mini_forge.errors import ConfigError
 from mini_forge.model.grouped import blocks, grouped, grouped_products, is_groupable
 from mini_forge.model.ops import Differentiable
 from mini_forge.model.products import adapted_products, draw_seeds, lora_factors
-from mini_forge.model.quant import Linear, Linear16bit
+from mini_forge.model.quant import Linear, Linear16bit, frozen_products
 
 STACK_NAMES = ("gate_up_proj", "down_proj")  # of experts, whose module is named `experts`
 
@@ -120,7 +120,10 @@ def project(x: torch.Tensor, *layers: nn.Module, make: nn.Module | None = None) 
     if is_adapted(*layers) and is_frozen(make):
         return adapted_products(make, (x,), layers, draw_seeds(layers))
     x = make(x) if make else x
-    return [layer.base(x) if isinstance(layer, LoRALinear) and not layer.enabled else layer(x) for layer in layers]
+    layers = [layer.base if isinstance(layer, LoRALinear) and not layer.enabled else layer for layer in layers]
+    if not torch.is_grad_enabled() and all(isinstance(layer, Linear16bit) for layer in layers):
+        return frozen_products(x, layers)
+    return [layer(x) for layer in layers]
 
 
 def project_unit(gate: torch.Tensor, up: torch.Tensor, layer: nn.Module, unit: Differentiable) -> torch.Tensor:

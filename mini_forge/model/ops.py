@@ -29,7 +29,7 @@ class Ops:
     token_nll: Callable | None = None  # of losses.py, which is used where this is None
     grouped_lora: Callable | None = None  # `LoRAStack.update`
     # Of a float32 x, for products with bfloat16 weights. Where this is None, weights are kept in the training dtype.
-    factor: type[functional.Factor] | None = None
+    left_side: type[functional.LeftSide] | None = None
 
 
 def rope_qk(

@@ -2,7 +2,7 @@
 
 4 bits (NF4, FP4, nested statistics): model/fourbit.py. 8 bits, LLM.int8 (2208.07339): W ≈ weight · SCB / 127, SCB the
 largest magnitude of each row. Products are made with a dense W that exists for that product only. 16 bits: bfloat16 as
-a checkpoint stores it, under float32 activations, where an op multiplies the two (`Ops.factor`).
+a checkpoint stores it, under float32 activations, where an op multiplies the two (`Ops.left_side`).
 """
 
 import json
@@ -26,11 +26,11 @@ from mini_forge.model.fourbit import (
     dynamic_map,
     quantize_4bit,
 )
-from mini_forge.model.functional import Factor
+from mini_forge.model.functional import LeftSide
 
 __all__ = [
     "Linear16bit", "Linear4bit", "Linear8bit", "Quantized4bit", "backend", "dequantize_4bit", "dequantized_weight",
-    "add_frozen_products", "frozen_gradient", "frozen_product", "quantize_4bit", "quantize_8bit",
+    "add_frozen_products", "frozen_gradient", "frozen_product", "frozen_products", "quantize_4bit", "quantize_8bit",
 ]  # fmt: skip
 
 
@@ -142,14 +142,15 @@ class Linear8bit(nn.Module):
 
 class Linear16bit(nn.Module):
     """A frozen linear layer of float32 activations whose `weight` (out, in) is kept in bfloat16: y = x Wᵀ + b, without
-    another rounding than a float32 weight's product has. `factor` makes its products: see `Ops.factor`."""
+    another rounding than a float32 weight's product has. `left_side` makes its products on the CPU (`Ops.left_side`);
+    elsewhere W is made float32."""
 
     compute_dtype = torch.float32
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, factor: type[Factor]):
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, left_side: type[LeftSide]):
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.factor = factor
+        self.left_side = left_side
         self.register_buffer("weight", weight)
         self.register_parameter("bias", _frozen(bias))
 
@@ -191,38 +192,48 @@ def dequantized_weight(layer: Linear, dtype: torch.dtype) -> torch.Tensor:
 def frozen_product(x: torch.Tensor, layer: Linear) -> torch.Tensor:
     """x Wᵀ + b of any linear layer, in its compute_dtype (a dense one's: x's), returned in x's dtype.
 
-    For functions whose backward is written by hand, like the next two: what is saved here for autograd may be on
+    For functions whose backward is written by hand, like the next three: what is saved here for autograd may be on
     loan."""
     compute = _compute_dtype(layer, x)
+    if isinstance(layer, Linear16bit):
+        return frozen_products(x, [layer])[0]
     bias = None if layer.bias is None else layer.bias.to(compute)
     if isinstance(layer, Linear4bit) and layer.matmul:
         return layer.matmul(x.to(compute), layer.quantized, bias).to(x.dtype)
-    if isinstance(layer, Linear16bit):
-        out = layer.factor(x.reshape(-1, x.shape[-1]).to(compute)).product_t(layer.weight).view(*x.shape[:-1], -1)
-        return (out if bias is None else out.add_(bias)).to(x.dtype)
     return F.linear(x.to(compute), dequantized_weight(layer, compute), bias).to(x.dtype)
+
+
+def frozen_products(x: torch.Tensor, layers: Sequence[Linear]) -> list[torch.Tensor]:
+    """x Wᵀ + b of linear layers that share x (…, in): the same bits as the product added to an adapter's zeros."""
+    flat = x.reshape(-1, x.shape[-1])
+    outs = [flat.new_zeros(len(flat), layer.out_features) for layer in layers]
+    for out, layer in zip(outs, layers, strict=True):
+        if layer.bias is not None:
+            out += layer.bias.to(x.dtype)
+    add_frozen_products(flat, layers, outs)
+    return [out.view(*x.shape[:-1], out.shape[1]) for out in outs]
 
 
 def add_frozen_products(x: torch.Tensor, layers: Sequence[Linear], onto: Sequence[torch.Tensor]):
     """x Wᵀ of linear layers that share x (N, in), each added to one of `onto` (N, out), in place; without the biases.
 
     Memory that has just been written is near: adding a product to it costs less than adding to the product."""
-    factors = {}
+    lefts = {}
     for layer, total in zip(layers, onto, strict=True):
         compute = _compute_dtype(layer, x)
         if isinstance(layer, Linear4bit) and layer.matmul:
             total.add_(layer.matmul(x.to(compute), layer.quantized, None))
             continue
-        kind, weight = _factor_and_weight(layer, compute)
-        if (kind, compute) not in factors:
-            factors[kind, compute] = kind(x.to(compute))
-        _add_product(factors[kind, compute].product_t, weight, compute, total)
+        kind, weight = _sides(layer, compute)
+        if (kind, compute) not in lefts:
+            lefts[kind, compute] = kind(x.to(compute))
+        _add_product(lefts[kind, compute].product_t, weight, compute, total)
 
 
 def frozen_gradient(grad: torch.Tensor, layer: Linear, onto: torch.Tensor | None = None) -> torch.Tensor:
     """dY W (N, in) for dY (N, out), in its dtype, or that added to `onto` in place."""
     compute = _compute_dtype(layer, grad)
-    kind, weight = _factor_and_weight(layer, compute)
+    kind, weight = _sides(layer, compute)
     product = kind(grad.to(compute)).product
     return product(weight).to(grad.dtype) if onto is None else _add_product(product, weight, compute, onto)
 
@@ -231,11 +242,11 @@ def _compute_dtype(layer: Linear, x: torch.Tensor) -> torch.dtype:
     return getattr(layer, "compute_dtype", x.dtype)
 
 
-def _factor_and_weight(layer: Linear, compute: torch.dtype) -> tuple[type[Factor], torch.Tensor]:
-    """What multiplies the layer's weight, and the weight as it takes it, on loan."""
-    if isinstance(layer, Linear16bit):
-        return layer.factor, layer.weight
-    return Factor, dequantized_weight(layer, compute)
+def _sides(layer: Linear, compute: torch.dtype) -> tuple[type[LeftSide], torch.Tensor]:
+    """What a left side of the layer's weight is made with, and the weight as that takes it, on loan."""
+    if isinstance(layer, Linear16bit) and layer.weight.device.type == "cpu":
+        return layer.left_side, layer.weight
+    return LeftSide, dequantized_weight(layer, compute)
 
 
 def _add_product(product: Callable, weight: torch.Tensor, compute: torch.dtype, total: torch.Tensor) -> torch.Tensor:
@@ -293,9 +304,10 @@ class _FrozenProduct(torch.autograd.Function):
     def backward(ctx, grad):
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = frozen_gradient(grad.reshape(-1, grad.shape[-1]), ctx.layer).view(*grad.shape[:-1], -1)
+            flat = frozen_gradient(grad.reshape(-1, grad.shape[-1]), ctx.layer)
+            grad_x = flat.view(*grad.shape[:-1], ctx.layer.in_features)
         if ctx.needs_input_grad[1]:
-            grad_bias = grad.float().flatten(0, -2).sum(0).to(ctx.layer.bias.dtype)
+            grad_bias = grad.float().reshape(-1, grad.shape[-1]).sum(0).to(ctx.layer.bias.dtype)
         return grad_x, grad_bias, None
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from mini_forge.model.functional import Factor
+from mini_forge.model.functional import LeftSide
 
 CHUNK_TOKENS = 256  # under a trained head: float32 logits of a 128k vocabulary are 131 MB
 # Under a frozen one a tile of logits is all there is: on the CPU small enough to stay in the cache between the product
@@ -52,21 +52,21 @@ def nll_of(model) -> Callable[..., torch.Tensor]:
 
 
 def token_nll(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, factor: type[Factor] = Factor
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, left_side: type[LeftSide] = LeftSide
 ) -> torch.Tensor:
     """-log softmax(hidden Wᵀ)[target] of each token, in nats; the (N, V) logits never exist, only chunks of them.
 
     hidden (N, D), weight (V, D), targets (N,) int64 in [0, V). Returns (N,) float32, differentiable in `hidden` and,
     where it is trained, `weight`. For a frozen weight the gradient is made in the forward pass: row i of the loss
     depends on row i of `hidden` alone, so dh_i = (softmax(z_i) - onehot_i) W is complete but for the factor that
-    arrives from above, and no logits need to be kept or made again. factor: what multiplies a frozen one."""
+    arrives from above, and no logits need to be kept or made again. left_side: what multiplies a frozen one."""
     if weight.requires_grad and torch.is_grad_enabled():
         parts = [
             checkpoint(_plain_nll, h, weight, t, use_reentrant=False)
             for h, t in zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
         ]
         return torch.cat(parts)
-    return _FrozenHeadNLL.apply(hidden, weight, targets, factor)
+    return _FrozenHeadNLL.apply(hidden, weight, targets, left_side)
 
 
 def _plain_nll(hidden, weight, targets):
@@ -75,12 +75,12 @@ def _plain_nll(hidden, weight, targets):
 
 class _FrozenHeadNLL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, factor):
+    def forward(ctx, hidden, weight, targets, left_side):
         nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(targets), TILE_TOKENS):
             rows = slice(start, start + TILE_TOKENS)
-            nll[rows], part = _nll_in_tiles(hidden[rows], weight, targets[rows], grad is not None, factor)
+            nll[rows], part = _nll_in_tiles(hidden[rows], weight, targets[rows], grad is not None, left_side)
             if grad is not None:
                 grad[rows] = part
             del part  # before the next tokens' is made
@@ -93,7 +93,7 @@ class _FrozenHeadNLL(torch.autograd.Function):
         return grad * grad_nll[:, None].to(grad.dtype), None, None, None
 
 
-def _nll_in_tiles(hidden, weight, targets, wants_grad: bool, factor: type[Factor]):
+def _nll_in_tiles(hidden, weight, targets, wants_grad: bool, left_side: type[LeftSide]):
     """nll (N,) and its gradient by hidden (N, D), or None, over tiles of the vocabulary: the online softmax (1805.02867
     Alg. 3), which scales the sums so far down whenever a larger logit comes.
 
@@ -101,7 +101,7 @@ def _nll_in_tiles(hidden, weight, targets, wants_grad: bool, factor: type[Factor
     own term is in neither sum keeps the digits of 1 − p_t, which softmax·W − W_t loses in 16 bits where p_t is near 1.
     Sums over tiles are float32."""
     N, width = len(targets), tile_width(len(targets), hidden.device)
-    index, left = targets[:, None], factor(hidden)
+    index, left = targets[:, None], left_side(hidden)
     largest = hidden.new_full((N, 1), -torch.inf, dtype=torch.float32)
     others, wanted = torch.zeros_like(largest), torch.zeros_like(largest)
     grad = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if wants_grad else None
@@ -117,7 +117,7 @@ def _nll_in_tiles(hidden, weight, targets, wants_grad: bool, factor: type[Factor
         exponentials.scatter_(-1, column, torch.where(is_here, 0, exponentials.gather(-1, column)))
         others.mul_(shrink).add_(exponentials.sum(-1, keepdim=True))
         if wants_grad:
-            grad.mul_(shrink).add_(factor(exponentials.to(hidden.dtype)).product(tile))
+            grad.mul_(shrink).add_(left_side(exponentials.to(hidden.dtype)).product(tile))
         del logits, exponentials  # before the next tile's are made
     normaliser = others + torch.exp(wanted - largest)
     nll = (normaliser.log() + largest - wanted).squeeze(-1)

@@ -19,17 +19,7 @@ import tempfile
 from pathlib import Path
 
 from bench_common import MAX_LENGTH, PAIRS, read_rows
-from compare import (
-    EPOCH,
-    HERE,
-    PEER_ENVIRONMENT,
-    SEED,
-    append_records,
-    begin,
-    make_parser,
-    report,
-    run_pairs,
-)  # fmt: skip
+from compare import EPOCH, HERE, PEER_ENVIRONMENT, SEED, append_records, begin, make_parser, report, run_pairs
 
 from mini_forge.data.batches import plan_epoch
 from mini_forge.data.chat import choose_template

@@ -12,9 +12,11 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
+# Each with those before it.
 LEVERS = ["padded rows, all logits", "padding-free", "head on trained tokens, in chunks", "fused ops",
-          "shared beginnings, last layer where trained"]  # each with those before it  # fmt: skip
+          "shared beginnings, last layer where trained", "matrices in bfloat16, as stored"]  # fmt: skip
 BESIDE = ["packed to 512 tokens", "recompute selective", "recompute full", "base in NF4"]  # each beside all levers
 ROWS = LEVERS + BESIDE
 BATCH, MAX_LENGTH = 4, 512
@@ -70,7 +72,9 @@ def measure(args) -> dict:
     is_fused = args.row >= LEVERS.index("fused ops")
     provider = PROVIDERS["unsloth" if is_fused else "huggingface"](args.device)
     quantization = "nf4" if name == "base in NF4" else None
-    model = load_base(args.model, dtype, args.device, quantization, compute_dtype=dtype, ops=provider.ops).train()
+    is_kept = args.row >= LEVERS.index("matrices in bfloat16, as stored")
+    ops = provider.ops if is_kept else replace(provider.ops, left_side=None)
+    model = load_base(args.model, dtype, args.device, quantization, compute_dtype=dtype, ops=ops).train()
     inject(model, LoraSpec(16, 32), torch.Generator().manual_seed(0))
     equip(model, provider)
     model.recompute = {"recompute selective": "selective", "recompute full": "full"}.get(name)
