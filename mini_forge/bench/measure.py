@@ -90,6 +90,7 @@ def bench(
             "device_name": device_name(plan.device),
             "dtype": plan.dtype,
             "quantization": plan.quantization,
+            "stored_in": prepared.stored_form,
             "ops": said[0],
             "notes": prepared.notes,
             "matmul_peak": peak,
@@ -247,13 +248,12 @@ def device_name(device: str) -> str:
 def format_facts(facts: dict) -> list[str]:
     """What is known before the steps, for a person."""
     random = ", random weights" if facts["has_random_weights"] else ""
-    storage = facts["quantization"] or facts["dtype"]
     peak = facts["matmul_peak"]
     return [
         f"device: {facts['device']} ({facts['device_name']})",
         facts["ops"],
         f"model: {facts['model']}, {facts['parameters']:,} parameters{random}, "
-        f"{facts['stored_bytes'] / 2**20:,.0f} MiB ({storage}, training in {facts['dtype']})",
+        f"{facts['stored_bytes'] / 2**20:,.0f} MiB ({facts['stored_in']}, training in {facts['dtype']})",
         *(f"note: {note}" for note in facts["notes"]),
         f"matmul peak: {_rate(peak['flops_per_second'])} ({peak['dtype']}, {peak['size']} x {peak['size']})",
     ]
