@@ -51,8 +51,8 @@ PUBLISHED = {  # parameters, as the models' hub pages count them
 }
 KEYS = {
     "model", "has_random_weights", "parameters", "stored_bytes", "device", "device_name", "dtype", "quantization",
-    "stored_in", "ops", "notes", "matmul_peak", "load_seconds", "first_step_seconds", "first_step_since",
-    "steps", "step_seconds", "tokens", "trained_tokens", "tokens_per_second", "tokens_per_second_overall", "flops_per_token",
+    "stored_in", "ops", "notes", "matmul_peak", "load_seconds", "first_step_seconds", "first_step_since", "steps",
+    "step_seconds", "tokens", "trained_tokens", "tokens_per_second", "tokens_per_second_overall", "flops_per_token",
     "flops_per_token_by_part", "flops_per_second", "share_of_matmul_peak", "counted_as", "peak_memory_bytes",
     "predicted_memory_bytes", "profiled_step_seconds", "table",
 }  # fmt: skip
