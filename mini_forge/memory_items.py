@@ -86,6 +86,11 @@ class Job:
         return dtype_bytes(self.plan.dtype)
 
     @property
+    def has_parts(self) -> bool:
+        """Whether inputs of linear layers are split for bfloat16 weights."""
+        return bool(self.in_bfloat16) and self.plan.quantization is None
+
+    @property
     def is_on_cuda(self) -> bool:
         return self.plan.device == "cuda"
 
@@ -314,7 +319,7 @@ def backward_per_token(spec: DecoderSpec, layer: LayerSpec, job: Job) -> int:
     dropped, dropped_of_experts = (1 + b, 1 + 2 * b) if job.dropout else (0, 0)
     made = max(dense * max(between * b, dropped), routed * max(between * b, dropped_of_experts))
     permuted = 2 * b * spec.hidden_size * spec.experts.top_k if routed else 0
-    parts = PARTS_BYTES * dense if job.in_bfloat16 and job.plan.quantization is None else 0
+    parts = PARTS_BYTES * dense if job.has_parts else 0
     return max(dense, routed) * 4 * b + made + parts + permuted
 
 
@@ -329,7 +334,7 @@ def attention_bytes(spec: DecoderSpec, layer: LayerSpec, job: Job) -> int:
 def forward_bytes(spec: DecoderSpec, tokens: int, job: Job) -> int:
     """One layer's forward without gradients: input, norm, and what the widest part makes."""
     widest = max(max(widths(spec, layer)) for layer in spec.layers)
-    parts = PARTS_BYTES * widest if job.in_bfloat16 and job.plan.quantization is None else 0
+    parts = PARTS_BYTES * max(widths(spec, layer)[0] for layer in spec.layers) if job.has_parts else 0
     return tokens * ((4 * spec.hidden_size + 4 * widest) * job.width + parts)
 
 

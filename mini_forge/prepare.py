@@ -76,7 +76,8 @@ class Prepared:
     @property
     def stored_form(self) -> str:
         """What the linear layers of the base are held in: how they are quantized, or a dtype."""
-        return self.plan.quantization or ("bfloat16" if in_bfloat16(self, self.folder) else self.plan.dtype)
+        is_kept = any(name.endswith("proj.weight") for name in in_bfloat16(self, self.folder))
+        return self.plan.quantization or ("bfloat16" if is_kept else self.plan.dtype)
 
     def fingerprint(self) -> int:
         """A checksum of all that is trained on, by which a resumed run knows that its data are the same."""

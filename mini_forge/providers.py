@@ -1,4 +1,4 @@
-"""Providers: which functions the decoder calls. What it gets of the kernels, it gets from here.
+"""Providers: which functions the decoder calls.
 
 `huggingface` is the plain reference path. `unsloth` is the fused path: hand-written gradients, in Triton for CUDA
 tensors and else in torch. `missing` says, op by op, what is not so and why. What is in use is printed when a run
@@ -75,7 +75,8 @@ def plain(device: torch.device | str | None = None) -> Provider:
 def fused(device: torch.device | str | None = None) -> Provider:
     """LoRA products and the loss head have hand-written gradients everywhere; this adds what lies between.
 
-    The ops serve every device; `device` (default: a GPU where there is one) is what the reasons speak of."""
+    `device` (default: a GPU where there is one) is what the reasons speak of, and for which it is decided whether
+    matrices stay in bfloat16; else the ops serve every device."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     missing = missing_in_triton(device) | UNFUSED
     backends = {op: "triton" if op in TRITON_OPS and op not in missing else "torch" for op in (*FUSED, *STORED)}

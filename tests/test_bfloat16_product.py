@@ -17,13 +17,20 @@ from mini_forge.model.cache import KVCache, read_prompts
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.families import decoder_spec
 from mini_forge.model.functional import LeftSide
-from mini_forge.model.lora import LoraSpec, disabled, inject, lora_layers, merge
-from mini_forge.model.quant import Linear16bit, add_frozen_products, frozen_gradient
+from mini_forge.model.lora import LoRALinear, LoraSpec, inject, lora_layers, merge, project
+from mini_forge.model.quant import (
+    Linear4bit,
+    Linear8bit,
+    Linear16bit,
+    add_products_16bit,
+    dequantized_weight,
+    frozen_gradient,
+    frozen_products,
+)
 from mini_forge.providers import PROVIDERS
 from mini_forge.training import losses
 from mini_forge_kernels import bfloat16_product
 from mini_forge_kernels.bfloat16_product import FEW_ROWS, Split, reason_not, split
-from tests import golden_files as golden
 from tests.tiny import write_checkpoint, write_rows
 
 CPU = torch.device("cpu")
@@ -177,14 +184,12 @@ def test_layers_that_share_their_input_split_it_once(products):
             super().__init__(x)
 
     x, layers = drawn(50, 8), [Linear16bit(drawn(n, 8).bfloat16(), None, Counted) for n in (4, 6)]
-    layers.insert(1, nn.Linear(8, 5))
     outs = [torch.ones(50, layer.out_features) for layer in layers]
-    add_frozen_products(x, layers, outs)
+    add_products_16bit(x, layers, outs)
     assert len(made) == 1
-    torch.testing.assert_close(outs[2], 1 + x @ layers[2].dequantized().t())
-    torch.testing.assert_close(outs[1], 1 + x @ layers[1].weight.t())
+    torch.testing.assert_close(outs[1], 1 + x @ layers[1].dequantized().t())
     grad = drawn(50, 6)
-    torch.testing.assert_close(frozen_gradient(grad, layers[2]), grad @ layers[2].dequantized())
+    torch.testing.assert_close(frozen_gradient(grad, layers[1]), grad @ layers[1].dequantized())
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
@@ -239,7 +244,7 @@ def test_quantized_layers_stay_quantized_beside_the_head(products, stored, quant
         load_base(folder, quantization=quantization, ops=PROVIDERS[name]("cpu").ops)
         for name in ("huggingface", "unsloth")
     )
-    assert [type(module).__name__ for module in fused.modules() if isinstance(module, Linear16bit)] == ["Linear16bit"]
+    assert [name for name, module in fused.named_modules() if isinstance(module, Linear16bit)] == ["lm_head"]
     assert fused.head_weight.dtype == torch.bfloat16
     ids = torch.arange(1, 50)[None]
     torch.testing.assert_close(fused.logits(ids), plain.logits(ids), rtol=2e-5, atol=2e-5)
@@ -298,17 +303,41 @@ def test_a_run_is_the_plain_run(products, stored, tmp_path, strategy):
     assert logged["unsloth"] == pytest.approx(logged["huggingface"], rel=1e-5)
 
 
-@pytest.mark.parametrize("tokens", [20, 60])
-def test_an_adapter_of_zeros_changes_no_bit(products, tokens):
-    """Of a model with biases: DPO's first rewards are 0 because policy and reference compute the same."""
-    folder = golden.family("qwen2_hub")[0]
-    model = load_base(folder, ops=PROVIDERS["unsloth"]("cpu").ops)
-    inject(model, LoraSpec(2, 4), torch.Generator().manual_seed(0))
-    assert any(isinstance(m, Linear16bit) and m.bias is not None and m.bias.any() for m in model.modules())
-    ids = torch.arange(tokens)[None] % 40
-    with torch.no_grad(), disabled(model):
-        reference = model(ids)
-    assert torch.equal(model(ids), reference)
+def linear(kind, weight, bias):
+    """A frozen layer of (out, in) bfloat16 numbers."""
+    if kind == "bfloat16":
+        return Linear16bit(weight.bfloat16(), bias, Split)
+    if kind == "dense":
+        layer = nn.Linear(*weight.shape[::-1], bias=bias is not None)
+        layer.weight, layer.bias = nn.Parameter(weight), bias
+        return layer
+    if kind == "int8":
+        return Linear8bit.from_weight(weight, bias)
+    layer = Linear4bit.from_weight(weight, bias, compute_dtype=torch.bfloat16 if "16" in kind else None)
+    if "multiplied" in kind:  # as Triton's kernel
+        layer.matmul = lambda x, q, bias: nn.functional.linear(x, dequantized_weight_of(q, x.dtype), bias)
+    return layer
+
+
+def dequantized_weight_of(quantized, dtype):
+    return dequantized_weight(Linear4bit(quantized), dtype).clone()
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 20, 60])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["bfloat16", "dense", "int8", "nf4", "nf4 in 16 bits", "nf4 multiplied"])
+def test_an_adapter_of_zeros_changes_no_bit(products, kind, dtype, rows, has_bias):
+    """DPO's first rewards are 0 because policy and reference compute the same."""
+    weight, x = drawn(130, 600).bfloat16().float(), drawn(rows, 600, seed=1).to(dtype)
+    layer = linear(kind, weight, nn.Parameter(drawn(130, seed=2)) if has_bias else None)
+    layer = layer.to(dtype) if kind == "dense" else layer
+    adapted = LoRALinear(layer, LoraSpec(4, 6))
+    expected = frozen_products(x, [layer])[0]
+    assert expected.dtype == dtype and torch.equal(adapted(x), expected)
+    adapted.enabled = False
+    with torch.no_grad():
+        assert torch.equal(project(x, adapted)[0], expected)
 
 
 def test_text_is_generated_as_by_the_plain_model(products, stored):

@@ -121,9 +121,9 @@ def project(x: torch.Tensor, *layers: nn.Module, make: nn.Module | None = None) 
         return adapted_products(make, (x,), layers, draw_seeds(layers))
     x = make(x) if make else x
     layers = [layer.base if isinstance(layer, LoRALinear) and not layer.enabled else layer for layer in layers]
-    if not torch.is_grad_enabled() and all(isinstance(layer, Linear16bit) for layer in layers):
-        return frozen_products(x, layers)
-    return [layer(x) for layer in layers]
+    if torch.is_grad_enabled() or not all(isinstance(layer, Linear) for layer in layers):
+        return [layer(x) for layer in layers]
+    return frozen_products(x, layers)
 
 
 def project_unit(gate: torch.Tensor, up: torch.Tensor, layer: nn.Module, unit: Differentiable) -> torch.Tensor:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from mini_forge.model.ops import Differentiable
-from mini_forge.model.quant import add_frozen_products, frozen_gradient
+from mini_forge.model.quant import Linear16bit, add_products_16bit, frozen_gradient, frozen_products
 
 Seed = tuple[float, int] | None  # rate and seed of one layer's dropout; None: none
 
@@ -62,9 +62,7 @@ class _AdaptedProducts(torch.autograd.Function):
         ctx.bases = [layer.base for layer in layers]
         lows = _low_products(_dropped(flat, seeds), [A.to(x.dtype) for A in factors[::2]])
         ctx.save_for_backward(*tensors, *lows)
-        wides = [(B * scale).to(x.dtype).t() for B, scale in zip(factors[1::2], ctx.scales, strict=True)]
-        outs = [_affine(low, B, base.bias) for low, B, base in zip(lows, wides, ctx.bases, strict=True)]
-        add_frozen_products(flat, ctx.bases, outs)
+        outs = _adapted(flat, ctx.bases, lows, factors[1::2], ctx.scales)
         return tuple(out.view(*x.shape[:-1], -1) for out in outs)
 
     @staticmethod
@@ -105,6 +103,19 @@ def _input_gradient(grads, bases, grad_lows, As, keeps) -> torch.Tensor:
     for grad, base in zip(grads, bases, strict=True):
         frozen_gradient(grad, base, onto=grad_x)
     return grad_x
+
+
+def _adapted(x, bases, lows, Bs, scales) -> list[torch.Tensor]:
+    """base(x) + s·low Bᵀ of each layer, (N, out). With B = 0 it has the bits of base(x)."""
+    if all(isinstance(base, Linear16bit) for base in bases):
+        wides = [(B * scale).to(x.dtype).t() for B, scale in zip(Bs, scales, strict=True)]
+        outs = [_affine(low, wide, base.bias) for low, wide, base in zip(lows, wides, bases, strict=True)]
+        add_products_16bit(x, bases, outs)
+        return outs
+    outs = frozen_products(x, bases)
+    for out, low, B, scale in zip(outs, lows, Bs, scales, strict=True):
+        out.addmm_(low, B.to(x.dtype).t(), alpha=scale)
+    return outs
 
 
 def _affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -8,6 +8,7 @@ a checkpoint stores it, under float32 activations, where an op multiplies the tw
 import json
 import threading
 from collections.abc import Callable, Sequence
+from itertools import compress
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ from mini_forge.model.functional import LeftSide
 
 __all__ = [
     "Linear16bit", "Linear4bit", "Linear8bit", "Quantized4bit", "backend", "dequantize_4bit", "dequantized_weight",
-    "add_frozen_products", "frozen_gradient", "frozen_product", "frozen_products", "quantize_4bit", "quantize_8bit",
+    "add_products_16bit", "frozen_gradient", "frozen_products", "quantize_4bit", "quantize_8bit",
 ]  # fmt: skip
 
 
@@ -189,49 +190,47 @@ def dequantized_weight(layer: Linear, dtype: torch.dtype) -> torch.Tensor:
     return layer.dequantized(out=_buffer((layer.out_features, layer.in_features), dtype, device))
 
 
-def frozen_product(x: torch.Tensor, layer: Linear) -> torch.Tensor:
-    """x Wᵀ + b of any linear layer, in its compute_dtype (a dense one's: x's), returned in x's dtype.
+def frozen_products(x: torch.Tensor, layers: Sequence[Linear]) -> list[torch.Tensor]:
+    """x Wᵀ + b (…, out) of linear layers that share x (…, in), in their compute_dtype (a dense one's: x's), returned in
+    x's dtype.
 
-    For functions whose backward is written by hand, like the next three: what is saved here for autograd may be on
+    For functions whose backward is written by hand, like the next two: what is saved here for autograd may be on
     loan."""
+    kept = [isinstance(layer, Linear16bit) for layer in layers]
+    outs = [(_biases if is_kept else _product)(x, layer) for layer, is_kept in zip(layers, kept, strict=True)]
+    if any(kept):
+        flat = [out.view(-1, out.shape[-1]) for out in compress(outs, kept)]
+        add_products_16bit(x.reshape(-1, x.shape[-1]), list(compress(layers, kept)), flat)
+    return outs
+
+
+def _product(x: torch.Tensor, layer: nn.Linear | Linear4bit | Linear8bit) -> torch.Tensor:
     compute = _compute_dtype(layer, x)
-    if isinstance(layer, Linear16bit):
-        return frozen_products(x, [layer])[0]
     bias = None if layer.bias is None else layer.bias.to(compute)
     if isinstance(layer, Linear4bit) and layer.matmul:
         return layer.matmul(x.to(compute), layer.quantized, bias).to(x.dtype)
     return F.linear(x.to(compute), dequantized_weight(layer, compute), bias).to(x.dtype)
 
 
-def frozen_products(x: torch.Tensor, layers: Sequence[Linear]) -> list[torch.Tensor]:
-    """x Wᵀ + b of linear layers that share x (…, in): the same bits as the product added to an adapter's zeros."""
-    flat = x.reshape(-1, x.shape[-1])
-    outs = [flat.new_zeros(len(flat), layer.out_features) for layer in layers]
-    for out, layer in zip(outs, layers, strict=True):
-        if layer.bias is not None:
-            out += layer.bias.to(x.dtype)
-    add_frozen_products(flat, layers, outs)
-    return [out.view(*x.shape[:-1], out.shape[1]) for out in outs]
+def _biases(x: torch.Tensor, layer: Linear16bit) -> torch.Tensor:
+    """What the product is to be added to: as after an adapter of zeros."""
+    out = x.new_zeros(*x.shape[:-1], layer.out_features)
+    return out if layer.bias is None else out.add_(layer.bias)
 
 
-def add_frozen_products(x: torch.Tensor, layers: Sequence[Linear], onto: Sequence[torch.Tensor]):
-    """x Wᵀ of linear layers that share x (N, in), each added to one of `onto` (N, out), in place; without the biases.
+def add_products_16bit(x: torch.Tensor, layers: Sequence[Linear16bit], onto: Sequence[torch.Tensor]):
+    """x Wᵀ of layers that share x (N, in), each added to one of `onto` (N, out), in place; without the biases.
 
     Memory that has just been written is near: adding a product to it costs less than adding to the product."""
-    lefts = {}
+    left = None
     for layer, total in zip(layers, onto, strict=True):
-        compute = _compute_dtype(layer, x)
-        if isinstance(layer, Linear4bit) and layer.matmul:
-            total.add_(layer.matmul(x.to(compute), layer.quantized, None))
-            continue
-        kind, weight = _sides(layer, compute)
-        if (kind, compute) not in lefts:
-            lefts[kind, compute] = kind(x.to(compute))
-        _add_product(lefts[kind, compute].product_t, weight, compute, total)
+        kind, weight = _sides(layer, torch.float32)
+        left = kind(x.float()) if left is None else left
+        _add_product(left.product_t, weight, torch.float32, total)
 
 
 def frozen_gradient(grad: torch.Tensor, layer: Linear, onto: torch.Tensor | None = None) -> torch.Tensor:
-    """dY W (N, in) for dY (N, out), in its dtype, or that added to `onto` in place."""
+    """dY W (N, in) for dY (N, out), in its dtype, or that added to `onto` (N, in) in place."""
     compute = _compute_dtype(layer, grad)
     kind, weight = _sides(layer, compute)
     product = kind(grad.to(compute)).product
@@ -298,7 +297,7 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, layer):
         ctx.layer = layer
-        return frozen_product(x, layer)
+        return frozen_products(x, [layer])[0]
 
     @staticmethod
     def backward(ctx, grad):

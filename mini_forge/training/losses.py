@@ -56,7 +56,8 @@ def token_nll(
 ) -> torch.Tensor:
     """-log softmax(hidden Wᵀ)[target] of each token, in nats; the (N, V) logits never exist, only chunks of them.
 
-    hidden (N, D), weight (V, D), targets (N,) int64 in [0, V). Returns (N,) float32, differentiable in `hidden` and,
+    hidden (N, D), weight (V, D) of one dtype, or of two that `left_side` multiplies (for a model's own head: `nll_of`);
+    targets (N,) int64 in [0, V). Returns (N,) float32, differentiable in `hidden` and,
     where it is trained, `weight`. For a frozen weight the gradient is made in the forward pass: row i of the loss
     depends on row i of `hidden` alone, so dh_i = (softmax(z_i) - onehot_i) W is complete but for the factor that
     arrives from above, and no logits need to be kept or made again. left_side: what multiplies a frozen one."""
