@@ -313,14 +313,13 @@ def working_bytes(sizes: Sizes, index: int, job: Job) -> int:
 def backward_per_token(spec: DecoderSpec, layer: LayerSpec, job: Job) -> int:
     """Bytes a token that the MLP's backward makes: the unit's result and its gradient, those of gate and up; and what
     the plain unit keeps between, or where dropout is drawn again a mask, the masked input and, of experts, its
-    gradient; and the three parts of what multiplies a bfloat16 weight."""
+    gradient. When gate's is split for a bfloat16 weight, the unit's are gone."""
     b, (dense, routed) = job.width, widths(spec, layer)
     between = 0 if job.is_fused and spec.activation in FUSED_UNITS else UNIT_TENSORS[spec.activation] - 2
     dropped, dropped_of_experts = (1 + b, 1 + 2 * b) if job.dropout else (0, 0)
     made = max(dense * max(between * b, dropped), routed * max(between * b, dropped_of_experts))
     permuted = 2 * b * spec.hidden_size * spec.experts.top_k if routed else 0
-    parts = PARTS_BYTES * dense if job.has_parts else 0
-    return max(dense, routed) * 4 * b + made + parts + permuted
+    return max(dense, routed) * 4 * b + made + permuted
 
 
 def attention_bytes(spec: DecoderSpec, layer: LayerSpec, job: Job) -> int:
@@ -334,8 +333,8 @@ def attention_bytes(spec: DecoderSpec, layer: LayerSpec, job: Job) -> int:
 def forward_bytes(spec: DecoderSpec, tokens: int, job: Job) -> int:
     """One layer's forward without gradients: input, norm, and what the widest part makes."""
     widest = max(max(widths(spec, layer)) for layer in spec.layers)
-    parts = PARTS_BYTES * max(widths(spec, layer)[0] for layer in spec.layers) if job.has_parts else 0
-    return tokens * ((4 * spec.hidden_size + 4 * widest) * job.width + parts)
+    made = max(4 * job.width, 3 * job.width + PARTS_BYTES) if job.has_parts else 4 * job.width  # gate, up, unit, parts
+    return tokens * (4 * spec.hidden_size * job.width + widest * made)
 
 
 def head_bytes(spec: DecoderSpec, tokens: int, job: Job) -> int:

@@ -51,17 +51,18 @@ from mini_forge.model.cache import KVCache, read_prompts
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.families import decoder_spec
 from mini_forge.model.fourbit import quantize_4bit
-from mini_forge.model.lora import LoraSpec, inject
-from mini_forge.model.quant import Linear4bit, Linear8bit
+from mini_forge.model.lora import LoraSpec, inject, lora_layers
+from mini_forge.model.quant import Linear4bit, Linear8bit, Linear16bit
 from mini_forge.model.stacks import Stack4bit, Stack8bit, StackMxfp4
 from mini_forge.prepare import Prepared, prepare
 from mini_forge.providers import PROVIDERS
 from mini_forge.run import windows
-from mini_forge.training.losses import token_nll
+from mini_forge.training.losses import nll_of, token_nll
 from mini_forge.training.optim import make_optimizer
 from mini_forge.training.rlhf import Experience
 from mini_forge.training.rollouts import Sampling, sample_responses
 from mini_forge.training.windows import Windows
+from mini_forge_kernels.bfloat16_product import Split, reason_not
 from tests.tiny import CONFIG, random_model, tokenizer_files, write_rows
 
 MIB = 2**20
@@ -327,20 +328,41 @@ def test_a_step_holds_attentions_blocks(recompute):
     assert predicted == pytest.approx(measured, rel=0.07)
 
 
-def a_steps_peak(lengths, changes, recompute, fused, dtype, dropout=0.0) -> tuple[int, int]:
+@pytest.mark.skipif(reason_not(torch.device("cpu")) is not None, reason=str(reason_not(torch.device("cpu"))))
+@pytest.mark.parametrize("recompute", [None, "selective", "full"])
+def test_a_step_with_bfloat16_weights_holds_no_more_than_predicted(recompute):
+    changes = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
+    predicted, measured = a_steps_peak([700, 700], changes, recompute, True, torch.float32, in_bfloat16=True)
+    assert predicted == pytest.approx(measured, rel=0.07)
+
+
+def keep_bfloat16(model):
+    """As loading a checkpoint does whose matrices are stored in it."""
+    for _, layer in lora_layers(model):
+        layer.base = Linear16bit(layer.base.weight.bfloat16(), layer.base.bias, Split)
+    for module in (model.model.embed_tokens, model.lm_head):
+        if module is not None:
+            module.weight = torch.nn.Parameter(module.weight.bfloat16(), requires_grad=False)
+
+
+def a_steps_peak(lengths, changes, recompute, fused, dtype, dropout=0.0, in_bfloat16=False) -> tuple[int, int]:
     """(predicted, measured) bytes of a step on documents of equal lengths, of which every token is trained on."""
     model, batch = trainable(4, fused, dtype, None, changes, recompute, dropout), batch_of(lengths)
     rows, targets, _ = batch.trained()
+    if in_bfloat16:
+        keep_bfloat16(model)
 
     def step():
         hidden = model(batch.input_ids, batch.position, batch.document, rows=rows)
-        token_nll(hidden, model.head_weight, targets).sum().backward()
+        nll_of(model)(hidden, model.head_weight, targets).sum().backward()
 
     step()  # makes the gradients
     measured = most_allocated(step)
     job = job_of(fused=fused, recompute=recompute, dtype=str(dtype).removeprefix("torch."))
-    job = replace(job, tokens=sum(lengths), longest=lengths[0], dropout=dropout)
-    items = training_bytes(meta_sizes(**changes, num_hidden_layers=4), job)
+    sizes = meta_sizes(**changes, num_hidden_layers=4)
+    job = replace(job, tokens=sum(lengths), longest=lengths[0], dropout=dropout,
+                  in_bfloat16=frozenset(sizes.shapes) if in_bfloat16 else frozenset())  # fmt: skip
+    items = training_bytes(sizes, job)
     return items["activations"] + items["loss head, or one layer's backward"], measured
 
 
