@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mini_forge
+import mini_forge_kernels
 from mini_forge.bench.shapes import random_base
 from mini_forge.config_plan import Plan
 from mini_forge.io.weights import bfloat16_matrices, load_base
@@ -151,6 +152,7 @@ def test_a_reason_is_named_where_they_cannot_run(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     monkeypatch.setattr(bfloat16_product, "_gemm_of_mkl", lambda: None)
     assert reason_not(CPU) == "this torch has no MKL" and PROVIDERS["unsloth"]("cpu").ops.left_side is None
+    monkeypatch.setattr(mini_forge_kernels, "reason_not", lambda device: None)  # of a GPU that is not here
     assert PROVIDERS["huggingface"]("cpu").ops.left_side is PROVIDERS["unsloth"]("cuda").ops.left_side is None
 
 
