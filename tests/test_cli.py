@@ -1,6 +1,7 @@
 """The command line: every command on a real run, the form of errors, exit codes."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -202,3 +203,17 @@ def test_an_adapter_without_tokenizer_files_has_its_bases(trained):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (trained / name).unlink()
     assert mini_forge.load_tokenizer(trained).encode("a") == [*mini_forge.load_tokenizer(trained).encode("a")]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [({}, "30000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_threads_wait_as_the_user_says_or_briefly(monkeypatch, capsys, said, expected):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that what main sets is taken back
+        monkeypatch.delenv(name)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    assert main(["schema"]) == 0
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
