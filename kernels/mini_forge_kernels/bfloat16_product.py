@@ -9,9 +9,9 @@ nothing is rounded but sums. Measured, the result is 2 to 3 times closer to floa
 576 to 4,096 terms: 1e-7 to 2e-7). The unit takes numbers below 2⁻¹²⁶ for 0, so of an x below 2⁻¹⁰² the last bits are
 lost; and what is infinite in x makes NaN, not infinity, of a row.
 
-On a Xeon of two cores with AMX: float32 products 340 GFLOP/s, bfloat16 ones 1,950. Three of them take two thirds of the
-time of the float32 one on matrices of 576 × 1,536, and x must be split, at 0.6 ns a number; on larger ones half. W
-takes half the memory, and is kept as it lies in the file.
+On a Xeon of two cores with AMX: float32 products 340 GFLOP/s, bfloat16 ones 1,950 in the cache. Out of it three of them
+take 0.6 to 0.75 of the time of the float32 one (812 rows, matrices from 576 × 1,536 to 2,048 × 8,192), and x must be
+split, at 0.6 to 1 ns a number. W takes half the memory, and is kept as it lies in the file.
 
 torch rounds the result of a bfloat16 product to bfloat16, so this calls the function of MKL (oneAPI Math Kernel
 Library, which torch brings on x86) that does not: cblas_gemm_bf16bf16f32, by name in torch's own library.
