@@ -13,6 +13,7 @@ from itertools import compress
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from mini_forge.config import PATHS, UNPAIRED_LOSSES, Plan, TrainingConfig, detect_machine, resolve
 from mini_forge.data.batches import Document, TokenStats, collate, encode, held_out, tokenize
@@ -75,9 +76,13 @@ class Prepared:
 
     @property
     def stored_form(self) -> str:
-        """What the linear layers of the base are held in: how they are quantized, or a dtype."""
-        is_kept = any(name.endswith("proj.weight") for name in in_bfloat16(self, self.folder))
-        return self.plan.quantization or ("bfloat16" if is_kept else self.plan.dtype)
+        """What the linear layers of the base are held in: how they are quantized, or their dtypes."""
+        with torch.device("meta"):
+            modules = Decoder(self.spec).named_modules()
+        linears = {f"{name}.weight" for name, module in modules if isinstance(module, nn.Linear)}
+        kept = linears & in_bfloat16(self, self.folder)
+        dtypes = ["bfloat16"] * bool(kept) + [self.plan.dtype] * (kept != linears)
+        return self.plan.quantization or " and ".join(dtypes)
 
     def fingerprint(self) -> int:
         """A checksum of all that is trained on, by which a resumed run knows that its data are the same."""

@@ -17,7 +17,7 @@ OPTIMIZATION = {"learning_rate": 2e-4, "weight_decay": 0.001, "max_grad_norm": 0
 WARMUP_RATIO = 0.03
 # Large for DPO, so that eight steps move the losses far enough from ln 2 to be compared.
 DPO = {"beta": 0.1, "learning_rate": 5e-5}
-OPTIONS = ("ckpt", "packing", "nf4")
+OPTIONS = ("ckpt", "packing", "nf4", "plain")
 
 
 def arguments(description: str, *others: str):
@@ -37,6 +37,7 @@ def add_options(parser: argparse.ArgumentParser):
     parser.add_argument("--ckpt", action="store_true", help="gradient checkpointing")
     parser.add_argument("--packing", action="store_true", help=f"rows packed into {MAX_LENGTH} tokens")
     parser.add_argument("--nf4", action="store_true", help="base in NF4, computing in float32")
+    parser.add_argument("--plain", action="store_true", help="ours without its fused ops")
 
 
 def read_rows(path: str) -> list[dict]:

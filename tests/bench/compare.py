@@ -1,7 +1,7 @@
 """mini_forge beside TRL+PEFT on this machine: one run of each in turn, and the ratios of each pair.
 
     python tests/bench/compare.py --peer-python peers/bin/python --model FOLDER --data gsm8k.jsonl
-                                  [--pairs 3] [--steps 8] [--ckpt] [--packing] [--nf4] [--out results.jsonl]
+                                  [--pairs 3] [--steps 8] [--ckpt] [--packing] [--nf4] [--plain] [--out results.jsonl]
 
 Run it with mini_forge's own Python; see README.md here for the environments and the data. Both sides train once over
 the same rows, in the same batches of 4 (packed: each packs the same rows its own way), and a token is a token of a row
@@ -59,7 +59,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 def begin(args, names: tuple[str, ...]) -> list[str]:
     """Print what is compared. Returns those of the options `names` that are given."""
     options = [f"--{name}" for name in names if getattr(args, name)]
-    print(f"{time.strftime('%Y-%m-%d')} {cpu_name()}, {os.cpu_count()} cores; {' '.join(options) or 'plain'}; "
+    print(f"{time.strftime('%Y-%m-%d')} {cpu_name()}, {os.cpu_count()} cores; {' '.join(options) or 'no options'}; "
           f"{args.steps} steps, {args.pairs} pairs of runs")  # fmt: skip
     return options
 

@@ -1,7 +1,7 @@
 """mini_forge's DPO beside TRL's DPOTrainer on this machine: one run of each in turn, and the ratios.
 
     python tests/bench/compare_dpo.py --peer-python peers/bin/python --model FOLDER --data gsm8k_pairs.jsonl
-                                      [--pairs 3] [--steps 8] [--ckpt] [--nf4] [--out results.jsonl]
+                                      [--pairs 3] [--steps 8] [--ckpt] [--nf4] [--plain] [--out results.jsonl]
 
 Run it with mini_forge's own Python; see README.md here. Both sides start from the same adapter (PEFT's), train once
 over the same preferences in the same batches of 2, and have the model without its adapter as reference. A token is one
@@ -27,7 +27,7 @@ from mini_forge.data.pairs import tokenize_pairs
 from mini_forge.data.tasks import load_examples
 from mini_forge.data.tokenizer import load_tokenizer
 
-OPTIONS = ("ckpt", "nf4")
+OPTIONS = ("ckpt", "nf4", "plain")
 SAME_START, SAME_LOSS = 1e-4, 1e-3  # nats: how far a first loss may be from ln 2, and any two losses from each other
 
 

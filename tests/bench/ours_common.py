@@ -13,7 +13,7 @@ def settings(args) -> dict:
     """What SFT and DPO have in common; `args` of `bench_common.arguments`."""
     return {
         "task": "text-generation", "model_name": args.model, "dataset": args.data, "compute_specs": "high_end",
-        "provider": "unsloth", "device": "cpu", "dtype": "float32", "seed": 42,
+        "provider": "huggingface" if args.plain else "unsloth", "device": "cpu", "dtype": "float32", "seed": 42,
         "use_4bit": args.nf4, "bnb_4bit_compute_dtype": "float32", "gradient_checkpointing": args.ckpt,
         "recompute": "selective",
         "gradient_accumulation_steps": 1, "num_train_epochs": 1, "max_seq_length": MAX_LENGTH,

@@ -1,6 +1,6 @@
 """Our side: the same fine-tuning through `mini_forge.train`, and the same JSON line.
 
-    python tests/bench/ours_sft.py --model FOLDER --data ROWS.jsonl [--ckpt] [--packing] [--nf4]
+    python tests/bench/ours_sft.py --model FOLDER --data ROWS.jsonl [--ckpt] [--packing] [--nf4] [--plain]
 
 Trains once over the rows. Usually started by compare.py, which gives the peer the same rows in the order of this run.
 """
