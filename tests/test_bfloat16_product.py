@@ -300,7 +300,8 @@ def test_a_run_is_the_plain_run(products, stored, tmp_path, strategy):
         said[provider] = "\n".join(reports)
         lines = (tmp_path / provider / "metrics.jsonl").read_text().splitlines()
         logged[provider] = [json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)]
-    assert ("(bfloat16 and float32, training in float32)" in said["unsloth"]) and "(float32, training" in said["huggingface"]
+    assert "(bfloat16 and float32, training in float32)" in said["unsloth"]
+    assert "(float32, training in float32)" in said["huggingface"]
     assert len(logged["unsloth"]) == 4
     assert logged["unsloth"] == pytest.approx(logged["huggingface"], rel=1e-5)
 
