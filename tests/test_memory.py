@@ -18,6 +18,7 @@ from mini_forge.io.weights import load_base
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.families import decoder_spec, expert_layout
 from mini_forge.model.lora import LoraSpec, inject
+from mini_forge.model.memory import LARGE, fresh
 from tests.tiny import CONFIG
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -191,3 +192,38 @@ def test_freed_memory_is_kept_for_the_next_step():
         return int(subprocess.run([sys.executable, "-c", CHURN, way], capture_output=True, check=True).stdout)
 
     assert faults("keep") * 4 < faults("return")
+
+
+HOLES = """
+import sys, torch
+from mini_forge.model.memory import fresh
+from mini_forge.training.memory import keep_freed_memory
+keep_freed_memory()
+make = fresh if sys.argv[1] == "fresh" else lambda *arguments: torch.empty(arguments[0], dtype=arguments[1])
+rss = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
+kept, small, before = [], [], rss()
+for _ in range(100):  # a layer: what is dropped and what is kept take turns, and small things come between
+    for _ in range(2):
+        dropped = make((600, 1000), torch.float32, torch.device("cpu")).fill_(1)
+        kept.append(make((600, 1000), torch.float32, torch.device("cpu")).fill_(1))
+        small += [torch.empty(n) for n in (1, 3, 5, 7)]
+        del dropped
+print((rss() - before) / sum(tensor.nbytes for tensor in kept))
+"""
+
+
+@linux
+def test_what_is_dropped_leaves_room_for_what_is_kept():
+    done = subprocess.run([sys.executable, "-c", HOLES, "fresh"], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1.1
+
+
+@pytest.mark.parametrize("shape", [(3, 40_000), (1 << 20,), (2, 3), (0, 5), ()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_fresh_memory_is_an_ordinary_tensor(shape, dtype):
+    sizes = set()
+    for _ in range(4):
+        x = fresh(shape, dtype, torch.device("cpu"))
+        assert (x.shape, x.dtype, x.is_contiguous(), x._base) == (torch.Size(shape), dtype, True, None)
+        sizes.add(x.untyped_storage().nbytes() - x.nbytes)
+    assert sizes == {0} if x.nbytes < LARGE else len(sizes) == 4 and 0 < min(sizes) <= max(sizes) <= 4096

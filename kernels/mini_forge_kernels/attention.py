@@ -26,6 +26,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from mini_forge.model.functional import attention as reference
+from mini_forge.model.memory import fresh
 
 __all__ = ["attention", "reference"]
 
@@ -64,7 +65,7 @@ class _InBlocks(torch.autograd.Function):
     def forward(ctx, query, key, value, documents, scale):
         ctx.save_for_backward(query, key, value)
         ctx.chains, ctx.scale = chains(documents), scale
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        out = fresh(query.shape, query.dtype, query.device)
         for chain in ctx.chains:
             keys, values = (_whole(x, chain, query.shape[1]) for x in (key, value))
             for queries, seen in blocks(chain):
@@ -77,7 +78,7 @@ class _InBlocks(torch.autograd.Function):
     def backward(ctx, grad):
         query, key, value = ctx.saved_tensors
         grad, scale, H = _channels_dense(grad), ctx.scale, query.shape[1]
-        grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+        grad_query = fresh(query.shape, query.dtype, query.device)
         grad_key, grad_value = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (key, value))
         for chain in ctx.chains:
             keys, values = (_whole(x, chain, H) for x in (key, value))
@@ -181,7 +182,7 @@ def _heads_first(x: torch.Tensor, rows: slice) -> torch.Tensor:
 class _InPieces(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, documents, scale):
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        out = fresh(query.shape, query.dtype, query.device)
         logsum = query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))  # (N, H)
         calls = pieces(documents)
         for queries, keys, is_causal in calls:
@@ -203,7 +204,7 @@ class _InPieces(torch.autograd.Function):
     def backward(ctx, grad):
         grad = _channels_dense(grad)
         query, key, value, out, logsum = ctx.saved_tensors
-        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
+        grads = [fresh(x.shape, x.dtype, x.device) for x in (query, key, value)]
         for queries, keys, is_causal in ctx.calls:
             parts = _flash_backward(
                 _heads_first(grad, queries), _heads_first(query, queries), _heads_first(key, keys),

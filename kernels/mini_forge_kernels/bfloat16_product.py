@@ -28,6 +28,7 @@ import torch
 from torch.profiler import record_function
 
 from mini_forge.model.functional import LeftSide
+from mini_forge.model.memory import fresh
 
 __all__ = ["NAME", "Split", "reason_not"]
 
@@ -78,7 +79,7 @@ class Split(LeftSide):
                 _multiply(self.parts.view(3 * N, K), weight, transpose, parts, False)
                 total = parts.view(3, N, columns).sum(0)
                 return total if onto is None else onto.add_(total)
-            out = torch.empty(N, columns, dtype=torch.float32, device="cpu") if onto is None else onto
+            out = fresh((N, columns), torch.float32, self.parts.device) if onto is None else onto
             for i in (2, 1, 0):  # the smallest first
                 _multiply(self.parts[i], weight, transpose, out, onto is not None or i < 2)
             return out
@@ -93,7 +94,7 @@ def split(x: torch.Tensor) -> torch.Tensor:
     """(3, N, K) bfloat16 whose sum over the first dimension is x (N, K), float32, to the last bit.
 
     But for the last bits of numbers below 2⁻¹¹⁰, and for those above 3.39e38, which bfloat16 rounds to infinity."""
-    parts = torch.empty(3, *x.shape, dtype=torch.bfloat16, device="cpu")
+    parts = fresh((3, *x.shape), torch.bfloat16, x.device)
     rows = max(1, CHUNK // max(1, x.shape[1]))
     rest = torch.empty(min(rows, len(x)), x.shape[1], dtype=torch.float32, device="cpu")
     for some, first, second, third in zip(x.split(rows), *(part.split(rows) for part in parts), strict=True):

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from mini_forge.model.functional import rms_norm as reference
 from mini_forge.model.functional import vjp
+from mini_forge.model.memory import fresh
 from mini_forge_kernels.triton_support import as_rows, jit, launch, power_of_two, reason_not, tl, warps, widen
 
 __all__ = ["TritonRMSNorm", "reference", "rms_norm", "rms_norm_vjp"]
@@ -53,7 +54,7 @@ def _normed(x, weight, eps):
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     rstd = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
     if x.dtype == wide.dtype:
-        return (x * rstd).mul_(weight), rstd
+        return torch.mul(x, rstd, out=fresh(x.shape, x.dtype, x.device)).mul_(weight), rstd
     return weight * (wide * rstd).to(x.dtype), rstd
 
 
@@ -64,6 +65,7 @@ def _input_gradient(weighted, x, rstd):
     return weighted.mul_(rstd).addcmul_(wide, shared, value=-1).to(x.dtype)
 
 
+@torch.no_grad()
 def rms_norm_vjp(x: torch.Tensor, weight: torch.Tensor, eps: float):
     """`rms_norm` under a frozen weight and its vector-Jacobian product, as `functional.vjp` gives them."""
     if reason_not(x.device) is None:

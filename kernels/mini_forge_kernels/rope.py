@@ -13,6 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from mini_forge.model.functional import apply_rope as reference
+from mini_forge.model.memory import fresh
 from mini_forge_kernels.triton_support import jit, launch, power_of_two, reason_not, tl, warps, widen
 
 __all__ = ["TritonRotation", "apply_rope", "reference", "rope_qk"]
@@ -39,7 +40,7 @@ def rope_qk(
 def _rotate(x, cos, sin, sign):
     half = x.shape[-1] // 2
     c, s = cos[:, None, :half], sin[:, None, :half]
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = fresh(x.shape, x.dtype, x.device)
     torch.mul(x[..., :half], c, out=out[..., :half]).addcmul_(x[..., half:], s, value=-sign)
     torch.mul(x[..., half:], c, out=out[..., half:]).addcmul_(x[..., :half], s, value=sign)
     return out

@@ -15,12 +15,12 @@ backward (g, u and dh in, dg and du out). Speed on a GPU: not measured.
 """
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from mini_forge.model.functional import clamped_swiglu as clamped_reference
 from mini_forge.model.functional import swiglu as reference
 from mini_forge.model.functional import vjp
+from mini_forge.model.memory import fresh
 from mini_forge_kernels.triton_support import as_rows, jit, launch, power_of_two, reason_not, tl, widen
 
 __all__ = ["TritonSwiGLU", "clamped_reference", "clamped_swiglu", "reference", "swiglu", "swiglu_vjp"]
@@ -35,17 +35,22 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return TritonSwiGLU.apply(gate, up, None, 1.0)
 
 
+@torch.no_grad()
 def swiglu_vjp(gate: torch.Tensor, up: torch.Tensor):
     """`swiglu` and its vector-Jacobian product, as `functional.vjp` gives them; silu(gate) serves both."""
     if reason_not(gate.device) is None:
         return vjp(swiglu, gate, up)
-    silu = F.silu(gate)
+    silu = _silu(gate)
 
     def pullback(grad):
         d_up = silu.mul_(grad)
         return torch.ops.aten.silu_backward(grad.mul_(up), gate), d_up
 
-    return silu * up, pullback
+    return torch.mul(silu, up, out=fresh(gate.shape, gate.dtype, gate.device)), pullback
+
+
+def _silu(gate: torch.Tensor) -> torch.Tensor:
+    return torch.ops.aten.silu.out(gate, out=fresh(gate.shape, gate.dtype, gate.device))
 
 
 def clamped_swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float, slope: float) -> torch.Tensor:
@@ -59,12 +64,12 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return _silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+        return torch.ops.aten.silu_backward(grad * up, gate), _silu(gate).mul_(grad)
 
 
 class _ClampedSwiGLU(torch.autograd.Function):

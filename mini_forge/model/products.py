@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from mini_forge.model.memory import fresh
 from mini_forge.model.ops import Differentiable
 from mini_forge.model.quant import Linear16bit, add_products_16bit, frozen_gradient, frozen_products
 
@@ -120,7 +121,8 @@ def _adapted(x, bases, lows, Bs, scales) -> list[torch.Tensor]:
 
 def _affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x W + b."""
-    return x @ weight if bias is None else torch.addmm(bias.to(x.dtype), x, weight)
+    out = fresh((len(x), weight.shape[1]), x.dtype, x.device)
+    return torch.mm(x, weight, out=out) if bias is None else torch.addmm(bias.to(x.dtype), x, weight, out=out)
 
 
 def _low_products(inputs: list[torch.Tensor], As: list[torch.Tensor]) -> list[torch.Tensor]:
