@@ -48,7 +48,16 @@ def test_rate_never_rises_after_warmup_even_from_a_peak_below_the_polynomial_end
 
 @pytest.mark.parametrize(
     ("total", "ratio", "steps"),
-    [(100, 0.03, 3), (33, 0.03, 1), (10, 0.03, 1), (100, 0.07, 8), (10, 0.0, 0), (7, 1.0, 7)],
+    [
+        (100, 0.03, 3),
+        (33, 0.03, 1),
+        (10, 0.03, 1),
+        (100, 0.07, 8),
+        (10, 0.0, 0),
+        (7, 1.0, 7),
+        (1, 0.03, 0),
+        (1, 1.0, 0),
+    ],
 )
 def test_warmup_steps_round_up_in_float_arithmetic(total, ratio, steps):
     assert warmup_steps(total, ratio) == steps

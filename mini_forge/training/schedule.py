@@ -18,8 +18,10 @@ def lr_at(name: str, step: int, total_steps: int, warmup_steps: int, peak: float
 
 
 def warmup_steps(total_steps: int, ratio: float) -> int:
-    """⌈total·ratio⌉ in float arithmetic, as others compute it: 100 · 0.07 is 7.000000000000001, hence 8."""
-    return math.ceil(total_steps * ratio)
+    """⌈total·ratio⌉ in float arithmetic, as others compute it: 100 · 0.07 is 7.000000000000001, hence 8.
+
+    Not as others, 0 for a run of one step: its only step would have rate 0, and nothing would be trained."""
+    return math.ceil(total_steps * ratio) if total_steps > 1 else 0
 
 
 def linear(step: int, total_steps: int, warmup_steps: int, peak: float) -> float:
