@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mini_forge.errors import DataError
 
-SHOWN_PROBLEMS = 20
+SHOWN_PROBLEMS = 100
 
 
 @dataclass(frozen=True)
