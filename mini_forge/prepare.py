@@ -6,7 +6,7 @@
 import hashlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import compress
@@ -241,11 +241,20 @@ def with_init_adapter(config: TrainingConfig) -> TrainingConfig:
         for key, value in shape.items()
         if key in written and getattr(config, key) != value
         if not (key in ("lora_alpha", "use_rslora") and same_scaling)
+        if not (key == "target_modules" and _name_the_same(config, config.target_modules, targets))
     ]
     if clashes:
         raise ConfigError(*clashes)
     sources = {**config.provenance, **dict.fromkeys(shape, "init_adapter")}
     return replace(config, **shape, provenance=sources)
+
+
+def _name_the_same(config: TrainingConfig, *targets: str | Sequence[str]) -> bool:
+    """Whether values of `target_modules` name the same layers of the model, be it in another order or in full."""
+    with torch.device("meta"):
+        model = Decoder(decoder_spec(read_json(resolve_model(config.model_name) / "config.json")))
+    first, second = (target_names(model, None if t == "all-linear" else tuple(t)) for t in targets)
+    return first == second
 
 
 def tokenise_rows(config: TrainingConfig, template: Template, tokenizer: Tokenizer, limit: int, rows: list):

@@ -80,6 +80,8 @@ def test_tensors_must_fit_exactly(run, change, message):
     ("modules_to_save", ["lm_head"], "modules_to_save"),
     ("rank_pattern", {"q_proj": 2}, "rank_pattern"),
     ("bias", "all", "bias = 'all'"),
+    ("init_lora_weights", "pissa_niter_4", "init_lora_weights = 'pissa_niter_4'"),
+    ("init_lora_weights", "olora", "init_lora_weights = 'olora'"),
     ("peft_type", "IA3", "peft_type 'IA3'"),
     ("target_modules", ".*_proj", "is a pattern"),
     ("r", None, "needs numbers `r`"),

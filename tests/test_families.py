@@ -100,6 +100,44 @@ def test_qwen3_moe_slides_in_all_layers_or_none():
     assert layers("qwen3_moe", "window", use_sliding_window=True, **options) == [6] * 4
 
 
+def test_mistral_slides_everywhere_unless_layer_types_say_where():
+    kinds = ["full_attention", "sliding_attention", "full_attention", "full_attention"]
+    assert layers("mistral", "window", sliding_window=7) == [7] * 4
+    assert layers("mistral", "window", sliding_window=None) == [None] * 4
+    assert layers("mistral", "window", sliding_window=7, layer_types=kinds) == [None, 7, None, None]
+
+
+@pytest.mark.parametrize("kind, theta, eps", [
+    ("llama", 1e4, 1e-6), ("mixtral", 1e6, 1e-5), ("llama4_text", 5e5, 1e-5), ("gpt_oss", 1.5e5, 1e-5),
+    ("phi3", 1e4, 1e-5), ("mistral", 1e4, 1e-6), ("smollm3", 2e6, 1e-6), ("gemma3_text", 1e6, 1e-6),
+])  # fmt: skip
+def test_keys_left_out_have_the_families_values(kind, theta, eps):
+    """As transformers' configuration classes have them."""
+    assert (spec(kind).rope.theta, spec(kind).norm_eps) == (theta, eps)
+    given = spec(kind, rope_theta=77.0, rms_norm_eps=0.5)
+    assert (given.rope.theta, given.norm_eps) == (77.0, 0.5)
+
+
+def test_other_keys_left_out():
+    assert layers("mistral", "window") == [4096] * 4
+    assert spec("gpt_oss").rope.kind == "yarn" and spec("gpt_oss").rope.get("factor") == 32.0
+    assert spec("gpt_oss", rope_scaling={"rope_type": "linear", "factor": 2.0}).rope.kind == "linear"
+    windows = layers("qwen2", "window", use_sliding_window=True, sliding_window=7, num_hidden_layers=30)
+    assert windows == [None] * 28 + [7] * 2
+
+
+def test_the_trained_length_beside_the_record_has_priority():
+    def trained(kind, record, **beside):
+        return spec("llama", rope_scaling={"rope_type": kind, "factor": 2.0, **bands, **record}, **beside).rope.get(key)
+
+    key, bands = "original_max_position_embeddings", {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    for kind in ("yarn", "llama3"):
+        assert trained(kind, {key: 64}) == 64
+        assert trained(kind, {key: 64}, **{key: 32}) == 32
+        assert trained(kind, {}, **{key: 32}) == 32
+        assert trained(kind, {}, max_position_embeddings=128) == 128
+
+
 # --- gpt_oss
 
 

@@ -518,3 +518,13 @@ def test_the_last_partial_window_is_logged_when_a_run_stops_early(settings, tmp_
                     eval_dataset=str(tmp_path / "other.jsonl"))  # fmt: skip
     last = max(m["step"] for m in result.metrics if "eval_loss" in m)
     assert [m["step"] for m in result.metrics if "loss" in m] == [1, last]
+
+
+def test_an_initial_adapters_modules_may_be_named_in_any_way(settings, tmp_path):
+    first, _ = run(settings, target_modules=["q_proj", "down_proj"])
+    again = {**settings, "output_dir": str(tmp_path / "again"), "init_adapter": str(first.output_dir)}
+    run(again, target_modules=["down_proj", "q_proj"])
+    with pytest.raises(UserError, match="target_modules: .'q_proj',. differs from"):
+        run(again, target_modules=["q_proj"], overwrite=True)
+    everything, _ = run(settings, overwrite=True)  # all-linear, which the adapter's file writes out
+    run({**again, "init_adapter": str(everything.output_dir)}, target_modules="all-linear", overwrite=True)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import mini_forge
 from mini_forge.errors import CheckpointError, ConfigError
+from mini_forge.io import weights
 from mini_forge.io.weights import Checkpoint, resolve_model
 from mini_forge.model.quant import Linear4bit, Linear8bit, quantize_4bit, quantize_8bit
 from tests.tiny import random_model, write_checkpoint
@@ -177,11 +178,23 @@ def test_checkpoints_stored_in_4bit_load_as_they_are_or_dense(folder, tiny, nest
         mini_forge.load_model(folder, quantization="fp4")
 
 
-def test_tied_checkpoints_may_or_may_not_store_the_head(tmp_path):
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_tied_checkpoints_may_or_may_not_store_the_head(tmp_path, quantization, monkeypatch):
+    monkeypatch.setattr(weights, "DENSE_BYTES", 4096)  # several pieces
+    folder, ids = write_checkpoint(tmp_path / "tied", tie_word_embeddings=True), torch.arange(5)[None]
+    logits = mini_forge.load_model(folder, quantization=quantization).logits(ids)
+    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    rewrite(folder, lambda t: t.update({"lm_head.weight": embedding}))
+    assert torch.equal(mini_forge.load_model(folder, quantization=quantization).logits(ids), logits)
+
+
+@pytest.mark.parametrize("change", [lambda head: head.index_fill(0, torch.tensor([271]), 0.5), lambda head: head[:-1]])
+def test_a_head_that_is_tied_must_be_the_embedding(tmp_path, change):
+    """transformers unties such a model; a trained matrix must not be dropped unseen."""
     folder = write_checkpoint(tmp_path / "tied", tie_word_embeddings=True)
-    logits = mini_forge.load_model(folder).logits(torch.arange(5)[None])
-    rewrite(folder, lambda t: t.update({"lm_head.weight": torch.zeros(272, 32)}))
-    assert torch.equal(mini_forge.load_model(folder).logits(torch.arange(5)[None]), logits)
+    rewrite(folder, lambda t: t.update({"lm_head.weight": change(t["model.embed_tokens.weight"]).clone()}))
+    with pytest.raises(CheckpointError, match="lm_head.weight is not the embedding, .* set it to false"):
+        mini_forge.load_model(folder)
 
 
 def test_dtype_none_keeps_the_stored_one(tmp_path):

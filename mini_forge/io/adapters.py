@@ -27,6 +27,8 @@ NEUTRAL = {
     "bias": (None, "none"), "fan_in_fan_out": (None, False), "layers_to_transform": (None, []),
     "lora_bias": (None, False), "trainable_token_indices": (None, []),
     "exclude_modules": (None, []), "layer_replication": (None, []),
+    # Others, like "pissa", take a part out of the base's weights whenever the adapter is loaded.
+    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ read; of stacks of experts one matrix, of other tensors that stay dense a part. 
 import json
 import os
 from collections import Counter
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LIMIT_BYTES = 100_000_000  # the format's own bound
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # old checkpoints store these derived values
+HEAD = "lm_head.weight"
 DENSE_BYTES = 4 << 20  # of a tensor that stays dense this much is read at once, and stays in cache until it is copied
 MATRICES = (nn.Linear, nn.Embedding)
 BNB_SUFFIXES = (
@@ -211,7 +213,7 @@ class Loader:
         self.stacks = StackLoader(self.model, self.storage, layout)
         self.missing = set(self.model.state_dict())
         linears = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
-        self.linears = {f"{name}.weight" for name in linears if name != "lm_head"}
+        self.linears = {f"{name}.weight" for name in linears if f"{name}.weight" != HEAD}
         self.stored = StoredLayers(checkpoint.entries, self.linears)
         self.reader = ReadAhead()
 
@@ -219,7 +221,11 @@ class Loader:
         """Read the tensors whose names begin so, in file order, into the model. What does not fit it is refused before
         anything is read."""
         names = [name for name in self.checkpoint.entries if name.startswith(prefix)]
-        pieces = [piece for name in names for piece in self._pieces(name)]
+        self._put([piece for name in names for piece in self._pieces(name)])
+        if HEAD in names and self.model.spec.tied_head:  # once the embedding is there
+            self._put(self._in_rows(HEAD, self.checkpoint.entries[HEAD], self._compare_rows))
+
+    def _put(self, pieces: list[Piece]):
         with closing(self.reader.stream(pieces)) as stream:
             for piece, tensor in stream:
                 piece.put(tensor)
@@ -239,7 +245,7 @@ class Loader:
         if name in self.missing:
             self.missing.discard(name)
             return self._dense_pieces(name, entry)
-        if name == "lm_head.weight" and self.model.spec.tied_head:
+        if name == HEAD and self.model.spec.tied_head:
             return []
         raise CheckpointError(f"{entry.file}: unexpected tensor {name!r} for this model_type")
 
@@ -253,10 +259,24 @@ class Loader:
             raise CheckpointError(f"{name}: stored as {entry.dtype} in a form that is not known here")
         if name in self.linears and self.storage.quantization is not None:
             return [Piece(name, entry, partial(self._put_quantized, name))]
-        count = shape[0]
+        return self._in_rows(name, entry, self._put_rows)
+
+    def _in_rows(self, name: str, entry: TensorEntry, put: Callable) -> list[Piece]:
+        """Some rows at a time for put(name, first, rows)."""
+        count = entry.shape[0]
         step = max(1, DENSE_BYTES * count // max(1, entry.size))
         parts = [(first, min(first + step, count)) for first in range(0, count, step)]
-        return [Piece(name, entry.rows(*part), partial(self._put_rows, name, part[0])) for part in parts]
+        return [Piece(name, entry.rows(*part), partial(put, name, part[0])) for part in parts]
+
+    def _compare_rows(self, name: str, first: int, rows: torch.Tensor):
+        """A head that is stored although it is the embedding must be equal to it: one of two would be lost."""
+        tied = self.model.head_weight
+        is_like = self.checkpoint.entries[name].shape == tied.shape
+        if not is_like or not torch.equal(rows.to(tied), tied[first : first + len(rows)]):
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: {name} is not the embedding, but config.json says tie_word_embeddings; "
+                "set it to false there to use both"
+            )
 
     def _put_rows(self, name: str, first: int, rows: torch.Tensor):
         owner, leaf = self._owner(name)

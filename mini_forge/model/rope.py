@@ -99,8 +99,9 @@ def rope_spec(config: dict, default_theta: float = 10000.0) -> RopeSpec:
         raise CheckpointError(f"config.json: rope type {kind!r} is not supported; supported: {', '.join(SCALINGS)}")
     record = {"partial_rotary_factor": config.get("partial_rotary_factor"), **record}
     scaling = {k: v for k, v in record.items() if k not in ("rope_theta", "rope_type", "type") and v is not None}
-    if kind == "yarn" and "original_max_position_embeddings" not in scaling:
-        scaling["original_max_position_embeddings"] = config.get("max_position_embeddings")
+    if kind in ("llama3", "yarn"):  # beside the record it has priority over that within
+        trained, longest = "original_max_position_embeddings", config.get("max_position_embeddings")
+        scaling[trained] = config.get(trained) or scaling.get(trained) or longest
     missing = [k for k in _REQUIRED.get(kind, ()) if scaling.get(k) is None]
     if missing:
         raise CheckpointError(f"config.json: rope type {kind!r} needs {', '.join(missing)}")

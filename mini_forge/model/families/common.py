@@ -39,7 +39,7 @@ def layer_windows(config: dict) -> list[int | None]:
     """Each layer's window: from `layer_types` where present, else layers from `max_window_layers` on slide."""
     window = config.get("sliding_window") if config.get("use_sliding_window") else None
     layers = config["num_hidden_layers"]
-    first_sliding = config.get("max_window_layers", layers)
+    first_sliding = config.get("max_window_layers", 28)
     kinds = config.get("layer_types") or [
         "sliding_attention" if i >= first_sliding else "full_attention" for i in range(layers)
     ]

@@ -8,9 +8,13 @@ from mini_forge.model.families.layout import InterleavedStacks
 from mini_forge.model.spec import ExpertsSpec, LayerSpec
 
 LAYOUT = InterleavedStacks()
+YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+        "original_max_position_embeddings": 4096}  # fmt: skip
 
 
 def spec(config):
+    config = {"rope_theta": 150000.0, "rms_norm_eps": 1e-5, **config}
+    config["rope_parameters"] = config.get("rope_parameters") or config.get("rope_scaling") or YARN
     kinds = config.get("layer_types") or [
         "full_attention" if i % 2 else "sliding_attention" for i in range(config["num_hidden_layers"])
     ]

@@ -13,7 +13,7 @@ LAYOUT = TransposedStacks()
 
 
 def spec(config):
-    config = config.get("text_config", config)
+    config = {"rope_theta": 5e5, "rms_norm_eps": 1e-5, **config.get("text_config", config)}
     count = config["num_hidden_layers"]
     has_rope = config.get("no_rope_layers") or [(i + 1) % config.get("no_rope_layer_interval", 4) for i in range(count)]
     kinds = config.get("layer_types") or ["chunked_attention" if turns else "full_attention" for turns in has_rope]

@@ -18,4 +18,5 @@ def spec(config):
         size=config["intermediate_size"],
         balance_coef=balance_coef(config),
     )
+    config = {"rope_theta": 1e6, "rms_norm_eps": 1e-5, **config}
     return base_spec(config, [layer] * config["num_hidden_layers"], experts=experts)

@@ -11,4 +11,4 @@ def spec(config):
     if rope.kind != "default":
         raise CheckpointError(f"config.json: rope type {rope.kind!r} is not supported for phi3; supported: default")
     layers = [LayerSpec(config.get("sliding_window"))] * config["num_hidden_layers"]
-    return base_spec(config, layers, fused_projections=True)
+    return base_spec({"rms_norm_eps": 1e-5, **config}, layers, fused_projections=True)
