@@ -190,6 +190,8 @@ def _string(value):
         value = os.fspath(value)
     if not isinstance(value, str):
         raise Broken("Must be a string", "write it in quotes")
+    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise Broken("Must be text that can be written", "take out NUL, and half characters like \\ud800 alone")
     return value
 
 
@@ -199,14 +201,14 @@ def _names(value):
         return value
     if not isinstance(value, list | tuple) or not value or not all(isinstance(v, str) and v.strip() for v in value):
         raise Broken(rule, 'write for example ["q_proj", "v_proj"]')
-    return tuple(value)
+    return tuple(map(_string, value))
 
 
 def _any(value):
     try:
-        json.dumps(value, allow_nan=False)
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
     except (TypeError, ValueError, RecursionError):
-        raise Broken("Must be JSON", "remove what JSON cannot hold (such as NaN)") from None
+        raise Broken("Must be JSON", "remove what JSON cannot hold (such as NaN, or half a character)") from None
     return value
 
 
