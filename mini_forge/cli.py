@@ -146,12 +146,12 @@ def load_config(options):
 def _train(options):
     from mini_forge.progress import ProgressDisplay
     from mini_forge.run import train
-    from mini_forge.training.loop import Interrupted
+    from mini_forge.training.loop import Interrupted, stop_signals
 
     if options.resume and options.overwrite:
         raise ConfigError("arguments: --resume and --overwrite contradict each other; give one")
     config = load_config(options)
-    with ProgressDisplay() as display:
+    with ProgressDisplay() as display, stop_signals():  # also while the model is loaded: there is nothing to save yet
         try:
             result = train(config, resume=options.resume, overwrite=options.overwrite, report=display.line,
                            on_metrics=display.metrics, on_step=display.step)  # fmt: skip

@@ -194,6 +194,22 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on(settings, tmp_path, numbe
     assert same(adapter(whole.output_dir), adapter(tmp_path / "stopped"))
 
 
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_before_the_first_step_leaves_with_its_code(settings, tmp_path, monkeypatch, number, code):
+    def load(*arguments, **options):
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr("mini_forge.run.build_model", load)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(settings))
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(SystemExit) as left:
+        main(["train", str(config)])
+    assert left.value.code == code
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert not os.path.exists(settings["output_dir"])
+
+
 def test_resume_without_a_checkpoint_starts_and_says_so(settings):
     result, lines = run(settings, resume=True)
     assert any("no checkpoint to resume from; starting from the beginning" in line for line in lines)
