@@ -225,6 +225,8 @@ def with_init_adapter(config: TrainingConfig) -> TrainingConfig:
     if not config.init_adapter:
         return config
     folder = Path(config.init_adapter).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"init_adapter: {config.init_adapter!r} is not a folder; give a run's or an adapter's folder")
     asked, (found, _) = adapter_spec(config), read_adapter_config(folder)
     targets = "all-linear" if found.targets is None else stack_targets(found.targets, read_adapter_tensors(folder))
     alpha, use_rslora = found.alpha, found.use_rslora

@@ -544,3 +544,14 @@ def test_an_initial_adapters_modules_may_be_named_in_any_way(settings, tmp_path)
         run(again, target_modules=["q_proj"], overwrite=True)
     everything, _ = run(settings, overwrite=True)  # all-linear, which the adapter's file writes out
     run({**again, "init_adapter": str(everything.output_dir)}, target_modules="all-linear", overwrite=True)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["train", "CONFIG", "--set", "init_adapter=nowhere"], "error: init_adapter: 'nowhere' is not a folder"),
+    (["generate", "nowhere", "--prompt", "x"], "error: model: 'nowhere' is not a folder"),
+    (["check", "CONFIG", "--set", "model_name=nowhere"], "error: model_name: 'nowhere' is not a folder"),
+])  # fmt: skip
+def test_an_absent_folder_is_named_by_what_names_it(settings, tmp_path, capsys, arguments, message):
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert main([str(tmp_path / "config.json") if a == "CONFIG" else a for a in arguments]) == 2
+    assert capsys.readouterr().err.startswith(message)

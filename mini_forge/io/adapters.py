@@ -28,7 +28,7 @@ NEUTRAL = {
     "lora_bias": (None, False), "trainable_token_indices": (None, []),
     "exclude_modules": (None, []), "layer_replication": (None, []),
     # Others, like "pissa", take a part out of the base's weights whenever the adapter is loaded.
-    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
+    "init_lora_weights": (None, False, "gaussian", "orthogonal", "eva", True),
 }  # fmt: skip
 
 

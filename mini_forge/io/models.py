@@ -22,13 +22,13 @@ def is_adapter(path: str | Path) -> bool:
 def base_of(path: str | Path) -> Path:
     """The folder of the base model: of an adapter, the one its config names; else the model itself."""
     if not is_adapter(path):
-        return resolve_model(str(path))
+        return resolve_model(str(path), "model")
     name = read_adapter_config(Path(path).expanduser())[1]
     if not name:
         raise CheckpointError(
             f"{path}/adapter_config.json: base_model_name_or_path is empty; name the base model there"
         )
-    return resolve_model(name)
+    return resolve_model(name, f"{path}/adapter_config.json: base_model_name_or_path")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -62,7 +62,7 @@ def load_reward(source: str | Path, model: Decoder, model_name: str, **options) 
     second backbone; anything else is loaded, with `options` for `load_base`. Raises CheckpointError for a folder that
     is neither, or does not fit."""
     if not is_adapter(source):
-        return _load_classifier(resolve_model(str(source)), **options)
+        return _load_classifier(resolve_model(str(source), "reward_model"), **options)
     folder = Path(source).expanduser()
     spec, base_name = read_reward_config(folder)
     base = _base(folder, base_name)
@@ -132,11 +132,7 @@ def _parents(module_name: str) -> list[str]:
 def _base(folder: Path, name: str) -> Path:
     if not name:
         raise CheckpointError(f"{folder}/adapter_config.json: base_model_name_or_path is empty; name the base there")
-    try:
-        return resolve_model(name)
-    except CheckpointError as error:
-        reason = str(error).removeprefix("model_name: ")
-        raise CheckpointError(f"{folder}/adapter_config.json: base_model_name_or_path: {reason}") from None
+    return resolve_model(name, f"{folder}/adapter_config.json: base_model_name_or_path")
 
 
 def _names(model: Decoder, spec: LoraSpec, tensors: dict, folder: Path) -> list[str]:

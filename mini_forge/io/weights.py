@@ -44,18 +44,20 @@ BNB_SUFFIXES = (
 )  # fmt: skip
 
 
-def resolve_model(name: str) -> Path:
-    """The folder of a model: `name` itself if it is one, else a hub ID in the local cache, else downloaded."""
+def resolve_model(name: str, key: str = "model_name") -> Path:
+    """The folder of a model: `name` itself if it is one, else a hub ID in the local cache, else downloaded.
+
+    key: what an error calls it."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if folder.exists() or not is_hub_id:
-        raise CheckpointError(f"model_name: {name!r} is not a folder; give a model folder or a hub ID `owner/name`")
-    return _from_hub(name)
+        raise CheckpointError(f"{key}: {name!r} is not a folder; give a model folder or a hub ID `owner/name`")
+    return _from_hub(name, key)
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, key: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -68,7 +70,7 @@ def _from_hub(name: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"model_name: {name!r} is neither a folder nor in the local hub cache, and the download failed: {reason}; "
+            f"{key}: {name!r} is neither a folder nor in the local hub cache, and the download failed: {reason}; "
             "give a model folder, or download it where there is a network"
         ) from None
 
