@@ -102,7 +102,7 @@ class Stages:
         if not steps:
             return
         source = self.folder.checkpoint(steps[-1])
-        state = load_state(source / STATE_FILE)
+        state = load_state(source / STATE_FILE, ("data", "value_head"))
         if state["data"] != self._fingerprint():
             raise ConfigError(
                 f"dataset: {self.prepared.config.dataset!r} (or the tokenizer) has changed since {source} was saved, "
@@ -235,7 +235,7 @@ class Stages:
             self.report(f"reward model: {len(self.prepared.train)} pairs, {loop.settings.total_steps} steps")
             return
         source = folder.checkpoint(steps[-1])
-        state = load_state(source / STATE_FILE)
+        state = load_state(source / STATE_FILE, ("head",))
         fill_adapter(self.model, source)
         head.load_state_dict(state["head"])
         load_optimizer_state(loop.optimizer, state["optimizer"])
