@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from mini_forge.errors import CheckpointError
+from mini_forge.errors import CheckpointError, DataError, reason_of
 
 FILES = (
     "tokenizer.json",
@@ -64,11 +64,15 @@ class Tokenizer:
         return None if token is None else self._backend.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, no special tokens added (those spelled in the text are recognised)."""
+        """Ids of the text, no special tokens added (those spelled in the text are recognised). Raises DataError for a
+        text with half a character, as what is not UTF-8 on a command line becomes."""
+        _check_text(text)
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each text its ids (L,) int32 and the (start, end) of their characters (L, 2) int32, on all cores."""
+        for text in texts:
+            _check_text(text)
         return [
             (
                 np.array(encoding.ids, dtype=np.int32),
@@ -97,13 +101,14 @@ def load_tokenizer(path) -> Tokenizer:
     """The tokenizer of a model or run folder. Raises CheckpointError when the folder has none that can be read."""
     path = Path(path)
     file = path / "tokenizer.json"
-    if not file.is_file():
+    text = _read_text(file)
+    if text is None:
         raise CheckpointError(
             f"{path}: no tokenizer.json here, and only fast tokenizers are read; save one with "
             "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     try:
-        backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the Rust library raises bare Exception, with its reason as the text
         raise CheckpointError(f"{file}: not a tokenizer this version of tokenizers reads ({error})") from error
     config = _read_json(path / "tokenizer_config.json")
@@ -127,13 +132,34 @@ def load_tokenizer(path) -> Tokenizer:
     )
 
 
+def _check_text(text: str):
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        shown = text[max(0, error.start - 20) : error.start + 20]
+        raise DataError(f"text: {shown!r}: has half a character, which no UTF-8 text has; give it as UTF-8") from None
+
+
+def _read_text(file: Path) -> str | None:
+    """The text of an optional file, line ends as they are; None when there is none."""
+    try:
+        return file.read_bytes().decode("utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file}: not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({reason_of(error)}); give a folder that can be read") from None
+
+
 def _read_json(file: Path) -> dict:
     """A JSON object from an optional file; {} when there is none."""
-    if not file.is_file():
+    text = _read_text(file)
+    if text is None:
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not JSON ({error}); copy the file again from its source") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: must be a JSON object, is a {type(content).__name__}")
@@ -167,9 +193,9 @@ def _adds_bos(backend: tokenizers.Tokenizer, bos_token: str | None) -> bool:
 
 def _chat_template(path: Path, config: dict) -> str | None:
     """The Jinja text: chat_template.jinja, else the configuration's (one string, or named ones: the default)."""
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        return file.read_bytes().decode("utf-8")
+    text = _read_text(path / "chat_template.jinja")
+    if text is not None:
+        return text
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {entry["name"]: entry["template"] for entry in template}
