@@ -28,6 +28,7 @@ from mini_forge.io.runs import (
     CONFIG_FILE,
     RunFolder,
     load_state,
+    read_records,
     rng_state,
     save_state,
     set_rng_state,
@@ -345,6 +346,5 @@ def append_line(path: Path, record: dict):
 def truncate_samples(path: Path, step: int):
     """Forget samples of updates after checkpoint `step`: the resumed run writes them again."""
     if path.exists():
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        write_atomic(path, "".join(line + "\n" for line in kept))
+        kept = [record for record in read_records(path) if record["step"] <= step]
+        write_atomic(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))

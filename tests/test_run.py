@@ -264,6 +264,13 @@ def foreign_zip(path):
         archive.writestr("readme.txt", "not torch's")
 
 
+def strange_pickle(path):
+    """A torch archive whose pickle ends within a number."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02J\x01")
+        archive.writestr("archive/version", "3\n")
+
+
 STATE = {"data": 1, "loop": {}, "optimizer": {}, "rng": {}}
 
 
@@ -271,8 +278,8 @@ STATE = {"data": 1, "loop": {}, "optimizer": {}, "rng": {}}
     lambda path: torch.save({"weight": torch.zeros(2)}, path), lambda path: torch.save(torch.zeros(2), path),
     lambda path: torch.save({**STATE, "rng": 5}, path),
     lambda path: torch.save({k: v for k, v in STATE.items() if k != "data"}, path),
-    lambda path: torch.save(Touch(path.with_name("touched")), path), foreign_zip,
-], ids=["keys", "tensor", "kind", "data", "pickle", "zip"])  # fmt: skip
+    lambda path: torch.save(Touch(path.with_name("touched")), path), foreign_zip, strange_pickle,
+], ids=["keys", "tensor", "kind", "data", "pickle", "zip", "cut"])  # fmt: skip
 def test_a_state_that_is_not_ours_is_told(tmp_path, write):
     write(tmp_path / "trainer_state.pt")
     with pytest.raises(CheckpointError, match="trainer_state.pt: not the state of a training.*; delete its folder"):

@@ -11,6 +11,7 @@ import os
 import pickle
 import random
 import shutil
+import struct
 import zipfile
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from mini_forge.io.weights import read_json
 
 TEMPORARY, REPLACED = ".tmp-", ".old-"
 CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = "training_config.json", "metrics.jsonl", "summary.json"
+# What torch.load raises for another program's archive, or for bytes that only look like a pickle.
+FOREIGN = (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError,
+           struct.error)  # fmt: skip
 STATE_PARTS = ("loop", "optimizer", "rng")  # the records in every trainer_state.pt
 
 
@@ -170,16 +174,7 @@ class RunFolder:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def metrics(self) -> list[dict]:
-        """The records of metrics.jsonl so far. Raises CheckpointError for a line that is none."""
-        path = self.path / METRICS_FILE
-        try:
-            lines = path.read_bytes().split(b"\n")
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); make it readable") from None
-        whole = [(i, line) for i, line in enumerate(lines, start=1) if line.endswith(b"}")]  # a kill may cut the last
-        return [_metrics_record(f"{path}:{i}", line) for i, line in whole]
+        return read_records(self.path / METRICS_FILE)
 
     def truncate_metrics(self, step: int):
         """Forget lines written after checkpoint `step`: the resumed run writes them again."""
@@ -187,7 +182,19 @@ class RunFolder:
         write_atomic(self.path / METRICS_FILE, "".join(json.dumps(record) + "\n" for record in kept))
 
 
-def _metrics_record(place: str, line: bytes) -> dict:
+def read_records(path: Path) -> list[dict]:
+    """The records of a run's JSONL file so far, each with its step. Raises CheckpointError for a line that is none."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); make it readable") from None
+    whole = [(i, line) for i, line in enumerate(lines, start=1) if line.endswith(b"}")]  # a kill may cut the last
+    return [_record(f"{path}:{i}", line) for i, line in whole]
+
+
+def _record(place: str, line: bytes) -> dict:
     try:
         record = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError):
@@ -242,18 +249,10 @@ def load_state(path: Path, parts: tuple[str, ...] = ("data",)) -> dict:
         raise CheckpointError(f"{path}: unreadable checkpoint ({damaged}); delete its folder to resume before it")
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        EOFError,
-    ) as error:
+    except FOREIGN as error:
         if is_out_of_memory(error):
             raise
-        state = None  # another program's archive: what it makes of that differs from version to version
+        state = None
     is_ours = isinstance(state, dict) and all(part in state for part in (*parts, *STATE_PARTS))
     if not is_ours or not all(isinstance(state[part], dict) for part in STATE_PARTS):
         raise CheckpointError(f"{path}: not the state of a training of ours; delete its folder to resume before it")
