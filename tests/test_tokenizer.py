@@ -142,3 +142,19 @@ def test_a_text_with_half_a_character_is_refused(tmp_path):
     for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch(["a", text])):
         with pytest.raises(DataError, match=r"text: 'before \\udcff after': has half a character"):
             encode("before \udcff after")
+
+
+@pytest.mark.parametrize("name, key, value, message", [
+    ("tokenizer_config.json", "eos_token", 5, "eos_token 5"),
+    ("tokenizer_config.json", "bos_token", {"content": [1]}, "bos_token .*must be a text"),
+    ("tokenizer_config.json", "chat_template", 5, "tokenizer_config.json: chat_template 5 must be a text"),
+    ("tokenizer_config.json", "chat_template", ["x"], 'but no "default"'),
+    ("tokenizer_config.json", "chat_template", [{"name": "default", "template": 5}], "chat_template 5 must be a text"),
+    ("generation_config.json", "eos_token_id", "x", "generation_config.json: eos_token_id .*must be token ids"),
+    ("config.json", "eos_token_id", [1, -2], "/config.json: eos_token_id .*must be token ids"),
+])  # fmt: skip
+def test_values_of_the_wrong_kind_are_named(name, key, value, message, tmp_path):
+    toy_tokenizer.byte_level(tmp_path)
+    (tmp_path / name).write_text(json.dumps({key: value}))
+    with pytest.raises(CheckpointError, match=message):
+        load_tokenizer(tmp_path)

@@ -112,7 +112,7 @@ def load_tokenizer(path) -> Tokenizer:
     except Exception as error:  # the Rust library raises bare Exception, with its reason as the text
         raise CheckpointError(f"{file}: not a tokenizer this version of tokenizers reads ({error})") from error
     config = _read_json(path / "tokenizer_config.json")
-    tokens = _special_tokens(config, _read_json(path / "special_tokens_map.json"))
+    tokens = _special_tokens(path, config, _read_json(path / "special_tokens_map.json"))
     eos_ids = _eos_ids(path, backend, tokens["eos_token"])
     if tokens["eos_token"] is None and eos_ids:
         tokens["eos_token"] = backend.id_to_token(eos_ids[0])
@@ -166,12 +166,14 @@ def _read_json(file: Path) -> dict:
     return content
 
 
-def _special_tokens(config: dict, special_map: dict) -> dict[str, str | None]:
+def _special_tokens(path: Path, config: dict, special_map: dict) -> dict[str, str | None]:
     """bos, eos, pad and unk as text; a token is stored as a string or as {"content": …}."""
     tokens = {}
     for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
         value = config.get(key) or special_map.get(key)
-        tokens[key] = value.get("content") if isinstance(value, dict) else value
+        tokens[key] = token = value.get("content") if isinstance(value, dict) else value
+        if token is not None and not isinstance(token, str):
+            raise CheckpointError(f"{path}: {key} {value!r} in tokenizer_config.json must be a text; write it as one")
     return tokens
 
 
@@ -180,7 +182,10 @@ def _eos_ids(path: Path, backend: tokenizers.Tokenizer, eos_token: str | None) -
     found = [] if eos_token is None else [backend.token_to_id(eos_token)]
     for name in ("generation_config.json", "config.json"):
         ids = _read_json(path / name).get("eos_token_id")
-        found += ids if isinstance(ids, list) else [ids]
+        ids = ids if isinstance(ids, list) else [ids]
+        if any(i is not None and (type(i) is not int or i < 0) for i in ids):
+            raise CheckpointError(f"{path / name}: eos_token_id {ids!r} must be token ids; write them as whole numbers")
+        found += ids
     return tuple(dict.fromkeys(i for i in found if i is not None))
 
 
@@ -198,11 +203,19 @@ def _chat_template(path: Path, config: dict) -> str | None:
         return text
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
+        try:
+            named = {entry["name"]: entry["template"] for entry in template}
+        except (KeyError, TypeError):
+            named = {}
         if "default" not in named:
             raise CheckpointError(
-                f'{path / "tokenizer_config.json"}: chat_template names {", ".join(named)} but no "default"; '
+                f'{path / "tokenizer_config.json"}: chat_template names {", ".join(map(str, named))} but no "default"; '
                 "put the one to use into chat_template.jinja"
             )
-        return named["default"]
+        template = named["default"]
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(
+            f"{path / 'tokenizer_config.json'}: chat_template {template!r} must be a text; "
+            "put the one to use into chat_template.jinja"
+        )
     return template
