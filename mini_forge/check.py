@@ -4,6 +4,7 @@ The report is a plain dict (printed as JSON with --json): resolved values and wh
 machine, dataset statistics, and one example with its trained-on tokens marked.
 """
 
+import os
 from pathlib import Path
 
 from mini_forge.config import UNPAIRED_LOSSES, TrainingConfig, detect_machine
@@ -68,7 +69,7 @@ def dataset_problems(path: str, overrides: dict) -> list[str]:
     if not isinstance(task, str) or task not in TASKS or not isinstance(dataset, str) or not dataset.strip():
         return []
     beside = Path(path).parent / dataset
-    dataset = str(beside) if not Path(dataset).exists() and beside.exists() else dataset
+    dataset = str(beside) if not os.path.exists(dataset) and os.path.exists(beside) else dataset
     try:
         strategy = keys.get("strategy", "sft")
         has_reward = strategy == "rlhf" and bool(keys.get("reward_model") or keys.get("reward_function"))

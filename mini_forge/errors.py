@@ -29,6 +29,11 @@ class TrainingError(RuntimeError):
     """Training started and could not go on; the message names the last good checkpoint."""
 
 
+def reason_of(error: OSError | ValueError) -> str:
+    """Why a file could not be opened or read: the system's words, or Python's, which refuses a NUL in a name."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is a lack of memory, on whichever device: torch's CPU allocator raises a bare RuntimeError."""
     text = str(error).lower()

@@ -28,6 +28,7 @@ from mini_forge.io.runs import (
     CONFIG_FILE,
     RunFolder,
     load_state,
+    read_records,
     rng_state,
     save_state,
     set_rng_state,
@@ -102,7 +103,7 @@ class Stages:
         if not steps:
             return
         source = self.folder.checkpoint(steps[-1])
-        state = load_state(source / STATE_FILE)
+        state = load_state(source / STATE_FILE, ("data", "value_head"))
         if state["data"] != self._fingerprint():
             raise ConfigError(
                 f"dataset: {self.prepared.config.dataset!r} (or the tokenizer) has changed since {source} was saved, "
@@ -235,7 +236,7 @@ class Stages:
             self.report(f"reward model: {len(self.prepared.train)} pairs, {loop.settings.total_steps} steps")
             return
         source = folder.checkpoint(steps[-1])
-        state = load_state(source / STATE_FILE)
+        state = load_state(source / STATE_FILE, ("head",))
         fill_adapter(self.model, source)
         head.load_state_dict(state["head"])
         load_optimizer_state(loop.optimizer, state["optimizer"])
@@ -345,6 +346,5 @@ def append_line(path: Path, record: dict):
 def truncate_samples(path: Path, step: int):
     """Forget samples of updates after checkpoint `step`: the resumed run writes them again."""
     if path.exists():
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        write_atomic(path, "".join(line + "\n" for line in kept))
+        kept = [record for record in read_records(path) if record["step"] <= step]
+        write_atomic(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))

@@ -1,5 +1,6 @@
 """Use a trained run or a plain model: the same template, system prompt and precision it was trained with."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,7 +42,7 @@ class Session:
     def open(cls, path: str, system_prompt: str | None = None, device: str = "auto") -> "Session":
         """path: a run or adapter folder, a model folder, or a hub ID."""
         record = Path(path).expanduser() / CONFIG_FILE
-        config = TrainingConfig.from_file(record) if record.is_file() else None
+        config = TrainingConfig.from_file(record) if os.path.isfile(record) else None
         if config is not None:
             config = replace(config, device=device)  # where it is used, not where it was trained
             plan = resolve(config, detect_machine(device))

@@ -13,7 +13,7 @@ from mini_forge.io.adapters import fill_adapter, read_adapter_config, save_adapt
 from mini_forge.io.merge import merge_adapter
 from mini_forge.model.lora import LoraSpec, inject, lora_layers
 from tests.test_weights import split_in_two, store_in_4bit
-from tests.tiny import write_checkpoint
+from tests.tiny import make_unreadable, write_checkpoint
 
 IDS = torch.arange(12)[None]
 
@@ -85,6 +85,13 @@ def test_tensors_must_fit_exactly(run, change, message):
     ("peft_type", "IA3", "peft_type 'IA3'"),
     ("target_modules", ".*_proj", "is a pattern"),
     ("r", None, "needs numbers `r`"),
+    ("r", True, "r True.*needs numbers `r`"),
+    ("lora_alpha", "16", "lora_alpha '16'"),
+    ("lora_dropout", "x", "lora_dropout 'x' must be a number"),
+    ("target_modules", 5, "target_modules 5 must be a list of names"),
+    ("target_modules", [5], r"target_modules \[5\] must be a list of names"),
+    ("target_parameters", 5, "target_parameters 5 must be a list of names"),
+    ("base_model_name_or_path", 5, "base_model_name_or_path 5 must be a text"),
 ])  # fmt: skip
 def test_what_would_change_the_mathematics_is_refused(run, key, value, message):
     record = json.loads((run / "adapter_config.json").read_text())
@@ -100,6 +107,9 @@ def test_broken_and_absent_adapter_files_are_named(tiny, run):
         fill_adapter(model, run)
     (run / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="file not found"):
+        fill_adapter(model, run)
+    make_unreadable(run / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="adapter_model.safetensors: cannot be read"):
         fill_adapter(model, run)
 
 
@@ -149,6 +159,8 @@ def test_merge_refuses_a_full_folder_and_a_plain_model(tiny, run, tmp_path):
     assert (tmp_path / "full" / "precious").read_text() == "x"
     with pytest.raises(CheckpointError, match="no adapter_config.json"):
         merge_adapter(tiny, tmp_path / "new")
+    with pytest.raises(ConfigError, match="name too long.*; name another folder"):
+        merge_adapter(run, tmp_path / ("x" * 300))
 
 
 def test_an_adapter_without_a_base_says_so(run):

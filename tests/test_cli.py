@@ -61,6 +61,12 @@ def test_set_takes_json_or_a_bare_string(config, tmp_path):
     (["eval", "MODEL"], "--dataset"),
     (["generate", "/absent", "--prompt", "x"], "/absent"),
     (["generate", "MODEL", "--prompt", "x", "--max-new-tokens", "0"], "must be at least 1"),
+    (["generate", "x" * 300, "--prompt", "x"], "is not a folder; give a model folder"),
+    (["generate", "MODEL", "--prompt", "a \udcff b"], r"\udcff b"),
+    (["generate", "MODEL", "--prompt", "\udcff", "--raw"], "has half a character"),
+    (["check", "CONFIG", "--set", "model_name=" + "x" * 300], "is not a folder"),
+    (["check", "CONFIG", "--dataset", "x" * 300], "cannot be read (File name too long)"),
+    (["check", "CONFIG", "--set", "lora_r=0", "--dataset", "x" * 300], "lora_r"),
     (["merge", "MODEL", "/tmp/never"], "no adapter_config.json"),
 ])  # fmt: skip
 def test_wrong_input_is_one_line_and_exit_2(config, tiny, capsys, arguments, message):

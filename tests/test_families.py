@@ -1,6 +1,7 @@
 """Families: each rule of their config.json by hand, how experts lie on disk, and what the decoder promises of all."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -597,3 +598,32 @@ def test_a_config_whose_numbers_cannot_be_a_models_is_refused(changes, message):
     config = {**CONFIG, "num_hidden_layers": 4, "num_local_experts": 4, "num_experts_per_tok": 1, **changes}
     with pytest.raises(CheckpointError, match=message):
         decoder_spec(config)
+
+
+@pytest.mark.parametrize("key, value, rule", [
+    ("hidden_size", "64", "whole number"), ("hidden_size", None, "whole number"), ("hidden_size", -8, "whole number"),
+    ("hidden_size", 1.5, "whole number"), ("vocab_size", True, "whole number"), ("head_dim", "x", "whole number"),
+    ("num_key_value_heads", 0, "whole number"), ("max_position_embeddings", None, "whole number"),
+    ("max_position_embeddings", "x", "whole number"), ("rms_norm_eps", "x", "finite number above 0"),
+    ("rms_norm_eps", None, "finite number above 0"), ("rms_norm_eps", math.inf, "finite number above 0"),
+    ("rms_norm_eps", math.nan, "finite number above 0"), ("rope_theta", -1.0, "finite number above 0"),
+    ("quantization_config", 5, "an object"),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text", "gpt_oss"])
+def test_a_number_of_the_wrong_kind_is_named(kind, key, value, rule):
+    with pytest.raises(CheckpointError, match=f"^config.json: {key} {value!r} must be .*{rule}"):
+        spec(kind, **{key: value})
+
+
+@pytest.mark.parametrize("kind, changes, name", [
+    ("mistral", {"sliding_window": "x"}, "sliding_window 'x'"),
+    ("llama4_text", {"attention_chunk_size": 0}, "attention_chunk_size 0"),
+    ("llama4_text", {"floor_scale": "x"}, "floor_scale"),
+    ("mixtral", {"num_local_experts": 4.0}, "number of experts 4.0"),
+    ("mixtral", {"num_experts_per_tok": True}, "num_experts_per_tok True"),
+    ("qwen3_moe", {"moe_intermediate_size": -1}, "width of an expert -1"),
+    ("granite", {"embedding_multiplier": "x"}, "embedding multiplier 'x'"),
+])  # fmt: skip
+def test_a_number_of_a_familys_own_is_named_too(kind, changes, name):
+    with pytest.raises(CheckpointError, match=name):
+        spec(kind, **changes)

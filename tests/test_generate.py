@@ -171,6 +171,14 @@ def test_temperature_zero_is_the_argmax():
     assert sample(LOGITS.expand(3, -1), 0.0).tolist() == [1, 1, 1]
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 1e-320])
+def test_a_tiny_temperature_is_nearly_greedy_whatever_the_logits(temperature):
+    for logits in (LOGITS, LOGITS * 1e6, LOGITS + 1e6, LOGITS.clone().index_fill_(0, torch.tensor([0]), -math.inf)):
+        assert sample(logits.expand(50, -1), temperature, top_k=3, top_p=0.9).tolist() == [1] * 50
+    ties = frequencies(torch.tensor([3.0, 1.0, 3.0]), temperature=temperature)
+    assert torch.allclose(ties, torch.tensor([0.5, 0, 0.5]), atol=0.015)
+
+
 def test_top_k_keeps_the_likeliest():
     expected = torch.tensor([0, 4 / 7, 0, 3 / 7])
     assert torch.allclose(frequencies(LOGITS, temperature=1.0, top_k=2), expected, atol=0.015)

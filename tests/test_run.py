@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import mini_forge
 from mini_forge.cli import main
-from mini_forge.errors import ConfigError, TrainingError, UserError
-from mini_forge.io.runs import RunFolder
+from mini_forge.errors import CheckpointError, ConfigError, TrainingError, UserError
+from mini_forge.io.runs import RunFolder, load_state, save_state
 from tests.tiny import write_checkpoint, write_rows
 
 CONTRACT_KEYS = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second",
@@ -264,6 +265,58 @@ def test_half_written_checkpoints_are_swept_and_broken_ones_named(settings):
     assert not (checkpoints / ".tmp-step-9").exists()
 
 
+class Touch:
+    """A pickle that would make a file when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def foreign_zip(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "not torch's")
+
+
+def strange_pickle(path):
+    """A torch archive whose pickle ends within a number."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02J\x01")
+        archive.writestr("archive/version", "3\n")
+
+
+STATE = {"data": 1, "loop": {}, "optimizer": {}, "rng": {}}
+
+
+@pytest.mark.parametrize("write", [
+    lambda path: torch.save({"weight": torch.zeros(2)}, path), lambda path: torch.save(torch.zeros(2), path),
+    lambda path: torch.save({**STATE, "rng": 5}, path),
+    lambda path: torch.save({k: v for k, v in STATE.items() if k != "data"}, path),
+    lambda path: torch.save(Touch(path.with_name("touched")), path), foreign_zip, strange_pickle,
+], ids=["keys", "tensor", "kind", "data", "pickle", "zip", "cut"])  # fmt: skip
+def test_a_state_that_is_not_ours_is_told(tmp_path, write):
+    write(tmp_path / "trainer_state.pt")
+    with pytest.raises(CheckpointError, match="trainer_state.pt: not the state of a training.*; delete its folder"):
+        load_state(tmp_path / "trainer_state.pt")
+    assert not (tmp_path / "touched").exists()
+
+
+def test_a_state_with_what_is_asked_for_is_read(tmp_path):
+    save_state(tmp_path / "trainer_state.pt", STATE)
+    assert load_state(tmp_path / "trainer_state.pt") == STATE
+    with pytest.raises(CheckpointError, match="not the state"):
+        load_state(tmp_path / "trainer_state.pt", ("head",))
+
+
+@pytest.mark.parametrize("line", [b"{}", b"junk}", b'{"step": "1"}', b'{"step": 1, "x": "\xff"}'], ids=str)
+def test_a_line_that_is_no_record_of_metrics_is_told(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2, "lo')
+    with pytest.raises(CheckpointError, match="metrics.jsonl:2: .*must be a JSON object with its step; delete this"):
+        RunFolder(tmp_path).truncate_metrics(1)
+
+
 def test_a_run_that_is_there_is_not_harmed(settings, tmp_path):
     result, _ = run(settings)
     stamp = (result.output_dir / "adapter_model.safetensors").stat().st_mtime_ns
@@ -441,6 +494,13 @@ def test_lack_of_disk_or_memory_is_a_training_error(settings, monkeypatch, error
 def test_an_unwritable_output_folder_is_told_before_anything_is_loaded(settings):
     with pytest.raises(ConfigError, match="output_dir: '/dev/null' is a file"):
         run(settings, output_dir="/dev/null/run")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_an_output_folder_of_an_impossible_name_is_told(settings, tmp_path, name, resume):
+    with pytest.raises(ConfigError, match="output_dir: .*cannot be a folder's name"):
+        run(settings, output_dir=str(tmp_path / name), resume=resume)
 
 
 def test_a_tokenizer_larger_than_the_model_is_told(settings, tmp_path):

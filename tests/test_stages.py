@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 import mini_forge
 from mini_forge.cli import main
-from mini_forge.errors import ConfigError
+from mini_forge.errors import CheckpointError, ConfigError
 from mini_forge.io.runs import RunFolder
+from mini_forge.stages import truncate_samples
 from mini_forge.training.loop import Interrupted
 
 TIMINGS = ("seconds", "tokens_per_second", "peak_memory_bytes", "eval_seconds")
@@ -308,3 +309,13 @@ def test_4_bits_and_checkpointing_and_16_bits_train_too(settings):
         result, _ = run(settings, output_dir=f"{settings['output_dir']}{i}", max_steps=2, **changes)
         trained = [m for m in result.metrics if "loss" in m]
         assert len(trained) == 2 and trained[0]["kl"] == 0 and trained[0]["optimizer_steps"] == 4
+
+
+def test_a_sample_that_is_no_record_is_told_on_resume(tmp_path):
+    samples = tmp_path / "samples.jsonl"
+    samples.write_bytes('{"step": 1, "response": "é"}\n{"step": 2}\n{"st'.encode())
+    truncate_samples(samples, 1)
+    assert samples.read_text(encoding="utf-8") == '{"step": 1, "response": "é"}\n'
+    samples.write_bytes(b'{"step": 1}\njunk}\n')
+    with pytest.raises(CheckpointError, match="samples.jsonl:2: 'junk}': must be a JSON object with its step"):
+        truncate_samples(samples, 1)

@@ -4,6 +4,7 @@ import pytest
 
 from mini_forge.data.rows import SHOWN_PROBLEMS, read_rows
 from mini_forge.data.tasks import TASKS, load_examples, user_message
+from mini_forge.data.token_store import is_large
 from mini_forge.errors import DataError
 
 OK = '{"input": "a", "output": "b"}'
@@ -84,6 +85,11 @@ def test_a_file_of_nothing_but_noise_is_refused_quickly(tmp_path):
 def test_files_that_are_no_datasets_are_named(tmp_path):
     with pytest.raises(DataError, match="none.jsonl: Dataset file not found"):
         read_rows(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match="name too long.*; dataset must be a readable file"):
+        read_rows("x" * 300)
+    with pytest.raises(DataError, match=r"'a\\x00b': no file can have a NUL in its name"):
+        read_rows("a\0b")
+    assert not is_large("x" * 300)
     with pytest.raises(DataError, match="is a directory"):
         read_rows(tmp_path)
     for content in ("", "\n \n", "[]", "\ufeff"):

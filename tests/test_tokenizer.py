@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from mini_forge.data.tokenizer import load_tokenizer
-from mini_forge.errors import CheckpointError
+from mini_forge.errors import CheckpointError, DataError
 from tests import toy_tokenizer
+from tests.tiny import make_unreadable
 
 TEXTS = ["two  and\n\n two", "日本 🤖 é\n", "👩‍👩‍👧 a", " leading", "trailing \n", "<|im_start|>hello<|im_end|>\n four"]
 
@@ -113,4 +114,47 @@ def test_what_cannot_be_read_is_named_with_a_remedy(tmp_path):
     toy_tokenizer.byte_level(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[1]")
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: must be a JSON object"):
+        load_tokenizer(tmp_path)
+
+
+NAMES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json",
+         "chat_template.jinja"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_that_cannot_be_read_are_named(name, tmp_path):
+    toy_tokenizer.byte_level(tmp_path)
+    make_unreadable(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name}: cannot be read .*error.*; give a folder that can be read"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_that_are_not_utf8_are_named(name, tmp_path):
+    toy_tokenizer.byte_level(tmp_path)
+    (tmp_path / name).write_bytes(b"ab\xff")
+    with pytest.raises(CheckpointError, match=f"{name}: not UTF-8 at byte 3; save the file as UTF-8"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_text_with_half_a_character_is_refused(tmp_path):
+    tokenizer = toy_tokenizer.byte_level(tmp_path)
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch(["a", text])):
+        with pytest.raises(DataError, match=r"text: 'before \\udcff after': has half a character"):
+            encode("before \udcff after")
+
+
+@pytest.mark.parametrize("name, key, value, message", [
+    ("tokenizer_config.json", "eos_token", 5, "eos_token 5"),
+    ("tokenizer_config.json", "bos_token", {"content": [1]}, "bos_token .*must be a text"),
+    ("tokenizer_config.json", "chat_template", 5, "tokenizer_config.json: chat_template 5 must be a text"),
+    ("tokenizer_config.json", "chat_template", ["x"], 'but no "default"'),
+    ("tokenizer_config.json", "chat_template", [{"name": "default", "template": 5}], "chat_template 5 must be a text"),
+    ("generation_config.json", "eos_token_id", "x", "generation_config.json: eos_token_id .*must be token ids"),
+    ("config.json", "eos_token_id", [1, -2], "/config.json: eos_token_id .*must be token ids"),
+])  # fmt: skip
+def test_values_of_the_wrong_kind_are_named(name, key, value, message, tmp_path):
+    toy_tokenizer.byte_level(tmp_path)
+    (tmp_path / name).write_text(json.dumps({key: value}))
+    with pytest.raises(CheckpointError, match=message):
         load_tokenizer(tmp_path)

@@ -12,7 +12,7 @@ from mini_forge.errors import CheckpointError, ConfigError
 from mini_forge.io import weights
 from mini_forge.io.weights import Checkpoint, resolve_model
 from mini_forge.model.quant import Linear4bit, Linear8bit, quantize_4bit, quantize_8bit
-from tests.tiny import random_model, write_checkpoint
+from tests.tiny import make_unreadable, random_model, write_checkpoint
 
 
 @pytest.fixture
@@ -107,7 +107,20 @@ def test_broken_folders_are_named(folder, breakage, message):
         mini_forge.load_model(folder)
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "nowhere", "a/b/c", "/absent/model"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_files_that_cannot_be_read_are_named(folder, name):
+    make_unreadable(folder / name)
+    with pytest.raises(CheckpointError, match=f"{name}: cannot be read .*error.*; give a folder that can be read"):
+        mini_forge.load_model(folder)
+
+
+def test_a_header_that_is_json_but_no_object_is_refused(folder):
+    (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"[]")
+    with pytest.raises(CheckpointError, match="broken safetensors header"):
+        mini_forge.load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "nowhere", "a/b/c", "/absent/model", "x" * 300, "./a\0b"])
 def test_a_name_that_is_no_folder_and_no_hub_id_is_refused(name):
     with pytest.raises(CheckpointError, match="is not a folder"):
         resolve_model(name)

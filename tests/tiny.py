@@ -75,3 +75,9 @@ def write_rows(path: Path, count: int = 12) -> Path:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def make_unreadable(path: Path):
+    """A regular file in place of `path` that opens, but cannot be read by anybody: Linux answers EIO, to root too."""
+    path.unlink(missing_ok=True)
+    path.symlink_to("/proc/self/mem")

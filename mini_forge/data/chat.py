@@ -22,6 +22,7 @@ A row's messages and tools reach the checkpoint's own template whole, as transfo
 refuse tools, calls, results and thinking: they have no place for them.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -356,5 +357,5 @@ def _with_system(messages: tuple[dict, ...], system_prompt: str | None) -> tuple
 
 def _format_of(model_name: str) -> str:
     """The document's rule; of a path on this machine only the folder's own name counts."""
-    name = (Path(model_name).name if Path(model_name).exists() else model_name).lower()
+    name = (Path(model_name).name if os.path.exists(model_name) else model_name).lower()
     return next((form for part, form in NAME_RULE.items() if part in name), "chatml")

@@ -76,9 +76,11 @@ def kind(value) -> str:
 def _lines(path, problems: list[tuple[int, str]]) -> Iterator[str]:
     """The file's text split at "\\n", without a byte-order mark; a line that is not UTF-8 is noted and left blank."""
     path, line = Path(path), b""
-    if path.is_dir():
-        raise DataError(f"{path}: is a directory; dataset must be a JSONL or JSON file")
+    if "\0" in str(path):
+        raise DataError(f"{str(path)!r}: no file can have a NUL in its name; dataset must be a JSONL or JSON file")
     try:
+        if path.is_dir():
+            raise DataError(f"{path}: is a directory; dataset must be a JSONL or JSON file")
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):

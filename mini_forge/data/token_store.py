@@ -109,7 +109,7 @@ class StoredRows:
 def is_large(path) -> bool:
     """Whether a dataset file is one whose tokens are kept on disk. A file that is not there is not."""
     path = Path(path)
-    return path.is_file() and path.stat().st_size >= LARGE_BYTES
+    return os.path.isfile(path) and path.stat().st_size >= LARGE_BYTES
 
 
 def recipe(

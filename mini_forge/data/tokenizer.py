@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from mini_forge.errors import CheckpointError
+from mini_forge.errors import CheckpointError, DataError, reason_of
 
 FILES = (
     "tokenizer.json",
@@ -64,11 +64,15 @@ class Tokenizer:
         return None if token is None else self._backend.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, no special tokens added (those spelled in the text are recognised)."""
+        """Ids of the text, no special tokens added (those spelled in the text are recognised). Raises DataError for a
+        text with half a character, as what is not UTF-8 on a command line becomes."""
+        _check_text(text)
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each text its ids (L,) int32 and the (start, end) of their characters (L, 2) int32, on all cores."""
+        for text in texts:
+            _check_text(text)
         return [
             (
                 np.array(encoding.ids, dtype=np.int32),
@@ -97,17 +101,18 @@ def load_tokenizer(path) -> Tokenizer:
     """The tokenizer of a model or run folder. Raises CheckpointError when the folder has none that can be read."""
     path = Path(path)
     file = path / "tokenizer.json"
-    if not file.is_file():
+    text = _read_text(file)
+    if text is None:
         raise CheckpointError(
             f"{path}: no tokenizer.json here, and only fast tokenizers are read; save one with "
             "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     try:
-        backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the Rust library raises bare Exception, with its reason as the text
         raise CheckpointError(f"{file}: not a tokenizer this version of tokenizers reads ({error})") from error
     config = _read_json(path / "tokenizer_config.json")
-    tokens = _special_tokens(config, _read_json(path / "special_tokens_map.json"))
+    tokens = _special_tokens(path, config, _read_json(path / "special_tokens_map.json"))
     eos_ids = _eos_ids(path, backend, tokens["eos_token"])
     if tokens["eos_token"] is None and eos_ids:
         tokens["eos_token"] = backend.id_to_token(eos_ids[0])
@@ -127,25 +132,48 @@ def load_tokenizer(path) -> Tokenizer:
     )
 
 
+def _check_text(text: str):
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        shown = text[max(0, error.start - 20) : error.start + 20]
+        raise DataError(f"text: {shown!r}: has half a character, which no UTF-8 text has; give it as UTF-8") from None
+
+
+def _read_text(file: Path) -> str | None:
+    """The text of an optional file, line ends as they are; None when there is none."""
+    try:
+        return file.read_bytes().decode("utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file}: not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({reason_of(error)}); give a folder that can be read") from None
+
+
 def _read_json(file: Path) -> dict:
     """A JSON object from an optional file; {} when there is none."""
-    if not file.is_file():
+    text = _read_text(file)
+    if text is None:
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not JSON ({error}); copy the file again from its source") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: must be a JSON object, is a {type(content).__name__}")
     return content
 
 
-def _special_tokens(config: dict, special_map: dict) -> dict[str, str | None]:
+def _special_tokens(path: Path, config: dict, special_map: dict) -> dict[str, str | None]:
     """bos, eos, pad and unk as text; a token is stored as a string or as {"content": …}."""
     tokens = {}
     for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
         value = config.get(key) or special_map.get(key)
-        tokens[key] = value.get("content") if isinstance(value, dict) else value
+        tokens[key] = token = value.get("content") if isinstance(value, dict) else value
+        if token is not None and not isinstance(token, str):
+            raise CheckpointError(f"{path}: {key} {value!r} in tokenizer_config.json must be a text; write it as one")
     return tokens
 
 
@@ -154,7 +182,10 @@ def _eos_ids(path: Path, backend: tokenizers.Tokenizer, eos_token: str | None) -
     found = [] if eos_token is None else [backend.token_to_id(eos_token)]
     for name in ("generation_config.json", "config.json"):
         ids = _read_json(path / name).get("eos_token_id")
-        found += ids if isinstance(ids, list) else [ids]
+        ids = ids if isinstance(ids, list) else [ids]
+        if any(i is not None and (type(i) is not int or i < 0) for i in ids):
+            raise CheckpointError(f"{path / name}: eos_token_id {ids!r} must be token ids; write them as whole numbers")
+        found += ids
     return tuple(dict.fromkeys(i for i in found if i is not None))
 
 
@@ -167,16 +198,24 @@ def _adds_bos(backend: tokenizers.Tokenizer, bos_token: str | None) -> bool:
 
 def _chat_template(path: Path, config: dict) -> str | None:
     """The Jinja text: chat_template.jinja, else the configuration's (one string, or named ones: the default)."""
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        return file.read_bytes().decode("utf-8")
+    text = _read_text(path / "chat_template.jinja")
+    if text is not None:
+        return text
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
+        try:
+            named = {entry["name"]: entry["template"] for entry in template}
+        except (KeyError, TypeError):
+            named = {}
         if "default" not in named:
             raise CheckpointError(
-                f'{path / "tokenizer_config.json"}: chat_template names {", ".join(named)} but no "default"; '
+                f'{path / "tokenizer_config.json"}: chat_template names {", ".join(map(str, named))} but no "default"; '
                 "put the one to use into chat_template.jinja"
             )
-        return named["default"]
+        template = named["default"]
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(
+            f"{path / 'tokenizer_config.json'}: chat_template {template!r} must be a text; "
+            "put the one to use into chat_template.jinja"
+        )
     return template

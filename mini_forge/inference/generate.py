@@ -69,10 +69,14 @@ def sample(
 
     logits (B, V) float32; returns (B,) int64 on the same device. `top_k` > 0 keeps the k likeliest; `top_p` < 1 then
     keeps the fewest that hold that much of the rest's probability (1904.09751, section 3.1). With neither, plain
-    sampling. The draw is made on the generator's device: a CPU generator gives any device the same numbers."""
+    sampling. The draw is made on the generator's device: a CPU generator gives any device the same numbers.
+
+    The smaller the temperature the nearer to greedy, without end: in the limit the likeliest ids share the draw. Only
+    the distances from the likeliest are divided, so that none overflows but those whose probability is 0 anyway."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    smallest_divisor = torch.finfo(logits.dtype).tiny  # what is below may count as 0, and 0 / 0 is no number
+    logits = (logits - logits.max(dim=-1, keepdim=True).values) / max(temperature, smallest_divisor)
     if 0 < top_k < logits.shape[-1]:
         smallest = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -math.inf)

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mini_forge.errors import CheckpointError
+from mini_forge.errors import CheckpointError, reason_of
 from mini_forge.io.expert_adapters import fuse, fused_tensors, per_expert_tensors, stack_targets
 from mini_forge.io.weights import read_json, write_safetensors
 from mini_forge.model.decoder import Decoder
@@ -95,7 +95,15 @@ def read_adapter_config(folder: Path) -> tuple[LoraSpec, str]:
     for key, neutral in NEUTRAL.items():
         if record.get(key) not in neutral:
             raise CheckpointError(f"{path}: {key} = {record[key]!r} is not supported; plain LoRA only")
-    return lora_spec(record, path), record.get("base_model_name_or_path") or ""
+    return lora_spec(record, path), named_base(record, path)
+
+
+def named_base(record: dict, path: Path) -> str:
+    """The base model that adapter_config.json's `record` names, "" for none; `path` is for errors, CheckpointError."""
+    name = record.get("base_model_name_or_path") or ""
+    if not isinstance(name, str):
+        raise CheckpointError(f"{path}: base_model_name_or_path {name!r} must be a text; name the base model there")
+    return name
 
 
 def lora_spec(record: dict, path: Path) -> LoraSpec:
@@ -105,9 +113,16 @@ def lora_spec(record: dict, path: Path) -> LoraSpec:
         raise CheckpointError(f"{path}: target_modules {targets!r} is a pattern; a list of module names is needed")
     targets = ["all-linear"] if targets == "all-linear" else targets or []
     parameters = record.get("target_parameters") or []
+    for key, names in {"target_modules": targets, "target_parameters": parameters}.items():
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise CheckpointError(f"{path}: {key} {record[key]!r} must be a list of names; write them so")
     rank, alpha, dropout = record.get("r"), record.get("lora_alpha"), record.get("lora_dropout") or 0.0
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise CheckpointError(f"{path}: needs numbers `r` (at least 1) and `lora_alpha`")
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise CheckpointError(
+            f"{path}: r {rank!r}, lora_alpha {alpha!r}: needs numbers `r` (at least 1) and `lora_alpha`; write them"
+        )
+    if type(dropout) not in (int, float) or not 0 <= dropout <= 1:
+        raise CheckpointError(f"{path}: lora_dropout {dropout!r} must be a number from 0 to 1; write 0.0")
     return LoraSpec(
         rank=rank,
         alpha=alpha,
@@ -129,10 +144,15 @@ def load_adapter(model: Decoder, folder: Path, spec: LoraSpec | None = None) -> 
 def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """The adapter's tensors by PEFT's names. Raises CheckpointError for an absent or broken file."""
     path = folder / WEIGHTS_FILE
-    if not path.exists():
-        raise CheckpointError(f"{path}: file not found; an adapter folder needs it (pickled adapters are refused)")
     try:
+        path.open("rb").close()  # of any file that it may not read, load_file says that there is none
         return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path}: file not found; an adapter folder needs it (pickled adapters are refused)"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({reason_of(error)}); give a folder that can be read") from None
     except SafetensorError as error:
         raise CheckpointError(f"{path}: broken safetensors file ({error})") from None
 

@@ -38,7 +38,11 @@ def merge_adapter(run: str | Path, out: str | Path) -> Path:
     run, out = Path(run).expanduser(), Path(out).expanduser()
     if not is_adapter(run):
         raise CheckpointError(f"{run}: no adapter_config.json; merge takes the folder of a run or adapter")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    try:
+        is_taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be a folder to write to ({error.strerror}); name another folder") from None
+    if is_taken:
         raise ConfigError(f"{out}: exists and is not empty; name a new folder")
     merger = Merger(run)
     try:

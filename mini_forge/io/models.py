@@ -1,5 +1,6 @@
 """`load_model`: one call for a model folder, a hub ID, or the folder of a run or adapter."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ QUANTIZATIONS = (None, "nf4", "fp4", "int8")
 
 
 def is_adapter(path: str | Path) -> bool:
-    return (Path(path).expanduser() / "adapter_config.json").is_file()
+    return os.path.isfile(Path(path).expanduser() / "adapter_config.json")  # False, too, where it cannot be looked at
 
 
 def base_of(path: str | Path) -> Path:
@@ -34,7 +35,7 @@ def base_of(path: str | Path) -> Path:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a run, adapter or model folder, or hub ID; an adapter without one has its base's."""
     folder = Path(path).expanduser()
-    return read_tokenizer(folder if (folder / "tokenizer.json").is_file() else base_of(path))
+    return read_tokenizer(folder if os.path.isfile(folder / "tokenizer.json") else base_of(path))
 
 
 def load_model(

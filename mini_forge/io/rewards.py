@@ -18,7 +18,15 @@ from pathlib import Path
 import torch
 
 from mini_forge.errors import CheckpointError, ConfigError
-from mini_forge.io.adapters import NEUTRAL, PREFIX, WEIGHTS_FILE, lora_spec, read_adapter_tensors, save_adapter
+from mini_forge.io.adapters import (
+    NEUTRAL,
+    PREFIX,
+    WEIGHTS_FILE,
+    lora_spec,
+    named_base,
+    read_adapter_tensors,
+    save_adapter,
+)
 from mini_forge.io.expert_adapters import fuse, stack_targets
 from mini_forge.io.models import is_adapter
 from mini_forge.io.weights import Loader, load_base, read_json, resolve_model, write_safetensors
@@ -90,7 +98,7 @@ def read_reward_config(folder: Path) -> tuple[LoraSpec, str]:
             raise CheckpointError(
                 f"{path}: {key} = {record.get(key)!r} is not that of a reward model; it must be {values[-1]!r}"
             )
-    return replace(lora_spec(record, path), dropout=0.0), record.get("base_model_name_or_path") or ""
+    return replace(lora_spec(record, path), dropout=0.0), named_base(record, path)
 
 
 def load_function(name: str, folder: Path | None = None) -> Callable:

@@ -8,19 +8,25 @@ away by the next run.
 import io
 import json
 import os
+import pickle
 import random
 import shutil
+import struct
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from mini_forge.errors import CheckpointError, ConfigError
+from mini_forge.errors import CheckpointError, ConfigError, is_out_of_memory, reason_of
 from mini_forge.io.weights import read_json
 
 TEMPORARY, REPLACED = ".tmp-", ".old-"
 CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = "training_config.json", "metrics.jsonl", "summary.json"
+# What torch.load raises for another program's archive, or for bytes that only look like a pickle.
+FOREIGN = (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError,
+           struct.error)  # fmt: skip
+STATE_PARTS = ("loop", "optimizer", "rng")  # the records in every trainer_state.pt
 
 
 def write_atomic(path: Path, text: str):
@@ -69,12 +75,28 @@ class RunFolder:
 
     def check_usable(self, *, resume: bool, overwrite: bool):
         """Raise ConfigError if training here would harm what is there; touches nothing."""
+        try:
+            os.lstat(self.path)
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            pass  # the nearest folder that is there decides
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"output_dir: {str(self.path)!r} cannot be a folder's name ({reason_of(error)}); name another folder"
+            ) from None
         nearest = next(folder for folder in (self.path, *self.path.absolute().parents) if os.path.lexists(folder))
         if not nearest.is_dir():
             raise ConfigError(f"output_dir: {str(nearest)!r} is a file; name a folder")
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise ConfigError(f"output_dir: {str(nearest)!r} may not be written to; name another folder")
-        if nearest != self.path or not any(self.path.iterdir()):
+        if nearest != self.path:
+            return
+        try:
+            is_empty = not any(self.path.iterdir())
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir: {str(self.path)!r} cannot be read ({error.strerror}); name another folder"
+            ) from None
+        if is_empty:
             return
         if not (self.path / CONFIG_FILE).exists():
             raise ConfigError(f"output_dir: {str(self.path)!r} holds files that are not a run's; name another folder")
@@ -152,15 +174,35 @@ class RunFolder:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def metrics(self) -> list[dict]:
-        path = self.path / METRICS_FILE
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        whole = [line for line in lines if line.endswith("}")]  # a kill may have cut the last one
-        return [json.loads(line) for line in whole]
+        return read_records(self.path / METRICS_FILE)
 
     def truncate_metrics(self, step: int):
         """Forget lines written after checkpoint `step`: the resumed run writes them again."""
         kept = [record for record in self.metrics() if record["step"] <= step]
         write_atomic(self.path / METRICS_FILE, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def read_records(path: Path) -> list[dict]:
+    """The records of a run's JSONL file so far, each with its step. Raises CheckpointError for a line that is none."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); make it readable") from None
+    whole = [(i, line) for i, line in enumerate(lines, start=1) if line.endswith(b"}")]  # a kill may cut the last
+    return [_record(f"{path}:{i}", line) for i, line in whole]
+
+
+def _record(place: str, line: bytes) -> dict:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        shown = line[:60].decode("utf-8", errors="replace")
+        raise CheckpointError(f"{place}: {shown!r}: must be a JSON object with its step; delete this line")
+    return record
 
 
 def rng_state() -> dict:
@@ -193,10 +235,11 @@ def save_state(path: Path, state: dict):
     path.write_bytes(buffer.getbuffer())
 
 
-def load_state(path: Path) -> dict:
+def load_state(path: Path, parts: tuple[str, ...] = ("data",)) -> dict:
     """A `trainer_state.pt` of ours. Read with weights_only: it holds tensors and plain values, and can run no code.
 
-    torch saves a zip archive, whose checksums tell a damaged file before anything of it is used."""
+    parts: what must be in it beside STATE_PARTS. Raises CheckpointError for a file that is damaged or not ours. torch
+    saves a zip archive, whose checksums tell a damaged file before anything of it is used."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -204,4 +247,13 @@ def load_state(path: Path) -> dict:
         damaged = str(error)
     if damaged is not None:
         raise CheckpointError(f"{path}: unreadable checkpoint ({damaged}); delete its folder to resume before it")
-    return torch.load(path, weights_only=True, map_location="cpu")
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except FOREIGN as error:
+        if is_out_of_memory(error):
+            raise
+        state = None
+    is_ours = isinstance(state, dict) and all(part in state for part in (*parts, *STATE_PARTS))
+    if not is_ours or not all(isinstance(state[part], dict) for part in STATE_PARTS):
+        raise CheckpointError(f"{path}: not the state of a training of ours; delete its folder to resume before it")
+    return state

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mini_forge.errors import CheckpointError
+from mini_forge.errors import CheckpointError, reason_of
 from mini_forge.io.expert_weights import StackLoader
 from mini_forge.io.reading import Piece, ReadAhead, TensorEntry, read_tensor
 from mini_forge.io.storage import Storage, keeps_bfloat16
@@ -49,10 +49,10 @@ def resolve_model(name: str, key: str = "model_name") -> Path:
 
     key: what an error calls it."""
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if os.path.isdir(folder):  # unlike Path's own, which raises for a name that no folder can have
         return folder
     is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if folder.exists() or not is_hub_id:
+    if os.path.exists(folder) or not is_hub_id:
         raise CheckpointError(f"{key}: {name!r} is not a folder; give a model folder or a hub ID `owner/name`")
     return _from_hub(name, key)
 
@@ -76,13 +76,17 @@ def _from_hub(name: str, key: str) -> Path:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file; CheckpointError names the file when it is absent, broken or not an object."""
+    """A JSON object from a file; CheckpointError names the file when it is absent, unreadable, broken or no object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"{path}: file not found; a model folder needs it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({reason_of(error)}); give a folder that can be read") from None
+    try:
+        value = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); copy the file again from its source") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: must hold a JSON object, not {type(value).__name__}")
     return value
@@ -97,8 +101,12 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             if length < 8 or header_bytes > min(HEADER_LIMIT_BYTES, length - 8):
                 raise CheckpointError(f"{path}: not a safetensors file, or cut short; fetch it again")
             header = json.loads(file.read(header_bytes))
+            if not isinstance(header, dict):
+                raise ValueError("not an object")
     except FileNotFoundError:
         raise CheckpointError(f"{path}: the weight index names this file, but it is absent; fetch it again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); give a folder that can be read") from None
     except ValueError as error:
         if isinstance(error, CheckpointError):
             raise

@@ -20,6 +20,7 @@ from mini_forge.model.families import (
     qwen3_moe,
     smollm3,
 )
+from mini_forge.model.families.numbers import check_numbers, check_written
 from mini_forge.model.spec import DecoderSpec
 
 MODULES = {
@@ -42,6 +43,7 @@ def decoder_spec(config: dict) -> DecoderSpec:
         supported = ", ".join(FAMILIES)
         raise CheckpointError(f"config.json: model_type {kind!r} is not supported; supported: {supported}")
     try:
+        check_written(config)
         return _checked(FAMILIES[kind](config), config.get("text_config", config))
     except CheckpointError:
         raise
@@ -59,6 +61,7 @@ def decoder_spec(config: dict) -> DecoderSpec:
 
 def _checked(spec: DecoderSpec, config: dict) -> DecoderSpec:
     """The spec, if its numbers agree; raises CheckpointError where they cannot be a model's."""
+    check_numbers(spec)
     kinds = set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention", "chunked_attention"}
     experts = spec.experts
     wrong = {
