@@ -27,6 +27,7 @@ from mini_forge.data.tokenizer import Tokenizer, load_tokenizer
 from mini_forge.errors import CheckpointError, ConfigError, DataError, UserError
 from mini_forge.io.adapters import read_adapter_config, read_adapter_tensors
 from mini_forge.io.expert_adapters import stack_targets
+from mini_forge.io.fitting import check_weights
 from mini_forge.io.rewards import load_function
 from mini_forge.io.storage import keeps_bfloat16
 from mini_forge.io.weights import bfloat16_matrices, other_parts, read_json, resolve_model, weight_files
@@ -135,6 +136,8 @@ def prepare(config: TrainingConfig) -> Prepared:
     if config.reward_function and config.strategy == "rlhf":
         attempt(load_function, config.reward_function)
     opened = attempt(_open_model, config)
+    if opened is not None and plan is not None:
+        attempt(check_weights, config, plan, opened[0], adapter_spec(config))
     train_rows = attempt(_dataset, config, config.dataset, opened)
     if train_rows is None and trains_reward(config):
         problems.append(

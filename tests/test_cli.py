@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import torch
 import mini_forge
 from mini_forge.cli import main
 from tests.test_run import damaged
-from tests.tiny import write_rows
+from tests.tiny import write_checkpoint, write_rows
 
 
 @pytest.fixture
@@ -146,6 +147,53 @@ def test_check_tells_the_faults_of_config_and_dataset_together(config, tmp_path,
     assert main(["check", str(config), "--set", "lora_r=0", "--dataset", str(bad)]) == 2
     err = capsys.readouterr().err
     assert "lora_r" in err and "bad.jsonl:1:" in err
+
+
+def junk(folder):
+    (folder / "model.safetensors").write_bytes(b"junk" * 1000)
+
+
+def cut_short(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def another_config(**changes):
+    def change(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+@pytest.mark.parametrize("damage", [junk, cut_short, another_config(num_hidden_layers=99), another_config(head_dim=6)])
+def test_check_refuses_weights_that_train_refuses_in_the_same_words(config, tiny, tmp_path, capsys, damage):
+    base = shutil.copytree(tiny, tmp_path / "base")
+    damage(base)
+    lines = []
+    for command in ("train", "check"):
+        assert main([command, str(config), "--set", f"model_name={base}"]) == 2
+        lines.append(capsys.readouterr().err)
+    assert lines[0] == lines[1] and str(base) in lines[0]
+
+
+def test_faults_of_weights_and_dataset_are_told_together(config, tiny, tmp_path, capsys):
+    cut_short(shutil.copytree(tiny, tmp_path / "base"))
+    (tmp_path / "rows.jsonl").write_text('{"nothing": 1}\n')
+    assert main(["check", str(config), "--set", f"model_name={tmp_path / 'base'}"]) == 2
+    err = capsys.readouterr().err
+    assert "ends past the end of the file" in err and "rows.jsonl:1" in err
+
+
+def test_check_refuses_an_initial_adapter_that_does_not_fit(config, trained, tiny, tmp_path, capsys):
+    base = shutil.copytree(tiny, tmp_path / "base")
+    write_checkpoint(base, intermediate_size=96)
+    lines = []
+    for command in ("train", "check"):
+        settings = ["--set", f"init_adapter={trained}", "--set", f"model_name={base}"]
+        assert main([command, str(config), *settings, "--output-dir", str(tmp_path / "other")]) == 2
+        lines.append(capsys.readouterr().err)
+    assert lines[0] == lines[1] and "the model needs" in lines[0]
 
 
 def test_check_counts_the_end_tokens_trained_on(config, capsys):
