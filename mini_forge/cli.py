@@ -143,13 +143,17 @@ def load_config(options):
     return TrainingConfig.from_file(options.config, **overrides(options))
 
 
+def refuse_contradiction(options):
+    if options.resume and options.overwrite:
+        raise ConfigError("arguments: --resume and --overwrite contradict each other; give one")
+
+
 def _train(options):
     from mini_forge.progress import ProgressDisplay
     from mini_forge.run import train
     from mini_forge.training.loop import Interrupted
 
-    if options.resume and options.overwrite:
-        raise ConfigError("arguments: --resume and --overwrite contradict each other; give one")
+    refuse_contradiction(options)
     config = load_config(options)
     with ProgressDisplay() as display:
         try:
@@ -164,6 +168,7 @@ def _train(options):
 def _check(options):
     from mini_forge.check import check, dataset_problems, format_report
 
+    refuse_contradiction(options)
     try:
         config = load_config(options)
     except ConfigError as error:

@@ -55,6 +55,7 @@ def test_set_takes_json_or_a_bare_string(config, tmp_path):
     (["train", "CONFIG", "--set", "lora_rr=2"], "lora_rr"),
     (["train", "CONFIG", "--set", "lora_r=0"], "lora_r"),
     (["train", "CONFIG", "--resume", "--overwrite"], "contradict"),
+    (["check", "CONFIG", "--resume", "--overwrite"], "contradict"),
     (["train", "/absent.json"], "/absent.json"),
     (["train", "CONFIG", "--dataset", "/absent.jsonl"], "/absent.jsonl"),
     (["check", "CONFIG", "--set", "model_name=/absent"], "model_name: '/absent' is not a folder"),
@@ -265,3 +266,44 @@ def test_threads_wait_as_the_user_says_or_briefly(monkeypatch, capsys, said, exp
         monkeypatch.setenv(name, value)
     assert main(["schema"]) == 0
     assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
+def test_check_refuses_a_reward_model_that_train_refuses(config, trained, tiny, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "2 + 2"}\n' * 20)
+    settings = ["strategy=rlhf", "rollout_batch_size=4", "max_new_tokens=4"]
+    for reward, words in ((tiny, "no tensor 'score.weight'"), (trained, "task_type")):
+        lines = []
+        for command in ("train", "check"):
+            given = [part for setting in (*settings, f"reward_model={reward}") for part in ("--set", setting)]
+            assert main([command, str(config), *given, "--output-dir", str(tmp_path / "other")]) == 2
+            lines.append(capsys.readouterr().err)
+        assert lines[0] == lines[1] and words in lines[0]
+
+
+@pytest.mark.parametrize("name", [
+    "/dev/null", "/dev/null/x", "/proc/foo/x", "x" * 300, "a/" + "y" * 300, "z/" * 2040, "HOME", "a\0b", "\ud800",
+], ids=lambda name: name[:12].encode("ascii", "replace").decode())  # fmt: skip
+def test_check_refuses_a_folder_that_no_run_can_have(config, tmp_path, capsys, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("mine")
+    name = str(tmp_path / "home") if name == "HOME" else name
+    before = sorted(tmp_path.rglob("*"))
+    lines = []
+    for command in ("train", "check"):
+        assert main([command, str(config), "--output-dir", name]) == 2
+        lines.append(capsys.readouterr().err)
+    assert lines[0] == lines[1] and lines[0].startswith("error: output_dir: ") and lines[0].count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_check_tells_of_a_run_that_is_there_in_a_note(config, trained, capsys):
+    assert main(["check", str(config)]) == 0
+    assert "note: train will refuse: output_dir" in capsys.readouterr().out
+    assert main(["check", str(config), "--overwrite"]) == 0
+    assert "train will refuse" not in capsys.readouterr().out
+
+
+def test_a_user_that_is_not_there_is_a_folders_name(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["check", str(config), "--output-dir", "~nobody-of-that-name/run"]) == 0

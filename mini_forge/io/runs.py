@@ -10,6 +10,7 @@ import json
 import os
 import random
 import shutil
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from mini_forge.io.weights import read_json
 
 TEMPORARY, REPLACED = ".tmp-", ".old-"
 CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = "training_config.json", "metrics.jsonl", "summary.json"
+
+ROOM = 100  # bytes of a path that the names within a run's folder may need
 
 
 def write_atomic(path: Path, text: str):
@@ -64,21 +67,43 @@ class RunFolder:
     """The folder of one run."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path).expanduser()
+        self.path = Path(os.path.expanduser(path))  # a user that is not there is a name like another
         self.checkpoints = self.path / "checkpoints"
 
-    def check_usable(self, *, resume: bool, overwrite: bool):
-        """Raise ConfigError if training here would harm what is there; touches nothing."""
+    def check_possible(self):
+        """Raise ConfigError if no run can be here, with whichever arguments; leaves nothing."""
         nearest = next(folder for folder in (self.path, *self.path.absolute().parents) if os.path.lexists(folder))
         if not nearest.is_dir():
             raise ConfigError(f"output_dir: {str(nearest)!r} is a file; name a folder")
-        if not os.access(nearest, os.W_OK | os.X_OK):
+        if not os.access(nearest, os.W_OK | os.X_OK | (os.R_OK if nearest == self.path else 0)):
             raise ConfigError(f"output_dir: {str(nearest)!r} may not be written to; name another folder")
-        if nearest != self.path or not any(self.path.iterdir()):
-            return
-        if not (self.path / CONFIG_FILE).exists():
+        if nearest != self.path:
+            self._check_name(nearest)
+        elif any(self.path.iterdir()) and not (self.path / CONFIG_FILE).exists():
             raise ConfigError(f"output_dir: {str(self.path)!r} holds files that are not a run's; name another folder")
-        if not (resume or overwrite):
+
+    def _check_name(self, nearest: Path):
+        """Raise ConfigError if this folder cannot be made in `nearest`, which is there."""
+        try:
+            name = os.fsencode(self.path.absolute())
+            longest, whole = os.pathconf(nearest, "PC_NAME_MAX"), os.pathconf(nearest, "PC_PATH_MAX")
+            if b"\0" in name or any(len(part) > longest for part in name.split(b"/")) or len(name) + ROOM > whole:
+                raise ConfigError(
+                    f"output_dir: {_shortened(str(self.path))} is no name for a folder; a name has at most {longest} "
+                    f"bytes, and the path {whole - ROOM}"
+                )
+            os.rmdir(tempfile.mkdtemp(prefix=TEMPORARY, dir=nearest))  # some, as /proc, let no one make a folder
+        except UnicodeEncodeError:
+            raise ConfigError(f"output_dir: {str(self.path)!r} is not text; name another folder") from None
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir: {str(self.path)!r} cannot be made ({error.strerror}); name another folder"
+            ) from None
+
+    def check_usable(self, *, resume: bool, overwrite: bool):
+        """Raise ConfigError if training here would fail or harm what is there; leaves nothing."""
+        self.check_possible()
+        if (self.path / CONFIG_FILE).exists() and not (resume or overwrite):
             raise ConfigError(
                 f"output_dir: {str(self.path)!r} holds a run already; add --resume to go on with it, "
                 "--overwrite to replace it, or name another folder"
@@ -89,7 +114,9 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"output_dir: {str(self.path)!r} cannot be made ({error.strerror})") from None
+            raise ConfigError(
+                f"output_dir: {str(self.path)!r} cannot be made ({error.strerror}); name another folder"
+            ) from None
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         for name in (METRICS_FILE, SUMMARY_FILE, "adapter_model.safetensors", "adapter_config.json", "eval.json",
                      "predictions.jsonl"):  # fmt: skip
@@ -161,6 +188,10 @@ class RunFolder:
         """Forget lines written after checkpoint `step`: the resumed run writes them again."""
         kept = [record for record in self.metrics() if record["step"] <= step]
         write_atomic(self.path / METRICS_FILE, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def _shortened(name: str) -> str:
+    return repr(name if len(name) <= 80 else f"{name[:40]}…{name[-39:]}")
 
 
 def rng_state() -> dict:
