@@ -56,6 +56,13 @@ def test_set_takes_json_or_a_bare_string(config, tmp_path):
     (["train", "CONFIG", "--set", "lora_r=0"], "lora_r"),
     (["train", "CONFIG", "--resume", "--overwrite"], "contradict"),
     (["check", "CONFIG", "--resume", "--overwrite"], "contradict"),
+    (["train", "CONFIG", "--set", "lora_r=4", "--set", "lora_r=5"], "lora_r: given twice in --set, as 4 and as 5"),
+    (["check", "CONFIG", "--set", "lora_r=4", "--set", "lora_r=4"], "lora_r: given twice"),
+    (["check", "CONFIG", "--set", 'notes={"a": 1, "a": 2}'], "a: given twice in --set notes, as 1 and as 2"),
+    (["check", "CONFIG", "--set", "notes=" + "[" * 100000], "notes: not readable as JSON"),
+    (["check", "CONFIG", "--set", "seed=" + "1" * 9999], "seed: not readable as JSON"),
+    (["train", "CONFIG", "--dataset", "A", "--set", "dataset=B"], "dataset: 'B' of --set contradicts --dataset 'A'"),
+    (["train", "CONFIG", "--output-dir", "A", "--set", "output_dir=B"], "'B' of --set contradicts --output-dir 'A'"),
     (["train", "/absent.json"], "/absent.json"),
     (["train", "CONFIG", "--dataset", "/absent.jsonl"], "/absent.jsonl"),
     (["check", "CONFIG", "--set", "model_name=/absent"], "model_name: '/absent' is not a folder"),
@@ -307,3 +314,8 @@ def test_check_tells_of_a_run_that_is_there_in_a_note(config, trained, capsys):
 def test_a_user_that_is_not_there_is_a_folders_name(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["check", str(config), "--output-dir", "~nobody-of-that-name/run"]) == 0
+
+
+def test_a_key_may_be_set_twice_alike(config, tmp_path):
+    run = str(tmp_path / "same")
+    assert main(["check", str(config), "--output-dir", run, "--set", f"output_dir={run}"]) == 0
