@@ -17,7 +17,15 @@ from mini_forge.io.adapters import fill_adapter, save_adapter
 from mini_forge.io.card import model_card
 from mini_forge.io.fitting import check_adapter_format
 from mini_forge.io.models import load_model
-from mini_forge.io.runs import RunFolder, load_state, rng_state, save_state, set_rng_state, write_json
+from mini_forge.io.runs import (
+    REFERENCE_FILE,
+    RunFolder,
+    load_state,
+    rng_state,
+    save_state,
+    set_rng_state,
+    write_json,
+)
 from mini_forge.io.weights import load_base
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.lora import LoraSpec, inject
@@ -41,7 +49,6 @@ from mini_forge.training.sft import SFT
 from mini_forge.training.windows import Windows
 
 OBJECTIVES = {"sft": SFT, "qlora": SFT}  # of strategies whose objective has no settings
-REFERENCE_FILE = "reference_logps.json"
 # Keys that may change between a run and its resumption, because no step depends on them.
 FREE_ON_RESUME = ("output_dir", "comment", "notes", "logging_steps", "save_steps", "save_strategy", "save_total_limit",
                   "per_device_eval_batch_size")  # fmt: skip

@@ -518,3 +518,21 @@ def test_the_last_partial_window_is_logged_when_a_run_stops_early(settings, tmp_
                     eval_dataset=str(tmp_path / "other.jsonl"))  # fmt: skip
     last = max(m["step"] for m in result.metrics if "eval_loss" in m)
     assert [m["step"] for m in result.metrics if "loss" in m] == [1, last]
+
+
+def test_an_overwritten_run_leaves_nothing_of_the_one_before_and_all_that_is_the_users(settings, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "1 + 1", "chosen": "2", "rejected": "3"}\n' * 12)
+    first, _ = run(settings, strategy="dpo", dataset=str(pairs), precompute_reference=True)
+    folder = first.output_dir
+    assert (folder / "reference_logps.json").exists()
+    (folder / ".tmp-final").mkdir()
+    (folder / "tokenizer.model").write_text("of another base")
+    (folder / "letter.txt").write_text("mine")
+
+    def stop(record):
+        raise OSError("stopped")
+
+    with pytest.raises(TrainingError):
+        run(settings, overwrite=True, save_strategy="no", on_metrics=stop)
+    assert {p.name for p in folder.iterdir()} == {"training_config.json", "metrics.jsonl", "checkpoints", "letter.txt"}

@@ -17,11 +17,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mini_forge.data.tokenizer import FILES as TOKENIZER_FILES
 from mini_forge.errors import CheckpointError, ConfigError
 from mini_forge.io.weights import read_json
 
 TEMPORARY, REPLACED = ".tmp-", ".old-"
 CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = "training_config.json", "metrics.jsonl", "summary.json"
+REFERENCE_FILE = "reference_logps.json"
+RUN_FILES = (  # what a run and its evaluation write, but for the configuration, which the next run replaces
+    SUMMARY_FILE, METRICS_FILE, "adapter_model.safetensors", "adapter_config.json", "README.md", "eval.json",
+    "predictions.jsonl", REFERENCE_FILE,
+)  # fmt: skip
 
 ROOM = 100  # bytes of a path that the names within a run's folder may need
 
@@ -118,9 +124,12 @@ class RunFolder:
                 f"output_dir: {str(self.path)!r} cannot be made ({error.strerror}); name another folder"
             ) from None
         shutil.rmtree(self.checkpoints, ignore_errors=True)
-        for name in (METRICS_FILE, SUMMARY_FILE, "adapter_model.safetensors", "adapter_config.json", "eval.json",
-                     "predictions.jsonl"):  # fmt: skip
-            (self.path / name).unlink(missing_ok=True)
+        self.sweep()
+        is_model = (self.path / "config.json").exists()  # then the tokenizer is the model's, and no run's copy
+        keeps_reference = config.get("strategy") == "dpo" and config.get("precompute_reference")  # its key is checked
+        for name in RUN_FILES if is_model else (*RUN_FILES, *TOKENIZER_FILES):
+            if not (name == REFERENCE_FILE and keeps_reference):
+                (self.path / name).unlink(missing_ok=True)
         self.checkpoints.mkdir()
         write_json(self.path / CONFIG_FILE, config)
         (self.path / METRICS_FILE).touch()
