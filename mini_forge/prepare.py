@@ -344,6 +344,8 @@ def _tokenise(config, plan, opened, train_rows, eval_rows) -> Prepared:
     limit = config.max_seq_length or spec.max_positions
     if limit > spec.max_positions:
         notes.append(f"max_seq_length {limit} is more than the {spec.max_positions} positions the model was made for")
+    if config.adapter_format == "per-expert" and spec.experts is None:
+        notes.append("adapter_format: no effect on a model without experts")
     train_rows, eval_rows = (
         _with_tokens(config, template, tokenizer, limit, notes, rows) for rows in (train_rows, eval_rows)
     )

@@ -319,3 +319,8 @@ def test_a_user_that_is_not_there_is_a_folders_name(config, tmp_path, monkeypatc
 def test_a_key_may_be_set_twice_alike(config, tmp_path):
     run = str(tmp_path / "same")
     assert main(["check", str(config), "--output-dir", run, "--set", f"output_dir={run}"]) == 0
+
+
+def test_check_notes_a_format_of_experts_that_the_model_has_not(config, capsys):
+    assert main(["check", str(config), "--set", "adapter_format=per-expert"]) == 0
+    assert "note: adapter_format: no effect on a model without experts" in capsys.readouterr().out
