@@ -13,7 +13,7 @@ from mini_forge.data.batches import show_example
 from mini_forge.data.labelled import show_labelled
 from mini_forge.data.pairs import each, show_pair
 from mini_forge.data.tasks import TASKS, load_examples
-from mini_forge.errors import ConfigError, DataError
+from mini_forge.errors import ConfigError, DataError, UserError
 from mini_forge.io.runs import RunFolder
 from mini_forge.memory_plan import format_memory, memory_plan, memory_report
 from mini_forge.prepare import Prepared, adapter_spec, prepare
@@ -23,7 +23,7 @@ from mini_forge.run import loop_settings, windows
 
 def check(config: TrainingConfig, *, resume: bool = False, overwrite: bool = False) -> dict:
     """The report of what `train` with the same arguments would do; raises UserError with every problem found."""
-    prepared = prepare(config)
+    prepared = _prepared(config)
     window = windows(prepared)
     settings = loop_settings(config, window.steps_per_epoch, has_eval=bool(prepared.eval))
     config = prepared.config
@@ -55,6 +55,19 @@ def check(config: TrainingConfig, *, resume: bool = False, overwrite: bool = Fal
         "example": show(prepared.train[0], prepared.tokenizer),
         "notes": notes,
     }
+
+
+def _prepared(config: TrainingConfig) -> Prepared:
+    """What `prepare` gives. What is wrong with the run's folder is told together with the faults of all else."""
+    problems = []
+    for part in (lambda: RunFolder(config.output_dir).check_possible(), lambda: prepare(config)):
+        try:
+            prepared = part()
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    return prepared
 
 
 def dataset_problems(path: str, overrides: dict) -> list[str]:
@@ -103,6 +116,7 @@ def _looked_over(prepared: Prepared) -> dict:
 
 
 def _folder_notes(config: TrainingConfig, resume: bool, overwrite: bool) -> list[str]:
+    """A run that is there already: no fault of the configuration, which is looked at again after its run too."""
     try:
         RunFolder(config.output_dir).check_usable(resume=resume, overwrite=overwrite)
     except ConfigError as error:

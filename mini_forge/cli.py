@@ -23,15 +23,11 @@ class _Parser(argparse.ArgumentParser):
         )
 
 
-def _setting(text: str) -> tuple[str, object]:
-    """`KEY=VALUE`, VALUE as JSON where it is JSON, else the bare string."""
+def _setting(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise argparse.ArgumentTypeError(f"{text!r} must be KEY=VALUE")
-    try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value
+    return key, value
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -131,16 +127,33 @@ def spin_briefly():
 
 
 def overrides(options) -> dict:
-    """The keys that the command line sets."""
-    named = {"dataset": options.dataset, "output_dir": options.output_dir}
-    return {**dict(options.settings), **{key: value for key, value in named.items() if value is not None}}
+    """The keys that the command line sets. Raises ConfigError for one that it sets twice."""
+    from mini_forge.config_json import read_value, unique
+
+    problems = []
+    settings = [(key, read_value(key, text)) for key, text in options.settings]
+    keys = unique(settings, "--set", problems)
+    for key, value in (("dataset", options.dataset), ("output_dir", options.output_dir)):
+        if value is not None and keys.get(key, value) != value:
+            option = f"--{key.replace('_', '-')}"
+            problems.append(f"{key}: {keys[key]!r} of --set contradicts {option} {value!r}; keep one of them")
+        if value is not None:
+            keys[key] = value
+    if problems:
+        raise ConfigError(*problems)
+    return keys
 
 
-def load_config(options):
-    """The configuration file with the command line's settings on top."""
+def load_config(options, **replaced):
+    """The configuration file with the command line's settings on top, and in place of all these `replaced`."""
     from mini_forge.config import TrainingConfig
 
-    return TrainingConfig.from_file(options.config, **overrides(options))
+    return TrainingConfig.from_file(options.config, **(overrides(options) | replaced))
+
+
+def refuse_contradiction(options):
+    if options.resume and options.overwrite:
+        raise ConfigError("arguments: --resume and --overwrite contradict each other; give one")
 
 
 def _train(options):
@@ -148,8 +161,7 @@ def _train(options):
     from mini_forge.run import train
     from mini_forge.training.loop import Interrupted, stop_signals
 
-    if options.resume and options.overwrite:
-        raise ConfigError("arguments: --resume and --overwrite contradict each other; give one")
+    refuse_contradiction(options)
     config = load_config(options)
     with ProgressDisplay() as display, stop_signals():  # also while the model is loaded: there is nothing to save yet
         try:
@@ -164,10 +176,12 @@ def _train(options):
 def _check(options):
     from mini_forge.check import check, dataset_problems, format_report
 
+    refuse_contradiction(options)
+    keys = overrides(options)
     try:
         config = load_config(options)
     except ConfigError as error:
-        raise UserError(*error.problems, *dataset_problems(options.config, overrides(options))) from None
+        raise UserError(*error.problems, *dataset_problems(options.config, keys)) from None
     report = check(config, resume=options.resume, overwrite=options.overwrite)
     print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else format_report(report))
 
@@ -177,12 +191,13 @@ def _bench(options):
     from mini_forge.bench.measure import bench, format_results
     from mini_forge.training.loop import Interrupted
 
-    if options.shape:  # in place of what the file names, if it names any
-        options.settings += [("model_name", options.shape), ("dataset", "random tokens")]
+    # in place of what the file names, if it names any
+    replaced = {"model_name": options.shape, "dataset": "random tokens"} if options.shape else {}
     report = (lambda line: None) if options.json else partial(print, flush=True)
     try:
-        result = bench(load_config(options), steps=options.steps, shape=options.shape, length=options.length,
-                       called=called, report=report)  # fmt: skip
+        config = load_config(options, **replaced)
+        result = bench(config, steps=options.steps, shape=options.shape, length=options.length, called=called,
+                       report=report)  # fmt: skip
     except Interrupted as stopped:
         raise SystemExit(128 + stopped.signal_number) from None
     print(json.dumps(result, indent=2, ensure_ascii=False) if options.json else "\n".join(format_results(result)))

@@ -253,16 +253,19 @@ class _Reader:
 
     def config(self) -> TrainingConfig:
         values = self._checked()
-        written = set(values)
+        written, usual = set(values), {}
         for source, suggestion in self._suggestions(values):
             self._fill(values, source, suggestion)
+            usual = suggestion | usual
         self.problems += [self._missing(name) for name in RULES if name not in values and name not in self.written]
         complete = {**DEFAULTS, **values}
         self.problems += contradictions(complete, written)
         if self.problems:
             raise ConfigError(*self.problems)
         provenance = {name: self.sources[name] for name in RULES}
-        return TrainingConfig(**complete, provenance=provenance, warnings=list(warnings(complete, written, DEFAULTS)))
+        return TrainingConfig(
+            **complete, provenance=provenance, warnings=list(warnings(complete, written, DEFAULTS | usual))
+        )
 
     def _canonical(self, document: Mapping, source: str) -> dict:
         """Values by our names; unknown keys, and a key and its alias that differ, become problems."""

@@ -11,19 +11,8 @@ def read_object(path: str | Path) -> dict:
     """The object in the UTF-8 file `path` (a byte-order mark is fine). Raises ConfigError."""
     text = _read_text(Path(path))
     problems = []
-
-    def unique(pairs):
-        found = {}
-        for name, value in pairs:
-            if name in found:
-                problems.append(
-                    f"{name}: given twice in {path}, as {show(found[name])} and as {show(value)}; keep one of them"
-                )
-            found[name] = value
-        return found
-
     try:
-        value = json.loads(text, object_pairs_hook=unique)
+        value = json.loads(text, object_pairs_hook=lambda pairs: unique(pairs, str(path), problems))
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"{path}:{error.lineno}: not JSON: {error.msg} (column {error.colno}){_hint(text, error.pos)}"
@@ -35,6 +24,32 @@ def read_object(path: str | Path) -> dict:
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: Must be a JSON object (got {show(value)}); write keys and values between {{ and }}")
     return value
+
+
+def read_value(key: str, text: str):
+    """The value of `--set KEY=TEXT`: JSON where it is JSON, else the bare string. Raises ConfigError."""
+    problems = []
+    try:
+        value = json.loads(text, object_pairs_hook=lambda pairs: unique(pairs, f"--set {key}", problems))
+    except json.JSONDecodeError:
+        return text
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{key}: not readable as JSON: {str(error).splitlines()[0]}; give another value") from None
+    if problems:
+        raise ConfigError(*problems)
+    return value
+
+
+def unique(pairs: list[tuple[str, object]], where: str, problems: list[str]) -> dict:
+    """The pairs as a dict; each key that is given twice becomes a problem."""
+    found = {}
+    for name, value in pairs:
+        if name in found:
+            problems.append(
+                f"{name}: given twice in {where}, as {show(found[name])} and as {show(value)}; keep one of them"
+            )
+        found[name] = value
+    return found
 
 
 def _read_text(path: Path) -> str:

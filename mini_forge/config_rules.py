@@ -17,6 +17,7 @@ RLHF_KEYS = (
     "kl_estimator", "kl_target", "target_kl", "ppo_epochs", "num_mini_batches", "rollout_batch_size",
     "max_new_tokens", "temperature", "gamma", "gae_lambda", "clip_range", "value_clip_range", "value_coef",
 )  # fmt: skip
+FOUR_BIT_KEYS = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "use_nested_quant")
 GAE_KEYS = ("gamma", "gae_lambda", "value_clip_range", "value_coef", "kl_estimator")  # GRPO has no values, and k3
 
 
@@ -103,9 +104,10 @@ def _evaluation(v: dict) -> Iterator[str]:
         yield f"load_best_model_at_end: true needs evaluation and eval_split is 0; {remedy}"
 
 
-def warnings(v: dict, written: set[str], defaults: dict) -> Iterator[str]:
-    """A line for each setting that differs from its default and has no effect beside the others."""
-    changed = {name for name in written if v[name] != defaults[name]}
+def warnings(v: dict, written: set[str], usual: dict) -> Iterator[str]:
+    """A line for each setting that has no effect beside the others, where it differs from what it would be if it were
+    left out, `usual`: a recorded configuration has every key, and says no more than the user did."""
+    changed = {name for name in written if v[name] != usual[name]}
     for strategy, names in (("dpo", DPO_KEYS), ("rlhf", RLHF_KEYS)):
         if v["strategy"] != strategy:
             for name in names:
@@ -119,6 +121,25 @@ def warnings(v: dict, written: set[str], defaults: dict) -> Iterator[str]:
         yield f"num_train_epochs: no effect, max_steps {v['max_steps']} decides how long training lasts"
     if "save_steps" in changed and v["save_strategy"] != "steps":
         yield f'save_steps: no effect with save_strategy "{v["save_strategy"]}"; it belongs to "steps"'
+    yield from _idle(v, changed)
+
+
+def _idle(v: dict, changed: set[str]) -> Iterator[str]:
+    """Settings of what is switched off."""
+    is_evaluated = v["eval_split"] > 0 or v["eval_dataset"] is not None
+    scores = v["strategy"] == "rlhf" or (v["strategy"] == "dpo" and v["precompute_reference"])  # in such batches too
+    unevaluated = "while training, nothing is evaluated: eval_split is 0 and no eval_dataset is given"
+    idle = [
+        ("warmup_ratio", v["lr_scheduler_type"] == "constant", 'with lr_scheduler_type "constant"'),
+        *((name, not v["use_4bit"], "without use_4bit") for name in FOUR_BIT_KEYS),
+        ("recompute", not v["gradient_checkpointing"], "without gradient_checkpointing"),
+        ("save_total_limit", v["save_strategy"] == "no", 'with save_strategy "no"'),
+        ("eval_steps", not is_evaluated, unevaluated),
+        ("per_device_eval_batch_size", not is_evaluated and not scores, unevaluated),
+    ]
+    for name, is_idle, reason in idle:
+        if name in changed and is_idle:
+            yield f"{name}: no effect {reason}"
 
 
 def _preference_warnings(v: dict, changed: set[str]) -> Iterator[str]:

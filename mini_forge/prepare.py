@@ -27,9 +27,11 @@ from mini_forge.data.tokenizer import Tokenizer, load_tokenizer
 from mini_forge.errors import CheckpointError, ConfigError, DataError, UserError
 from mini_forge.io.adapters import read_adapter_config, read_adapter_tensors
 from mini_forge.io.expert_adapters import stack_targets
+from mini_forge.io.fitting import check_weights
+from mini_forge.io.hub import resolve_model
 from mini_forge.io.rewards import load_function
 from mini_forge.io.storage import keeps_bfloat16
-from mini_forge.io.weights import bfloat16_matrices, other_parts, read_json, resolve_model, weight_files
+from mini_forge.io.weights import bfloat16_matrices, other_parts, read_json, weight_files
 from mini_forge.model.decoder import Decoder, DecoderSpec
 from mini_forge.model.families import decoder_spec
 from mini_forge.model.lora import LoraSpec, target_names
@@ -135,6 +137,8 @@ def prepare(config: TrainingConfig) -> Prepared:
     if config.reward_function and config.strategy == "rlhf":
         attempt(load_function, config.reward_function)
     opened = attempt(_open_model, config)
+    if opened is not None and plan is not None:
+        attempt(check_weights, config, plan, opened[0], adapter_spec(config))
     train_rows = attempt(_dataset, config, config.dataset, opened)
     if train_rows is None and trains_reward(config):
         problems.append(
@@ -352,6 +356,8 @@ def _tokenise(config, plan, opened, train_rows, eval_rows) -> Prepared:
     limit = config.max_seq_length or spec.max_positions
     if limit > spec.max_positions:
         notes.append(f"max_seq_length {limit} is more than the {spec.max_positions} positions the model was made for")
+    if config.adapter_format == "per-expert" and spec.experts is None:
+        notes.append("adapter_format: no effect on a model without experts")
     train_rows, eval_rows = (
         _with_tokens(config, template, tokenizer, limit, notes, rows) for rows in (train_rows, eval_rows)
     )

@@ -15,11 +15,19 @@ from mini_forge.errors import ConfigError, TrainingError, is_out_of_memory
 from mini_forge.inference.evaluate import evaluate_labelled, evaluate_loss, evaluate_pairs
 from mini_forge.io.adapters import fill_adapter, save_adapter
 from mini_forge.io.card import model_card
+from mini_forge.io.fitting import check_adapter_format
 from mini_forge.io.models import load_model
-from mini_forge.io.runs import RunFolder, load_state, rng_state, save_state, set_rng_state, write_json
+from mini_forge.io.runs import (
+    REFERENCE_FILE,
+    RunFolder,
+    load_state,
+    rng_state,
+    save_state,
+    set_rng_state,
+    write_json,
+)
 from mini_forge.io.weights import load_base
 from mini_forge.model.decoder import Decoder
-from mini_forge.model.families.layout import PerExpert
 from mini_forge.model.lora import LoraSpec, inject
 from mini_forge.prepare import Prepared, adapter_spec, has_reference, is_labelled, is_paired, model_identity, prepare
 from mini_forge.providers import PROVIDERS, equip
@@ -41,7 +49,6 @@ from mini_forge.training.sft import SFT
 from mini_forge.training.windows import Windows
 
 OBJECTIVES = {"sft": SFT, "qlora": SFT}  # of strategies whose objective has no settings
-REFERENCE_FILE = "reference_logps.json"
 # Keys that may change between a run and its resumption, because no step depends on them.
 FREE_ON_RESUME = ("output_dir", "comment", "notes", "logging_steps", "save_steps", "save_strategy", "save_total_limit",
                   "per_device_eval_batch_size")  # fmt: skip
@@ -121,11 +128,7 @@ def build_model(prepared: Prepared, lora: LoraSpec, report=print, load: Callable
     )
     inject(model, lora, torch.Generator().manual_seed(config.seed))
     equip(model, provider)
-    if config.adapter_format == "per-expert" and not isinstance(model.layout, PerExpert | None):
-        raise ConfigError(
-            'adapter_format: "per-expert" is for models whose checkpoints store each expert by itself; this one stores '
-            'stacks, and other programs read its adapters only as "peft" writes them'
-        )
+    check_adapter_format(config, model)
     if config.init_adapter:
         fill_adapter(model, Path(config.init_adapter).expanduser())
     model.recompute = config.recompute if config.gradient_checkpointing else None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import torch
 import mini_forge
 from mini_forge.cli import main
 from tests.test_run import damaged
-from tests.tiny import write_rows
+from tests.tiny import write_checkpoint, write_rows
 
 
 @pytest.fixture
@@ -54,6 +55,14 @@ def test_set_takes_json_or_a_bare_string(config, tmp_path):
     (["train", "CONFIG", "--set", "lora_rr=2"], "lora_rr"),
     (["train", "CONFIG", "--set", "lora_r=0"], "lora_r"),
     (["train", "CONFIG", "--resume", "--overwrite"], "contradict"),
+    (["check", "CONFIG", "--resume", "--overwrite"], "contradict"),
+    (["train", "CONFIG", "--set", "lora_r=4", "--set", "lora_r=5"], "lora_r: given twice in --set, as 4 and as 5"),
+    (["check", "CONFIG", "--set", "lora_r=4", "--set", "lora_r=4"], "lora_r: given twice"),
+    (["check", "CONFIG", "--set", 'notes={"a": 1, "a": 2}'], "a: given twice in --set notes, as 1 and as 2"),
+    (["check", "CONFIG", "--set", "notes=" + "[" * 100000], "notes: not readable as JSON"),
+    (["check", "CONFIG", "--set", "seed=" + "1" * 9999], "seed: not readable as JSON"),
+    (["train", "CONFIG", "--dataset", "A", "--set", "dataset=B"], "dataset: 'B' of --set contradicts --dataset 'A'"),
+    (["train", "CONFIG", "--output-dir", "A", "--set", "output_dir=B"], "'B' of --set contradicts --output-dir 'A'"),
     (["train", "/absent.json"], "/absent.json"),
     (["train", "CONFIG", "--dataset", "/absent.jsonl"], "/absent.jsonl"),
     (["check", "CONFIG", "--set", "model_name=/absent"], "model_name: '/absent' is not a folder"),
@@ -154,6 +163,53 @@ def test_check_tells_the_faults_of_config_and_dataset_together(config, tmp_path,
     assert "lora_r" in err and "bad.jsonl:1:" in err
 
 
+def junk(folder):
+    (folder / "model.safetensors").write_bytes(b"junk" * 1000)
+
+
+def cut_short(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def another_config(**changes):
+    def change(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+@pytest.mark.parametrize("damage", [junk, cut_short, another_config(num_hidden_layers=99), another_config(head_dim=6)])
+def test_check_refuses_weights_that_train_refuses_in_the_same_words(config, tiny, tmp_path, capsys, damage):
+    base = shutil.copytree(tiny, tmp_path / "base")
+    damage(base)
+    lines = []
+    for command in ("train", "check"):
+        assert main([command, str(config), "--set", f"model_name={base}"]) == 2
+        lines.append(capsys.readouterr().err)
+    assert lines[0] == lines[1] and str(base) in lines[0]
+
+
+def test_faults_of_weights_and_dataset_are_told_together(config, tiny, tmp_path, capsys):
+    cut_short(shutil.copytree(tiny, tmp_path / "base"))
+    (tmp_path / "rows.jsonl").write_text('{"nothing": 1}\n')
+    assert main(["check", str(config), "--set", f"model_name={tmp_path / 'base'}"]) == 2
+    err = capsys.readouterr().err
+    assert "ends past the end of the file" in err and "rows.jsonl:1" in err
+
+
+def test_check_refuses_an_initial_adapter_that_does_not_fit(config, trained, tiny, tmp_path, capsys):
+    base = shutil.copytree(tiny, tmp_path / "base")
+    write_checkpoint(base, intermediate_size=96)
+    lines = []
+    for command in ("train", "check"):
+        settings = ["--set", f"init_adapter={trained}", "--set", f"model_name={base}"]
+        assert main([command, str(config), *settings, "--output-dir", str(tmp_path / "other")]) == 2
+        lines.append(capsys.readouterr().err)
+    assert lines[0] == lines[1] and "the model needs" in lines[0]
+
+
 def test_check_counts_the_end_tokens_trained_on(config, capsys):
     assert main(["check", str(config), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["dataset"]["end_token_trained"] == "16/16"
@@ -223,3 +279,54 @@ def test_threads_wait_as_the_user_says_or_briefly(monkeypatch, capsys, said, exp
         monkeypatch.setenv(name, value)
     assert main(["schema"]) == 0
     assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
+def test_check_refuses_a_reward_model_that_train_refuses(config, trained, tiny, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "2 + 2"}\n' * 20)
+    settings = ["strategy=rlhf", "rollout_batch_size=4", "max_new_tokens=4"]
+    for reward, words in ((tiny, "no tensor 'score.weight'"), (trained, "task_type")):
+        lines = []
+        for command in ("train", "check"):
+            given = [part for setting in (*settings, f"reward_model={reward}") for part in ("--set", setting)]
+            assert main([command, str(config), *given, "--output-dir", str(tmp_path / "other")]) == 2
+            lines.append(capsys.readouterr().err)
+        assert lines[0] == lines[1] and words in lines[0]
+
+
+@pytest.mark.parametrize("name", [
+    "/dev/null", "/dev/null/x", "/proc/foo/x", "x" * 300, "a/" + "y" * 300, "z/" * 2040, "HOME", "a\0b", "\ud800",
+], ids=lambda name: name[:12].encode("ascii", "replace").decode())  # fmt: skip
+def test_check_refuses_a_folder_that_no_run_can_have(config, tmp_path, capsys, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("mine")
+    name = str(tmp_path / "home") if name == "HOME" else name
+    before = sorted(tmp_path.rglob("*"))
+    lines = []
+    for command in ("train", "check"):
+        assert main([command, str(config), "--output-dir", name]) == 2
+        lines.append(capsys.readouterr().err)
+    assert lines[0] == lines[1] and lines[0].startswith("error: output_dir: ") and lines[0].count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_check_tells_of_a_run_that_is_there_in_a_note(config, trained, capsys):
+    assert main(["check", str(config)]) == 0
+    assert "note: train will refuse: output_dir" in capsys.readouterr().out
+    assert main(["check", str(config), "--overwrite"]) == 0
+    assert "train will refuse" not in capsys.readouterr().out
+
+
+def test_a_user_that_is_not_there_is_a_folders_name(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["check", str(config), "--output-dir", "~nobody-of-that-name/run"]) == 0
+
+
+def test_a_key_may_be_set_twice_alike(config, tmp_path):
+    run = str(tmp_path / "same")
+    assert main(["check", str(config), "--output-dir", run, "--set", f"output_dir={run}"]) == 0
+
+
+def test_check_notes_a_format_of_experts_that_the_model_has_not(config, capsys):
+    assert main(["check", str(config), "--set", "adapter_format=per-expert"]) == 0
+    assert "note: adapter_format: no effect on a model without experts" in capsys.readouterr().out

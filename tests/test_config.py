@@ -379,6 +379,17 @@ def test_the_configuration_is_frozen():
         ({"strategy": "dpo", "loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing: no effect with loss_type"),
         ({"max_steps": 5, "num_train_epochs": 3}, "num_train_epochs: no effect, max_steps 5"),
         ({"save_steps": 7}, "save_steps: no effect with save_strategy"),
+        ({"warmup_ratio": 0.1, "lr_scheduler_type": "constant"}, 'warmup_ratio: no effect with lr_scheduler_type "con'),
+        ({"use_nested_quant": True, "use_4bit": False}, "use_nested_quant: no effect without use_4bit"),
+        ({"bnb_4bit_quant_type": "fp4", "use_8bit": True}, "bnb_4bit_quant_type: no effect without use_4bit"),
+        (
+            {"bnb_4bit_compute_dtype": "float32", "use_4bit": False},
+            "bnb_4bit_compute_dtype: no effect without use_4bit",
+        ),
+        ({"recompute": "selective", "gradient_checkpointing": False}, "recompute: no effect without gradient_checkp"),
+        ({"save_total_limit": 2, "save_strategy": "no"}, 'save_total_limit: no effect with save_strategy "no"'),
+        ({"eval_steps": 7, "eval_split": 0}, "eval_steps: no effect while training, nothing is evaluated"),
+        ({"per_device_eval_batch_size": 7, "eval_split": 0}, "per_device_eval_batch_size: no effect while training"),
     ],
 )
 def test_settings_without_effect_are_warned_of(keys, start):
@@ -389,6 +400,15 @@ def test_settings_without_effect_are_warned_of(keys, start):
 def test_defaults_and_settings_with_effect_are_not_warned_of():
     assert make(strategy="dpo", beta=0.2, max_steps=5).warnings == []
     assert make(save_strategy="steps", save_steps=7, kl_coef=0.05).warnings == []
+    assert make(strategy="dpo", eval_split=0, precompute_reference=True, per_device_eval_batch_size=8).warnings == []
+    assert make(warmup_ratio=0.1, use_nested_quant=True, recompute="selective", eval_steps=7).warnings == []
+
+
+def test_what_a_profile_or_a_loss_suggests_is_not_warned_of_even_when_it_was_recorded():
+    for keys in ({"compute_specs": "mid_range", "use_4bit": False}, {"compute_specs": "high_end"},
+                 {"strategy": "dpo", "loss_type": "kto", "eval_split": 0}):  # fmt: skip
+        config = make(**keys)
+        assert config.warnings == [] == TrainingConfig.from_dict(config.to_dict()).warnings
 
 
 def test_the_schema_knows_every_key_and_alias_and_nothing_else():

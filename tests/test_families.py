@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import mini_forge
 from mini_forge.errors import CheckpointError
+from mini_forge.io.weights import load_base
 from mini_forge.model.decoder import KVCache
 from mini_forge.model.families import FAMILIES, decoder_spec, expert_layout
 from mini_forge.model.families.layout import (
@@ -467,6 +468,10 @@ def test_stacks_that_do_not_fit_are_named(case, tmp_path):
     with pytest.raises(CheckpointError, match=message) as error:
         mini_forge.load_model(changed(name, tmp_path, change))
     assert "\n" not in str(error.value)
+    if "not a number" not in case:  # a value, which no header tells
+        with pytest.raises(CheckpointError) as beforehand:
+            load_base(tmp_path / name, headers_only=True)
+        assert str(beforehand.value) == str(error.value)
 
 
 @torch.no_grad()

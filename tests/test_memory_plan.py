@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -597,6 +597,9 @@ def test_a_reward_model_of_another_kind_has_a_backbone_of_its_own(settings, tiny
     classifier = tmp_path / "classifier"
     classifier.mkdir()
     (classifier / "config.json").write_text((tiny / "config.json").read_text())
+    tensors = load_file(tiny / "model.safetensors") | {"score.weight": torch.zeros(1, CONFIG["hidden_size"])}
+    del tensors["lm_head.weight"]
+    save_file(tensors, classifier / "model.safetensors")
     options = {"strategy": "rlhf", "rollout_batch_size": 8, "max_new_tokens": 16, "reward_model": str(classifier)}
     memory, notes = notes_of(settings, PAIRS, tmp_path, **options, use_4bit=False)
     head = 4 * CONFIG["vocab_size"] * CONFIG["hidden_size"]  # a classifier has none

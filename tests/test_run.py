@@ -615,3 +615,21 @@ def test_an_absent_folder_is_named_by_what_names_it(settings, tmp_path, capsys, 
     (tmp_path / "config.json").write_text(json.dumps(settings))
     assert main([str(tmp_path / "config.json") if a == "CONFIG" else a for a in arguments]) == 2
     assert capsys.readouterr().err.startswith(message)
+
+
+def test_an_overwritten_run_leaves_nothing_of_the_one_before_and_all_that_is_the_users(settings, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "1 + 1", "chosen": "2", "rejected": "3"}\n' * 12)
+    first, _ = run(settings, strategy="dpo", dataset=str(pairs), precompute_reference=True)
+    folder = first.output_dir
+    assert (folder / "reference_logps.json").exists()
+    (folder / ".tmp-final").mkdir()
+    (folder / "tokenizer.model").write_text("of another base")
+    (folder / "letter.txt").write_text("mine")
+
+    def stop(record):
+        raise OSError("stopped")
+
+    with pytest.raises(TrainingError):
+        run(settings, overwrite=True, save_strategy="no", on_metrics=stop)
+    assert {p.name for p in folder.iterdir()} == {"training_config.json", "metrics.jsonl", "checkpoints", "letter.txt"}

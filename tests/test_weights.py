@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 import mini_forge
 from mini_forge.errors import CheckpointError, ConfigError
 from mini_forge.io import weights
-from mini_forge.io.weights import Checkpoint, resolve_model
+from mini_forge.io.hub import resolve_model
+from mini_forge.io.weights import Checkpoint, load_base
 from mini_forge.model.quant import Linear4bit, Linear8bit, quantize_4bit, quantize_8bit
 from tests.tiny import make_unreadable, random_model, write_checkpoint
 
@@ -273,3 +274,52 @@ def test_weights_are_quantized_as_they_are_in_the_training_dtype(folder, stored,
     layer = mini_forge.load_model(folder, dtype=dtype, quantization="int8").get_submodule(name)
     packed, scale = quantize_8bit(weight)
     assert torch.equal(layer.weight, packed) and torch.equal(layer.SCB, scale)
+
+
+def both_errors(folder, **options):
+    """What loading says and what the headers alone say."""
+    lines = []
+    for headers_only in (False, True):
+        with pytest.raises(CheckpointError) as error:
+            load_base(folder, headers_only=headers_only, **options)
+        lines.append(str(error.value))
+    return lines
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("damage", [
+    lambda f: rewrite(f, lambda t: t.pop("model.norm.weight")),
+    lambda f: rewrite(f, lambda t: t.update({"model.norm.weight": torch.zeros(3)})),
+    lambda f: change_config(f, num_hidden_layers=9),
+    lambda f: change_config(f, head_dim=6),
+    lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:20000]),
+    lambda f: (f / "model.safetensors").write_bytes(b"junk" * 99),
+    lambda f: (f / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"[]"),
+    lambda f: (f / "model.safetensors").write_bytes(
+        (62).to_bytes(8, "little") + b'{"a": {"dtype": "F32", "shape": ["x"], "data_offsets":[0, 4]}}1234'),
+    lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors").mkdir()),
+])  # fmt: skip
+def test_headers_alone_tell_what_loading_tells(folder, damage):
+    damage(folder)
+    told, beforehand = both_errors(folder)
+    assert beforehand == told and "\n" not in told
+
+
+def test_headers_alone_tell_of_layers_stored_in_few_bits(folder):
+    rewrite(folder, lambda t: t.update({"model.layers.1.mlp.up_proj.weight": torch.ones(64, 64)}))
+    store_in_4bit(folder, nested=True)
+    told, beforehand = both_errors(folder, quantization="nf4")
+    assert beforehand == told and "asks for [64, 32]" in told
+    rewrite(folder, lambda t: t.pop("model.layers.0.mlp.up_proj.weight.quant_map"))
+    told, beforehand = both_errors(folder, quantization="nf4")
+    assert beforehand == told and "quant_map" in told
+
+
+def test_headers_alone_leave_a_decoder_without_memory(folder, monkeypatch):
+    monkeypatch.setattr("mini_forge.io.reading.read_tensor", None)
+    model = load_base(folder, quantization="nf4", headers_only=True)
+    assert all(parameter.is_meta for parameter in model.parameters())

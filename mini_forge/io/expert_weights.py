@@ -22,7 +22,8 @@ class StackLoader:
 
     def __init__(self, model: Decoder, storage, layout):
         self.model, self.storage, self.layout = model, storage, layout
-        self.missing: dict[str, int] = {}  # rows that each stack still waits for
+        self.missing: dict[str, int] = {}  # rows of each stack that no piece brings yet
+        self.packed: dict[str, bool] = {}  # whether a stack is stored in MXFP4
         self.halves: dict[tuple[str, int], torch.Tensor] = {}  # gate_up matrices of which one half has come
         self.spare: list[torch.Tensor] = []  # those that are done with: memory for the next
 
@@ -34,24 +35,38 @@ class StackLoader:
             raise CheckpointError(f"{stored}: stored as {entry.dtype} in a form that is not known here")
         if leaf.endswith("_bias"):
             self._check(place.name, entry.shape, (E, out))
-            self.missing.setdefault(place.name, E)
+            self.missing[place.name] = self.missing.get(place.name, E) - E
             return [Piece(stored, entry, partial(self._put_bias, place))]
-        self.missing.setdefault(place.name, E * out * (2 if place.part in PACKED else 1))
+        is_packed = place.part in PACKED
+        if self.packed.setdefault(place.name, is_packed) != is_packed:
+            raise CheckpointError(f"{place.name}: stored both in MXFP4 and in another form; fetch the checkpoint again")
+        self.missing.setdefault(place.name, E * out * (2 if is_packed else 1))
         if place.expert is not None:
             if place.expert >= E:
                 raise CheckpointError(f"{place.name}: an expert {place.expert}, but config.json has {E}")
+            self.missing[place.name] -= self._checked_rows(place, entry.shape, out, width[0])
             return [Piece(stored, entry, partial(self._put_matrix, place, place.expert))]
-        if place.part in PACKED:
+        if is_packed:
             shape = (E, out, width[0] // BLOCK, BLOCK // 2)
             self._check(place.name + place.part, entry.shape, shape if place.part == "_blocks" else shape[:3])
+            self.missing[place.name] -= E * out
         elif len(entry.shape) != 3 or entry.shape[0] != E:
             raise CheckpointError(f"{stored}: shape {list(entry.shape)} is not a stack of the model's experts")
-        put = self._put_packed if place.part in PACKED else self._put_matrix
+        else:
+            self.missing[place.name] -= E * self._checked_rows(place, entry.shape[1:], out, width[0])
+        put = self._put_packed if is_packed else self._put_matrix
         return [Piece(stored, entry.rows(e, e + 1), partial(put, place, e)) for e in range(E)]
 
     def unfinished(self) -> list[str]:
-        """Stacks of which a part never came."""
+        """Stacks of which a part is not stored."""
         return sorted(name for name, rows in self.missing.items() if rows)
+
+    def _checked_rows(self, place: Place, stored: tuple[int, ...], out: int, width: int) -> int:
+        """The rows that a stored matrix fills of its expert's (out, width): all, or the gate or up half of them."""
+        rows = out if place.part is None else out // 2
+        found = self.layout.canonical(place, torch.empty(stored, device="meta")).shape
+        self._check(f"{place.name} of expert {place.expert or 0}", found, (rows, width))
+        return rows
 
     def _owner(self, place: Place) -> tuple[nn.Module, str]:
         owner, _, leaf = place.name.rpartition(".")
@@ -62,7 +77,6 @@ class StackLoader:
         values = torch.stack([self.layout.canonical(place, row) for row in tensor])
         own = values.to(self.storage.device, self.storage.dtype)
         setattr(owner, leaf, nn.Parameter(own, requires_grad=False))
-        self.missing[place.name] -= len(values)
 
     def _put_packed(self, place: Place, expert: int, tensor: torch.Tensor):
         """One expert's blocks (1, out, in/32, 16) or scales (1, out, in/32)."""
@@ -73,7 +87,6 @@ class StackLoader:
             )
         target = stack.blocks if place.part == "_blocks" else stack.scales
         target[expert].copy_(self.layout.canonical(place, tensor[0]))
-        self.missing[place.name] -= stack.out_features
 
     def _put_matrix(self, place: Place, expert: int, tensor: torch.Tensor):
         """One expert's matrix, or the gate or up half of it, as stored: alone, or (1, …) out of a stack."""
@@ -82,7 +95,6 @@ class StackLoader:
         tensor = tensor if is_dense else self.storage.cast(tensor)
         matrix = self.layout.canonical(place, tensor[0] if tensor.dim() == 3 else tensor)
         rows = stack.shape[1] if place.part is None else stack.shape[1] // 2
-        self._check(f"{place.name} of expert {expert}", matrix.shape, (rows, stack.shape[2]))
         first = rows if place.part == "up" else 0
         if is_dense:
             stack.data[expert, first : first + rows].copy_(matrix)
@@ -90,7 +102,6 @@ class StackLoader:
             stack.put(expert, matrix)
         else:
             self._put_half(stack, place.name, expert, first, matrix)
-        self.missing[place.name] -= rows
 
     def _put_half(self, stack, name: str, expert: int, first: int, matrix: torch.Tensor):
         """Quantizes an expert's gate_up when both halves are there; the first waits in memory that is used again."""
@@ -113,8 +124,6 @@ class StackLoader:
             stack = self._empty(*stack.shape, is_packed)
             delattr(owner, leaf)
             setattr(owner, leaf, stack)
-        if is_packed != isinstance(stack, StackMxfp4):
-            raise CheckpointError(f"{place.name}: stored both in MXFP4 and in another form; fetch the checkpoint again")
         return stack
 
     def _empty(self, E: int, out: int, width: int, is_packed: bool):

@@ -9,7 +9,8 @@ from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.data.tokenizer import load_tokenizer as read_tokenizer
 from mini_forge.errors import CheckpointError, ConfigError
 from mini_forge.io.adapters import load_adapter, read_adapter_config
-from mini_forge.io.weights import load_base, resolve_model
+from mini_forge.io.hub import resolve_model
+from mini_forge.io.weights import load_base
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.ops import PLAIN, Ops
 

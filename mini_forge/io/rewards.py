@@ -28,8 +28,9 @@ from mini_forge.io.adapters import (
     save_adapter,
 )
 from mini_forge.io.expert_adapters import fuse, stack_targets
+from mini_forge.io.hub import resolve_model
 from mini_forge.io.models import is_adapter
-from mini_forge.io.weights import Loader, load_base, read_json, resolve_model, write_safetensors
+from mini_forge.io.weights import Loader, load_base, read_json, write_safetensors
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.lora import LoRALinear, LoraSpec, LoRAStack, inject, lora_layers, target_names
 from mini_forge.model.ops import PLAIN
@@ -81,7 +82,8 @@ def load_reward(source: str | Path, model: Decoder, model_name: str, **options) 
     live = {name for name, _ in lora_layers(model)}
     if base.resolve() != resolve_model(model_name).resolve() or not set(_names(model, spec, tensors, folder)) <= live:
         model = load_base(base, **options)
-        inject(model, LoraSpec(spec.rank, spec.alpha, 0.0, stack_targets(spec.targets, tensors), spec.use_rslora))
+        with model.device:
+            inject(model, LoraSpec(spec.rank, spec.alpha, 0.0, stack_targets(spec.targets, tensors), spec.use_rslora))
     names = _names(model, spec, tensors, folder)
     factors = _factors(model, names, tensors, spec, folder / WEIGHTS_FILE)
     return StoredReward(model, factors, _checked_score(score, model, folder))
@@ -184,7 +186,7 @@ def _check_shapes(path: Path, name: str, A: torch.Tensor, B: torch.Tensor, layer
 
 
 def _load_classifier(folder: Path, dtype=torch.float32, device="cpu", quantization=None, *, nested=False,
-                     compute_dtype=None, ops=PLAIN) -> StoredReward:  # fmt: skip
+                     compute_dtype=None, ops=PLAIN, headers_only=False) -> StoredReward:  # fmt: skip
     """A Hugging Face `…ForSequenceClassification` folder with one label: a decoder without output matrix, and `score`.
 
     Its score is read as transformers reads it: at the last token that is not its config's `pad_token_id`."""
@@ -198,8 +200,7 @@ def _load_classifier(folder: Path, dtype=torch.float32, device="cpu", quantizati
     if model.lm_head is not None and "lm_head.weight" not in checkpoint.entries:
         model.lm_head = None  # a classifier has none, and nothing asks for its logits
         loader.missing.discard("lm_head.weight")
-    loader.load()
-    loader.check_complete()
+    loader.load_all(headers_only)
     text_config = checkpoint.config.get("text_config") or checkpoint.config
     model = model.eval().requires_grad_(False)
     return StoredReward(model, None, _checked_score(score, model, folder), text_config.get("pad_token_id"))

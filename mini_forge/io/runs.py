@@ -12,13 +12,15 @@ import pickle
 import random
 import shutil
 import struct
+import tempfile
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from mini_forge.errors import CheckpointError, ConfigError, is_out_of_memory, reason_of
+from mini_forge.data.tokenizer import FILES as TOKENIZER_FILES
+from mini_forge.errors import CheckpointError, ConfigError, is_out_of_memory
 from mini_forge.io.weights import read_json
 
 TEMPORARY, REPLACED = ".tmp-", ".old-"
@@ -27,6 +29,13 @@ CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = "training_config.json", "metrics.jsonl
 FOREIGN = (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError,
            struct.error)  # fmt: skip
 STATE_PARTS = ("loop", "optimizer", "rng")  # the records in every trainer_state.pt
+REFERENCE_FILE = "reference_logps.json"
+RUN_FILES = (  # what a run and its evaluation write, but for the configuration, which the next run replaces
+    SUMMARY_FILE, METRICS_FILE, "adapter_model.safetensors", "adapter_config.json", "README.md", "eval.json",
+    "predictions.jsonl", REFERENCE_FILE,
+)  # fmt: skip
+
+ROOM = 100  # bytes of a path that the names within a run's folder may need
 
 
 def write_atomic(path: Path, text: str):
@@ -70,37 +79,43 @@ class RunFolder:
     """The folder of one run."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path).expanduser()
+        self.path = Path(os.path.expanduser(path))  # a user that is not there is a name like another
         self.checkpoints = self.path / "checkpoints"
 
-    def check_usable(self, *, resume: bool, overwrite: bool):
-        """Raise ConfigError if training here would harm what is there; touches nothing."""
-        try:
-            os.lstat(self.path)
-        except (FileNotFoundError, NotADirectoryError, PermissionError):
-            pass  # the nearest folder that is there decides
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"output_dir: {str(self.path)!r} cannot be a folder's name ({reason_of(error)}); name another folder"
-            ) from None
+    def check_possible(self):
+        """Raise ConfigError if no run can be here, with whichever arguments; leaves nothing."""
         nearest = next(folder for folder in (self.path, *self.path.absolute().parents) if os.path.lexists(folder))
         if not nearest.is_dir():
             raise ConfigError(f"output_dir: {str(nearest)!r} is a file; name a folder")
-        if not os.access(nearest, os.W_OK | os.X_OK):
+        if not os.access(nearest, os.W_OK | os.X_OK | (os.R_OK if nearest == self.path else 0)):
             raise ConfigError(f"output_dir: {str(nearest)!r} may not be written to; name another folder")
         if nearest != self.path:
-            return
+            self._check_name(nearest)
+        elif any(self.path.iterdir()) and not (self.path / CONFIG_FILE).exists():
+            raise ConfigError(f"output_dir: {str(self.path)!r} holds files that are not a run's; name another folder")
+
+    def _check_name(self, nearest: Path):
+        """Raise ConfigError if this folder cannot be made in `nearest`, which is there."""
         try:
-            is_empty = not any(self.path.iterdir())
+            name = os.fsencode(self.path.absolute())
+            longest, whole = os.pathconf(nearest, "PC_NAME_MAX"), os.pathconf(nearest, "PC_PATH_MAX")
+            if b"\0" in name or any(len(part) > longest for part in name.split(b"/")) or len(name) + ROOM > whole:
+                raise ConfigError(
+                    f"output_dir: {_shortened(str(self.path))} is no name for a folder; a name has at most {longest} "
+                    f"bytes, and the path {whole - ROOM}"
+                )
+            os.rmdir(tempfile.mkdtemp(prefix=TEMPORARY, dir=nearest))  # some, as /proc, let no one make a folder
+        except UnicodeEncodeError:
+            raise ConfigError(f"output_dir: {str(self.path)!r} is not text; name another folder") from None
         except OSError as error:
             raise ConfigError(
-                f"output_dir: {str(self.path)!r} cannot be read ({error.strerror}); name another folder"
+                f"output_dir: {str(self.path)!r} cannot be made ({error.strerror}); name another folder"
             ) from None
-        if is_empty:
-            return
-        if not (self.path / CONFIG_FILE).exists():
-            raise ConfigError(f"output_dir: {str(self.path)!r} holds files that are not a run's; name another folder")
-        if not (resume or overwrite):
+
+    def check_usable(self, *, resume: bool, overwrite: bool):
+        """Raise ConfigError if training here would fail or harm what is there; leaves nothing."""
+        self.check_possible()
+        if (self.path / CONFIG_FILE).exists() and not (resume or overwrite):
             raise ConfigError(
                 f"output_dir: {str(self.path)!r} holds a run already; add --resume to go on with it, "
                 "--overwrite to replace it, or name another folder"
@@ -111,11 +126,16 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"output_dir: {str(self.path)!r} cannot be made ({error.strerror})") from None
+            raise ConfigError(
+                f"output_dir: {str(self.path)!r} cannot be made ({error.strerror}); name another folder"
+            ) from None
         shutil.rmtree(self.checkpoints, ignore_errors=True)
-        for name in (METRICS_FILE, SUMMARY_FILE, "adapter_model.safetensors", "adapter_config.json", "eval.json",
-                     "predictions.jsonl"):  # fmt: skip
-            (self.path / name).unlink(missing_ok=True)
+        self.sweep()
+        is_model = (self.path / "config.json").exists()  # then the tokenizer is the model's, and no run's copy
+        keeps_reference = config.get("strategy") == "dpo" and config.get("precompute_reference")  # its key is checked
+        for name in RUN_FILES if is_model else (*RUN_FILES, *TOKENIZER_FILES):
+            if not (name == REFERENCE_FILE and keeps_reference):
+                (self.path / name).unlink(missing_ok=True)
         self.checkpoints.mkdir()
         write_json(self.path / CONFIG_FILE, config)
         (self.path / METRICS_FILE).touch()
@@ -203,6 +223,10 @@ def _record(place: str, line: bytes) -> dict:
         shown = line[:60].decode("utf-8", errors="replace")
         raise CheckpointError(f"{place}: {shown!r}: must be a JSON object with its step; delete this line")
     return record
+
+
+def _shortened(name: str) -> str:
+    return repr(name if len(name) <= 80 else f"{name[:40]}…{name[-39:]}")
 
 
 def rng_state() -> dict:

@@ -38,41 +38,9 @@ IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # old checkpoints store these deriv
 HEAD = "lm_head.weight"
 DENSE_BYTES = 4 << 20  # of a tensor that stays dense this much is read at once, and stays in cache until it is copied
 MATRICES = (nn.Linear, nn.Embedding)
-BNB_SUFFIXES = (
-    ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map",
-    ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4",
-)  # fmt: skip
-
-
-def resolve_model(name: str, key: str = "model_name") -> Path:
-    """The folder of a model: `name` itself if it is one, else a hub ID in the local cache, else downloaded.
-
-    key: what an error calls it."""
-    folder = Path(name).expanduser()
-    if os.path.isdir(folder):  # unlike Path's own, which raises for a name that no folder can have
-        return folder
-    is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if os.path.exists(folder) or not is_hub_id:
-        raise CheckpointError(f"{key}: {name!r} is not a folder; give a model folder or a hub ID `owner/name`")
-    return _from_hub(name, key)
-
-
-def _from_hub(name: str, key: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    wanted = ["*.json", "*.safetensors", "*.jinja"]
-    try:
-        try:
-            return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
-        except LocalEntryNotFoundError:
-            return Path(snapshot_download(name, allow_patterns=wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{key}: {name!r} is neither a folder nor in the local hub cache, and the download failed: {reason}; "
-            "give a model folder, or download it where there is a network"
-        ) from None
+QUANT_STATE = ".quant_state.bitsandbytes__"
+QUANT_STATES = (f"{QUANT_STATE}nf4", f"{QUANT_STATE}fp4")
+BNB_SUFFIXES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", *QUANT_STATES)
 
 
 def read_json(path: Path) -> dict:
@@ -106,11 +74,13 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: the weight index names this file, but it is absent; fetch it again") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); give a folder that can be read") from None
-    except ValueError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the file, or fetch it again") from None
+    except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path}: broken safetensors header ({error}); fetch it again") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: broken safetensors header (no object of tensors); fetch it again")
     entries = {n: _entry(path, n, e, 8 + header_bytes, length) for n, e in header.items() if n != "__metadata__"}
     return dict(sorted(entries.items(), key=lambda item: item[1].start))
 
@@ -120,8 +90,10 @@ def _entry(path: Path, name: str, record: dict, data_start: int, file_bytes: int
         dtype, shape, (first, last) = DTYPES[record["dtype"]], tuple(record["shape"]), record["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{path}: tensor {name!r} has an unreadable header entry {record!r}") from None
+    if not all(type(number) is int and number >= 0 for number in (first, last, *shape)):
+        raise CheckpointError(f"{path}: tensor {name!r} has an unreadable header entry {record!r}")
     size = last - first
-    if first < 0 or data_start + last > file_bytes:
+    if data_start + last > file_bytes:
         raise CheckpointError(f"{path}: tensor {name!r} ends past the end of the file; fetch it again")
     if size != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
         raise CheckpointError(f"{path}: tensor {name!r} of shape {list(shape)} cannot have {size} bytes")
@@ -195,15 +167,16 @@ def load_base(
     nested: bool = False,
     compute_dtype: torch.dtype | None = None,
     ops: Ops = PLAIN,
+    headers_only: bool = False,
 ) -> Decoder:
     """A decoder with the folder's weights, in eval mode.
 
     dtype: of floating weights; None keeps the stored one. Under float32, matrices stored in bfloat16 stay so where
     `ops` multiply them (`Ops.left_side`). quantization: None, "nf4", "fp4" or "int8", for all linear
-    layers but the head; a checkpoint already stored in 4 or 8 bits is taken as it is, or made dense for None."""
+    layers but the head; a checkpoint already stored in 4 or 8 bits is taken as it is, or made dense for None.
+    headers_only: no weight is read, the decoder stays on the meta device; what does not fit is refused all the same."""
     loader = Loader(folder, dtype, device, quantization, nested, compute_dtype, ops)
-    loader.load()
-    loader.check_complete()
+    loader.load_all(headers_only)
     return loader.model.eval().requires_grad_(False)
 
 
@@ -239,6 +212,20 @@ class Loader:
         with closing(self.reader.stream(pieces)) as stream:
             for piece, tensor in stream:
                 piece.put(tensor)
+
+    def load_all(self, headers_only: bool = False):
+        """The whole model. headers_only: what `load` refuses before it reads, and what the small tensors tell that say
+        how a layer is stored; the weights themselves are not read."""
+        if not headers_only:
+            self.load()
+        else:
+            for name, entry in self.checkpoint.entries.items():
+                self._pieces(name)
+                if name in self.stored.weight_of:
+                    is_read = QUANT_STATE in name or name.endswith("quant_map")
+                    tensor = self.checkpoint.read(name) if is_read else torch.empty(entry.shape, dtype=entry.dtype)
+                    self._stored_layer(name, tensor)
+        self.check_complete()
 
     def _pieces(self, name: str) -> list[Piece]:
         """How a stored tensor is read; not at all where the model makes no use of it."""
@@ -311,15 +298,22 @@ class Loader:
     def _put_quantized(self, name: str, weight: torch.Tensor):
         self._replace(name, self.storage.quantized(weight))
 
-    def _put_stored(self, name: str, tensor: torch.Tensor):
+    def _stored_layer(self, name: str, tensor: torch.Tensor) -> tuple[str, nn.Module | None]:
+        """A weight that is stored in several tensors, and its layer if this is the last of them."""
         weight, parts = self.stored.collect(name, tensor)
         if parts is None:
-            return
+            return weight, None
         layer = self.storage.stored(weight, parts, self.checkpoint.folder)
-        owner, leaf = self._owner(weight)
-        shape, expected = [layer.out_features, layer.in_features], list(owner.weight.shape)
+        shape, expected = [layer.out_features, layer.in_features], list(self._owner(weight)[0].weight.shape)
         if shape != expected:
             raise CheckpointError(f"{weight}: stored as {shape}, config.json asks for {expected}")
+        return weight, layer
+
+    def _put_stored(self, name: str, tensor: torch.Tensor):
+        weight, layer = self._stored_layer(name, tensor)
+        if layer is None:
+            return
+        owner, leaf = self._owner(weight)
         if self.storage.quantization is not None:
             self._replace(weight, layer.to(self.storage.device))
         else:
