@@ -1,5 +1,6 @@
 """The main job, whole: what a run leaves, and that stopping and going on changes no bit of it."""
 
+import errno
 import json
 import math
 import os
@@ -499,7 +500,7 @@ def test_an_unwritable_output_folder_is_told_before_anything_is_loaded(settings)
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
 @pytest.mark.parametrize("resume", [False, True])
 def test_an_output_folder_of_an_impossible_name_is_told(settings, tmp_path, name, resume):
-    with pytest.raises(ConfigError, match="output_dir: .*cannot be a folder's name"):
+    with pytest.raises(ConfigError, match="output_dir: .*(is no name for a folder|Must be text that can be written)"):
         run(settings, output_dir=str(tmp_path / name), resume=resume)
 
 
@@ -633,3 +634,32 @@ def test_an_overwritten_run_leaves_nothing_of_the_one_before_and_all_that_is_the
     with pytest.raises(TrainingError):
         run(settings, overwrite=True, save_strategy="no", on_metrics=stop)
     assert {p.name for p in folder.iterdir()} == {"training_config.json", "metrics.jsonl", "checkpoints", "letter.txt"}
+
+
+def test_a_disk_that_is_full_at_the_start_harms_nothing(settings, monkeypatch):
+    first, _ = run(settings)
+    before = {p: p.read_bytes() for p in first.output_dir.rglob("*") if p.is_file()}
+    write = Path.write_text
+
+    def full(self, *arguments, **options):
+        if self.name.endswith("training_config.json"):
+            write(self, "")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    new = Path(settings["output_dir"]).parent / "new"
+    for folder in (first.output_dir, new):
+        with pytest.raises(TrainingError, match="No space left on device; no checkpoint was saved yet"):
+            run(settings, output_dir=str(folder), overwrite=True)
+    assert before == {p: p.read_bytes() for p in first.output_dir.rglob("*") if p.is_file()} and not new.exists()
+
+
+def test_a_run_whose_folders_may_not_be_written_to_is_not_overwritten(settings, monkeypatch):
+    first, _ = run(settings)
+    before = {p: p.read_bytes() for p in first.output_dir.rglob("*") if p.is_file()}
+    access = os.access  # no folder is closed to root, who may run this
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "checkpoints" and access(path, mode))
+    with pytest.raises(UserError, match="checkpoints' may not be written to"):
+        run(settings, overwrite=True)
+    assert before == {p: p.read_bytes() for p in first.output_dir.rglob("*") if p.is_file()}

@@ -5,6 +5,7 @@ is a folder `checkpoints/step-N` that appears by one rename; a half-written one 
 away by the next run.
 """
 
+import errno
 import io
 import json
 import os
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from mini_forge.data.tokenizer import FILES as TOKENIZER_FILES
-from mini_forge.errors import CheckpointError, ConfigError, is_out_of_memory
+from mini_forge.errors import CheckpointError, ConfigError, TrainingError, is_out_of_memory
 from mini_forge.io.weights import read_json
 
 TEMPORARY, REPLACED = ".tmp-", ".old-"
@@ -48,8 +49,12 @@ def write_atomic(path: Path, text: str):
     os.replace(temporary, path)
 
 
+def json_text(value) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, value):
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomic(path, json_text(value))
 
 
 def publish_folder(temporary: Path, final: Path):
@@ -115,6 +120,11 @@ class RunFolder:
     def check_usable(self, *, resume: bool, overwrite: bool):
         """Raise ConfigError if training here would fail or harm what is there; leaves nothing."""
         self.check_possible()
+        closed = [f for f, _, _ in os.walk(self.checkpoints) if not os.access(f, os.W_OK | os.X_OK)]
+        if closed:
+            raise ConfigError(
+                f"output_dir: {closed[0]!r} may not be written to; make it writable, or name another folder"
+            )
         if (self.path / CONFIG_FILE).exists() and not (resume or overwrite):
             raise ConfigError(
                 f"output_dir: {str(self.path)!r} holds a run already; add --resume to go on with it, "
@@ -122,23 +132,37 @@ class RunFolder:
             )
 
     def start(self, config: dict):
-        """A fresh run: remove what an earlier run left here (only a run's own files) and record the configuration."""
+        """A fresh run: remove what an earlier run left here (only a run's own files) and record the configuration.
+
+        That is written first, so that a full disk shows before anything is removed. Raises TrainingError for one,
+        ConfigError where the folder cannot be made or cleared."""
+        is_new, staged = not self.path.exists(), self.path / f"{TEMPORARY}{CONFIG_FILE}"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self.sweep()
+            staged.write_text(json_text(config), encoding="utf-8")
+            self._remove_old(config)
+            self.checkpoints.mkdir()
+            os.replace(staged, self.path / CONFIG_FILE)
+            (self.path / METRICS_FILE).touch()
         except OSError as error:
+            staged.unlink(missing_ok=True)
+            if is_new and self.path.exists() and not any(self.path.iterdir()):
+                self.path.rmdir()
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise TrainingError(f"{self.path}: {error.strerror}; no checkpoint was saved yet") from None
             raise ConfigError(
-                f"output_dir: {str(self.path)!r} cannot be made ({error.strerror}); name another folder"
+                f"output_dir: {str(self.path)!r} cannot be made or cleared ({error.strerror}); name another folder"
             ) from None
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
-        self.sweep()
+
+    def _remove_old(self, config: dict):
+        if self.checkpoints.exists():
+            shutil.rmtree(self.checkpoints)
         is_model = (self.path / "config.json").exists()  # then the tokenizer is the model's, and no run's copy
         keeps_reference = config.get("strategy") == "dpo" and config.get("precompute_reference")  # its key is checked
         for name in RUN_FILES if is_model else (*RUN_FILES, *TOKENIZER_FILES):
             if not (name == REFERENCE_FILE and keeps_reference):
                 (self.path / name).unlink(missing_ok=True)
-        self.checkpoints.mkdir()
-        write_json(self.path / CONFIG_FILE, config)
-        (self.path / METRICS_FILE).touch()
 
     def is_finished(self) -> bool:
         summary = self.path / SUMMARY_FILE
