@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
         command.add_argument("--top-k", type=int, default=0, metavar="K")
         command.add_argument("--top-p", type=float, default=1.0, metavar="P")
-        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--seed", type=_seed, default=0, metavar="N")
         command.add_argument("--system", metavar="TEXT", help="system prompt; default: the run's")
 
     command = commands.add_parser("merge", help="write base + adapter as a full model folder")
@@ -86,10 +86,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return value
+    return _whole(text, 1, 2**63 - 1)
+
+
+def _seed(text: str) -> int:
+    return _whole(text, 0, 2**32 - 1)  # as a configuration's
+
+
+def _whole(text: str, low: int, high: int) -> int:
+    if not (text.isdecimal() and len(text) < 20 and low <= int(text) <= high):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} must be at least {low} and at most {high}, a whole number")
+    return int(text)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -207,7 +214,7 @@ def _eval(options):
     from mini_forge.inference.evaluate import format_table, write_eval
     from mini_forge.use import evaluate_run
 
-    if not Path(options.run).expanduser().is_dir():
+    if not os.path.isdir(os.path.expanduser(options.run)):
         raise ConfigError(f"arguments: {options.run!r} is not a folder; eval takes a run, adapter or model folder")
     metrics, predictions = evaluate_run(
         options.run, dataset=options.dataset, limit=options.limit, constrained=not options.free,
