@@ -3,8 +3,8 @@
 torch asks the C library for aligned memory, and glibc before 2.38 answers from a free block only where it has about 96
 bytes to spare: what a tensor leaves behind is never given to another of its size. In a forward pass, in which tensors
 that are kept and ones that are not take turns, these holes come to a quarter of the heap. Tensors of one shape that
-differ by more than that in what was asked for them find each other's holes: a step of SmolLM2 on 2,048 tokens takes a
-fifth less memory. Elsewhere it costs some kilobytes a tensor.
+differ by more than that in what was asked for them find each other's holes: SmolLM2's steps on 800 to 8,192 tokens take
+6 to 18 % less memory. Elsewhere it costs some kilobytes a tensor.
 """
 
 from collections.abc import Sequence
