@@ -86,16 +86,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    return _whole(text, 1, 2**63 - 1)
+    if not (text.isdecimal() and len(text) < 20 and int(text)):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} must be a whole number, at least 1")
+    return int(text)
 
 
 def _seed(text: str) -> int:
-    return _whole(text, 0, 2**32 - 1)  # as a configuration's
-
-
-def _whole(text: str, low: int, high: int) -> int:
-    if not (text.isdecimal() and len(text) < 20 and low <= int(text) <= high):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} must be at least {low} and at most {high}, a whole number")
+    if not (text.isdecimal() and len(text) < 20 and int(text) < 2**32):  # as a configuration's
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} must be a whole number from 0 to {2**32 - 1}")
     return int(text)
 
 

@@ -133,7 +133,7 @@ def _idle(v: dict, changed: set[str]) -> Iterator[str]:
         ("warmup_ratio", v["lr_scheduler_type"] == "constant", 'with lr_scheduler_type "constant"'),
         *((name, not v["use_4bit"], "without use_4bit") for name in FOUR_BIT_KEYS),
         ("recompute", not v["gradient_checkpointing"], "without gradient_checkpointing"),
-        ("save_total_limit", v["save_strategy"] == "no", 'with save_strategy "no"'),
+        ("save_total_limit", v["save_strategy"] == "no" and not v["load_best_model_at_end"], 'with save_strategy "no"'),
         ("eval_steps", not is_evaluated, unevaluated),
         ("per_device_eval_batch_size", not is_evaluated and not scores, unevaluated),
     ]

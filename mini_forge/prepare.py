@@ -132,13 +132,15 @@ def prepare(config: TrainingConfig) -> Prepared:
             return None
 
     config = with_absolute_paths(config)
-    config = attempt(with_init_adapter, config) or config
+    adapted = attempt(with_init_adapter, config)
+    config = adapted or config
     plan = attempt(lambda: resolve(config, detect_machine(config.device)))
     if config.reward_function and config.strategy == "rlhf":
         attempt(load_function, config.reward_function)
     opened = attempt(_open_model, config)
     if opened is not None and plan is not None:
-        attempt(check_weights, config, plan, opened[0], adapter_spec(config))
+        fitting = config if adapted else replace(config, init_adapter=None)  # its fault is told already
+        attempt(check_weights, fitting, plan, opened[0], adapter_spec(config))
     train_rows = attempt(_dataset, config, config.dataset, opened)
     if train_rows is None and trains_reward(config):
         problems.append(
@@ -147,7 +149,7 @@ def prepare(config: TrainingConfig) -> Prepared:
         )
     eval_rows = attempt(_dataset, config, config.eval_dataset, opened) if config.eval_dataset else []
     if problems:
-        raise UserError(*problems)
+        raise UserError(*dict.fromkeys(problems))
     return _tokenise(config, plan, opened, train_rows, eval_rows)
 
 
@@ -223,9 +225,7 @@ def adapter_spec(config: TrainingConfig) -> LoraSpec:
 
 
 def with_init_adapter(config: TrainingConfig) -> TrainingConfig:
-    """The configuration with rank, alpha and targets of its initial adapter, which has them already.
-
-    Raises ConfigError where the user wrote another rank or alpha."""
+    """The configuration with its initial adapter's rank, alpha and targets. ConfigError where others are given."""
     if not config.init_adapter:
         return config
     folder = Path(config.init_adapter).expanduser()

@@ -100,8 +100,7 @@ def train(
     build = partial(build_stages, report=report) if config.strategy == "rlhf" else build_loop
     loop = build(prepared, model, lora, folder, on_metrics, on_step)
     if not resume:  # nothing on disk is touched before this line
-        clear(folder, config.reward_model)
-        folder.start(config.to_dict())
+        folder.start(config.to_dict(), partial(clear, folder, config.reward_model))
     elif config.strategy == "rlhf":
         loop.restore()
     else:

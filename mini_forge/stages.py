@@ -26,6 +26,7 @@ from mini_forge.io.adapters import fill_adapter, save_adapter
 from mini_forge.io.rewards import load_function, load_reward, save_reward
 from mini_forge.io.runs import (
     CONFIG_FILE,
+    REWARD_FOLDER,
     RunFolder,
     load_state,
     read_records,
@@ -48,7 +49,7 @@ from mini_forge.training.rollouts import Sampling, prompt_document
 from mini_forge.training.schedule import warmup_steps
 from mini_forge.training.windows import Windows
 
-REWARD_FOLDER, SAMPLES_FILE, STATE_FILE = "reward", "samples.jsonl", "trainer_state.pt"
+SAMPLES_FILE, STATE_FILE = "samples.jsonl", "trainer_state.pt"
 EVAL_PROMPTS = 64  # answered at each evaluation during training; `eval` answers all
 HEAD_SEED = 1  # beside the run's seed, so that reward and policy do not begin with the same adapter
 

@@ -390,7 +390,7 @@ def test_bench_on_the_quickstart_for_a_person(capsys):
 @pytest.mark.parametrize("arguments, messages", [
     (["--shape", "llama-9000"], ["--shape: 'llama-9000' is not known; use one of smollm2-135m, "]),
     (["--steps", "2"], ["--steps: 2 must be at least 3"]),
-    (["--steps", "0"], ["must be at least 1"]),
+    (["--steps", "0"], ["must be a whole number, at least 1"]),
     (["--length", "64"], ["--length: only with --shape"]),
     (["--steps", "1", "--length", "64"], ["--steps: 1", "--length: only"]),
     (["--set", "strategy=rlhf"], ['strategy: "rlhf" is not measured']),

@@ -69,9 +69,9 @@ def test_set_takes_json_or_a_bare_string(config, tmp_path):
     (["eval", "/absent"], "/absent"),
     (["eval", "MODEL"], "--dataset"),
     (["generate", "/absent", "--prompt", "x"], "/absent"),
-    (["generate", "MODEL", "--prompt", "x", "--max-new-tokens", "0"], "must be at least 1"),
-    (["generate", "MODEL", "--prompt", "x", "--max-new-tokens", "many"], "'many' must be at least 1"),
-    (["generate", "MODEL", "--prompt", "x", "--seed", "4294967296"], "--seed: '4294967296' must be at least 0"),
+    (["generate", "MODEL", "--prompt", "x", "--max-new-tokens", "0"], "must be a whole number, at least 1"),
+    (["generate", "MODEL", "--prompt", "x", "--max-new-tokens", "many"], "'many' must be a whole number"),
+    (["generate", "MODEL", "--prompt", "x", "--seed", "4294967296"], "'4294967296' must be a whole number from 0"),
     (["eval", "x" * 300], "xxx"),
     (["generate", "x" * 300, "--prompt", "x"], "is not a folder; give a model folder"),
     (["generate", "MODEL", "--prompt", "a \udcff b"], r"\udcff b"),
@@ -81,7 +81,8 @@ def test_set_takes_json_or_a_bare_string(config, tmp_path):
     (["check", "CONFIG", "--set", "lora_r=0", "--dataset", "x" * 300], "lora_r"),
     (["merge", "MODEL", "/tmp/never"], "no adapter_config.json"),
 ])  # fmt: skip
-def test_wrong_input_is_one_line_and_exit_2(config, tiny, capsys, arguments, message):
+def test_wrong_input_is_one_line_and_exit_2(config, tiny, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
     arguments = [{"CONFIG": str(config), "MODEL": str(tiny)}.get(a, a) for a in arguments]
     assert main(arguments) == 2
     lines = capsys.readouterr().err.strip().splitlines()

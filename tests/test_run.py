@@ -197,11 +197,15 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on(settings, tmp_path, numbe
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_before_the_first_step_leaves_with_its_code(settings, tmp_path, monkeypatch, number, code):
-    def load(*arguments, **options):
-        os.kill(os.getpid(), number)
+@pytest.mark.parametrize("where", ["mini_forge.run.build_model", "mini_forge.data.tokenizer.tokenizers.Tokenizer"])
+def test_a_signal_before_the_first_step_leaves_with_its_code(settings, tmp_path, monkeypatch, number, code, where):
+    class Load:  # called, or asked for what it reads with
+        def __init__(self, *arguments, **options):
+            os.kill(os.getpid(), number)
 
-    monkeypatch.setattr("mini_forge.run.build_model", load)
+        from_str = __init__
+
+    monkeypatch.setattr(where, Load)
     config = tmp_path / "config.json"
     config.write_text(json.dumps(settings))
     handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
@@ -615,7 +619,8 @@ def test_an_initial_adapters_modules_may_be_named_in_any_way(settings, tmp_path)
 def test_an_absent_folder_is_named_by_what_names_it(settings, tmp_path, capsys, arguments, message):
     (tmp_path / "config.json").write_text(json.dumps(settings))
     assert main([str(tmp_path / "config.json") if a == "CONFIG" else a for a in arguments]) == 2
-    assert capsys.readouterr().err.startswith(message)
+    error = capsys.readouterr().err
+    assert error.startswith(message) and error.count("\n") == 1
 
 
 def test_an_overwritten_run_leaves_nothing_of_the_one_before_and_all_that_is_the_users(settings, tmp_path):
@@ -636,23 +641,37 @@ def test_an_overwritten_run_leaves_nothing_of_the_one_before_and_all_that_is_the
     assert {p.name for p in folder.iterdir()} == {"training_config.json", "metrics.jsonl", "checkpoints", "letter.txt"}
 
 
-def test_a_disk_that_is_full_at_the_start_harms_nothing(settings, monkeypatch):
+@pytest.mark.parametrize("strategy", ["sft", "rlhf"])
+def test_a_disk_that_is_full_at_the_start_harms_nothing(settings, monkeypatch, tmp_path, strategy):
+    if strategy == "rlhf":
+        pairs = tmp_path / "pairs.jsonl"
+        pairs.write_text('{"prompt": "1 + 1", "chosen": "2", "rejected": "3"}\n' * 4)
+        settings |= {"strategy": "rlhf", "dataset": str(pairs), "max_steps": 1, "max_new_tokens": 2, "eval_split": 0}
     first, _ = run(settings)
+    assert strategy == "sft" or (first.output_dir / "reward").exists()
     before = {p: p.read_bytes() for p in first.output_dir.rglob("*") if p.is_file()}
-    write = Path.write_text
 
-    def full(self, *arguments, **options):
-        if self.name.endswith("training_config.json"):
-            write(self, "")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(self, *arguments, **options)
+    def full(path, text):
+        path.with_name(".tmp-" + path.name).touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_text", full)
-    new = Path(settings["output_dir"]).parent / "new"
+    monkeypatch.setattr("mini_forge.io.runs._staged", full)
+    new = tmp_path / "new"
     for folder in (first.output_dir, new):
         with pytest.raises(TrainingError, match="No space left on device; no checkpoint was saved yet"):
             run(settings, output_dir=str(folder), overwrite=True)
     assert before == {p: p.read_bytes() for p in first.output_dir.rglob("*") if p.is_file()} and not new.exists()
+
+
+def test_what_a_killed_start_leaves_blocks_no_folder(settings, tmp_path):
+    folder = Path(settings["output_dir"])
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / ".tmp-training_config.json").touch()
+    run(settings)
+    (tmp_path / "other" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "other" / "checkpoints" / "mine.txt").touch()
+    with pytest.raises(ConfigError, match="holds files that are not a run's"):
+        run(settings, output_dir=str(tmp_path / "other"), overwrite=True)
 
 
 def test_a_run_whose_folders_may_not_be_written_to_is_not_overwritten(settings, monkeypatch):

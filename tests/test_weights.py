@@ -111,7 +111,9 @@ def test_broken_folders_are_named(folder, breakage, message):
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_files_that_cannot_be_read_are_named(folder, name):
     make_unreadable(folder / name)
-    with pytest.raises(CheckpointError, match=f"{name}: cannot be read .*error.*; (give a folder that can be read|check the file)"):
+    with pytest.raises(
+        CheckpointError, match=f"{name}: cannot be read .*error.*; (give a folder that can be read|check the file)"
+    ):
         mini_forge.load_model(folder)
 
 
@@ -209,6 +211,18 @@ def test_a_head_that_is_tied_must_be_the_embedding(tmp_path, change):
     rewrite(folder, lambda t: t.update({"lm_head.weight": change(t["model.embed_tokens.weight"]).clone()}))
     with pytest.raises(CheckpointError, match="lm_head.weight is not the embedding, .* set it to false"):
         mini_forge.load_model(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tied_head_may_be_stored_narrower_and_with_nan(tmp_path, dtype):
+    folder = write_checkpoint(tmp_path / "tied", tie_word_embeddings=True)
+
+    def change(tensors):
+        tensors["model.embed_tokens.weight"][270] = torch.nan  # a row that is never used
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].bfloat16()
+
+    rewrite(folder, change)
+    mini_forge.load_model(folder, dtype=dtype)
 
 
 def test_dtype_none_keeps_the_stored_one(tmp_path):

@@ -15,6 +15,7 @@ import shutil
 import struct
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = "training_config.json", "metrics.jsonl
 FOREIGN = (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError,
            struct.error)  # fmt: skip
 STATE_PARTS = ("loop", "optimizer", "rng")  # the records in every trainer_state.pt
-REFERENCE_FILE = "reference_logps.json"
+REFERENCE_FILE, REWARD_FOLDER = "reference_logps.json", "reward"
 RUN_FILES = (  # what a run and its evaluation write, but for the configuration, which the next run replaces
     SUMMARY_FILE, METRICS_FILE, "adapter_model.safetensors", "adapter_config.json", "README.md", "eval.json",
     "predictions.jsonl", REFERENCE_FILE,
@@ -41,12 +42,17 @@ ROOM = 100  # bytes of a path that the names within a run's folder may need
 
 def write_atomic(path: Path, text: str):
     """Write a text file so that a reader sees the old one or the whole new one."""
+    os.replace(_staged(path, text), path)
+
+
+def _staged(path: Path, text: str) -> Path:
+    """The text on the disk under a temporary name beside `path`."""
     temporary = path.with_name(TEMPORARY + path.name)
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    return temporary
 
 
 def json_text(value) -> str:
@@ -96,8 +102,13 @@ class RunFolder:
             raise ConfigError(f"output_dir: {str(nearest)!r} may not be written to; name another folder")
         if nearest != self.path:
             self._check_name(nearest)
-        elif any(self.path.iterdir()) and not (self.path / CONFIG_FILE).exists():
+        elif not self._is_blank() and not (self.path / CONFIG_FILE).exists():
             raise ConfigError(f"output_dir: {str(self.path)!r} holds files that are not a run's; name another folder")
+
+    def _is_blank(self) -> bool:
+        """Whether nothing is here, or what a start leaves that is killed."""
+        begun = [p for p in self.path.iterdir() if not p.name.startswith(TEMPORARY)]
+        return all(p == self.checkpoints and p.is_dir() and not any(p.iterdir()) for p in begun)
 
     def _check_name(self, nearest: Path):
         """Raise ConfigError if this folder cannot be made in `nearest`, which is there."""
@@ -120,7 +131,8 @@ class RunFolder:
     def check_usable(self, *, resume: bool, overwrite: bool):
         """Raise ConfigError if training here would fail or harm what is there; leaves nothing."""
         self.check_possible()
-        closed = [f for f, _, _ in os.walk(self.checkpoints) if not os.access(f, os.W_OK | os.X_OK)]
+        folders = [f for root in (self.checkpoints, self.path / REWARD_FOLDER) for f, _, _ in os.walk(root)]
+        closed = [f for f in folders if not os.access(f, os.W_OK | os.X_OK)]
         if closed:
             raise ConfigError(
                 f"output_dir: {closed[0]!r} may not be written to; make it writable, or name another folder"
@@ -131,22 +143,23 @@ class RunFolder:
                 "--overwrite to replace it, or name another folder"
             )
 
-    def start(self, config: dict):
+    def start(self, config: dict, clear: Callable[[], None] = lambda: None):
         """A fresh run: remove what an earlier run left here (only a run's own files) and record the configuration.
 
-        That is written first, so that a full disk shows before anything is removed. Raises TrainingError for one,
-        ConfigError where the folder cannot be made or cleared."""
-        is_new, staged = not self.path.exists(), self.path / f"{TEMPORARY}{CONFIG_FILE}"
+        That is written first, so that a full disk shows before anything is removed; `clear` removes more. Raises
+        TrainingError for a full disk, ConfigError where the folder cannot be made or cleared."""
+        is_new, place = not self.path.exists(), self.path / CONFIG_FILE
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.sweep()
-            staged.write_text(json_text(config), encoding="utf-8")
+            staged = _staged(place, json_text(config))
             self._remove_old(config)
+            clear()
             self.checkpoints.mkdir()
-            os.replace(staged, self.path / CONFIG_FILE)
+            os.replace(staged, place)
             (self.path / METRICS_FILE).touch()
         except OSError as error:
-            staged.unlink(missing_ok=True)
+            place.with_name(TEMPORARY + place.name).unlink(missing_ok=True)
             if is_new and self.path.exists() and not any(self.path.iterdir()):
                 self.path.rmdir()
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -234,8 +247,7 @@ def read_records(path: Path) -> list[dict]:
         return []
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); make it readable") from None
-    whole = [(i, line) for i, line in enumerate(lines, start=1) if line.endswith(b"}")]  # a kill may cut the last
-    return [_record(f"{path}:{i}", line) for i, line in whole]
+    return [_record(f"{path}:{i}", line) for i, line in enumerate(lines[:-1], start=1)]  # a kill may cut the last
 
 
 def _record(place: str, line: bytes) -> dict:

@@ -79,8 +79,6 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path}: broken safetensors header ({error}); fetch it again") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: broken safetensors header (no object of tensors); fetch it again")
     entries = {n: _entry(path, n, e, 8 + header_bytes, length) for n, e in header.items() if n != "__metadata__"}
     return dict(sorted(entries.items(), key=lambda item: item[1].start))
 
@@ -242,7 +240,9 @@ class Loader:
         if name in self.missing:
             self.missing.discard(name)
             return self._dense_pieces(name, entry)
-        if name == HEAD and self.model.spec.tied_head:
+        if name == HEAD and self.model.spec.tied_head:  # compared later: one of two trained matrices would be lost
+            if entry.shape != tuple(self.model.head_weight.shape):
+                raise self._untied()
             return []
         raise CheckpointError(f"{entry.file}: unexpected tensor {name!r} for this model_type")
 
@@ -266,14 +266,19 @@ class Loader:
         return [Piece(name, entry.rows(*part), partial(put, name, part[0])) for part in parts]
 
     def _compare_rows(self, name: str, first: int, rows: torch.Tensor):
-        """A head that is stored although it is the embedding must be equal to it: one of two would be lost."""
-        tied = self.model.head_weight
-        is_like = self.checkpoint.entries[name].shape == tied.shape
-        if not is_like or not torch.equal(rows.to(tied), tied[first : first + len(rows)]):
-            raise CheckpointError(
-                f"{self.checkpoint.folder}: {name} is not the embedding, but config.json says tie_word_embeddings; "
-                "set it to false there to use both"
-            )
+        """A head that is stored although it is the embedding must be equal to it, as exactly as both are known."""
+        tied = self.model.head_weight[first : first + len(rows)]
+        stored = self.checkpoint.entries["model.embed_tokens.weight"].dtype
+        narrow = min((tied.dtype, rows.dtype, stored), key=lambda dtype: dtype.itemsize)
+        rows, tied = rows.to(tied.device, narrow), tied.to(narrow)
+        if not bool(((rows == tied) | (rows.isnan() & tied.isnan())).all()):
+            raise self._untied()
+
+    def _untied(self) -> CheckpointError:
+        return CheckpointError(
+            f"{self.checkpoint.folder}: {HEAD} is not the embedding, but config.json says tie_word_embeddings; set it "
+            "to false there to use both"
+        )
 
     def _put_rows(self, name: str, first: int, rows: torch.Tensor):
         owner, leaf = self._owner(name)

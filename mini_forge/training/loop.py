@@ -24,8 +24,9 @@ PATIENCE_SECONDS = 2.0
 MAX_SKIPPED_STEPS = 50  # float16: so many steps in a row without a finite gradient cannot be cured by a smaller scale
 
 
-class Interrupted(Exception):
-    """A signal asked the run to stop; a checkpoint has been saved."""
+class Interrupted(BaseException):
+    """A signal asked the run to stop; a checkpoint has been saved if a step was made. Like KeyboardInterrupt it is no
+    Exception: what handles faults, of a user's reward function for one, must not take it for one."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)

@@ -12,9 +12,10 @@ OPTIONAL_COUNTS = ("num_key_value_heads", "head_dim")  # null as if absent
 
 def check_written(config: dict):
     """Refuses what no family can work with, by its name; raises CheckpointError."""
-    record = config.get("quantization_config")
-    if record is not None and not isinstance(record, dict):
-        raise CheckpointError(f"config.json: quantization_config {record!r} must be an object, or left out")
+    for key in ("quantization_config", "text_config"):
+        record = config.get(key, {})
+        if not isinstance(record, dict) and (record is not None or key == "text_config"):
+            raise CheckpointError(f"config.json: {key} {record!r} must be an object, or left out")
     text = config.get("text_config", config)
     counts = {key: text[key] for key in COUNTS if key in text}
     _refuse_numbers(counts | {key: text[key] for key in OPTIONAL_COUNTS if text.get(key) is not None}, {})
