@@ -1,6 +1,6 @@
 """Our side of DPO: the same preference tuning through `mini_forge.train`, and the same JSON line.
 
-    python tests/bench/ours_dpo.py --model FOLDER --data PAIRS.jsonl --adapter FOLDER [--ckpt] [--nf4]
+    python tests/bench/ours_dpo.py --model FOLDER --data PAIRS.jsonl --adapter FOLDER [--ckpt] [--nf4] [--plain]
 
 Trains once over the pairs, from the initial adapter (PEFT's format). Usually started by compare_dpo.py, which gives the
 peer the same adapter and the same pairs in the order of this run.
