@@ -228,7 +228,7 @@ def with_init_adapter(config: TrainingConfig) -> TrainingConfig:
     """The configuration with its initial adapter's rank, alpha and targets. ConfigError where others are given."""
     if not config.init_adapter:
         return config
-    folder = Path(config.init_adapter).expanduser()
+    folder = Path(os.path.expanduser(config.init_adapter))
     if not folder.is_dir():
         raise ConfigError(f"init_adapter: {config.init_adapter!r} is not a folder; give a run's or an adapter's folder")
     asked, (found, _) = adapter_spec(config), read_adapter_config(folder)

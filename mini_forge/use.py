@@ -41,7 +41,7 @@ class Session:
     @classmethod
     def open(cls, path: str, system_prompt: str | None = None, device: str = "auto") -> "Session":
         """path: a run or adapter folder, a model folder, or a hub ID."""
-        record = Path(path).expanduser() / CONFIG_FILE
+        record = Path(os.path.expanduser(path)) / CONFIG_FILE
         config = TrainingConfig.from_file(record) if os.path.isfile(record) else None
         if config is not None:
             config = replace(config, device=device)  # where it is used, not where it was trained

@@ -615,6 +615,8 @@ def test_an_initial_adapters_modules_may_be_named_in_any_way(settings, tmp_path)
     (["train", "CONFIG", "--set", "init_adapter=nowhere"], "error: init_adapter: 'nowhere' is not a folder"),
     (["generate", "nowhere", "--prompt", "x"], "error: model: 'nowhere' is not a folder"),
     (["check", "CONFIG", "--set", "model_name=nowhere"], "error: model_name: 'nowhere' is not a folder"),
+    (["check", "CONFIG", "--set", "model_name=~nobody-here/x"], "error: model_name: '~nobody-here/x' is"),
+    (["generate", "~nobody-here/x", "--prompt", "x"], "error: model: '~nobody-here/x' is not a folder"),
 ])  # fmt: skip
 def test_an_absent_folder_is_named_by_what_names_it(settings, tmp_path, capsys, arguments, message):
     (tmp_path / "config.json").write_text(json.dumps(settings))

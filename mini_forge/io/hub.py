@@ -10,7 +10,7 @@ def resolve_model(name: str, key: str = "model_name") -> Path:
     """The folder of a model: `name` itself if it is one, else a hub ID in the local cache, else downloaded.
 
     key: what an error calls it."""
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if os.path.isdir(folder):  # unlike Path's own, which raises for a name that no folder can have
         return folder
     is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))

@@ -18,14 +18,15 @@ QUANTIZATIONS = (None, "nf4", "fp4", "int8")
 
 
 def is_adapter(path: str | Path) -> bool:
-    return os.path.isfile(Path(path).expanduser() / "adapter_config.json")  # False, too, where it cannot be looked at
+    file = Path(os.path.expanduser(path)) / "adapter_config.json"
+    return os.path.isfile(file)  # False, too, where it cannot be looked at
 
 
 def base_of(path: str | Path) -> Path:
     """The folder of the base model: of an adapter, the one its config names; else the model itself."""
     if not is_adapter(path):
         return resolve_model(str(path), "model")
-    name = read_adapter_config(Path(path).expanduser())[1]
+    name = read_adapter_config(Path(os.path.expanduser(path)))[1]
     if not name:
         raise CheckpointError(
             f"{path}/adapter_config.json: base_model_name_or_path is empty; name the base model there"
@@ -35,7 +36,7 @@ def base_of(path: str | Path) -> Path:
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a run, adapter or model folder, or hub ID; an adapter without one has its base's."""
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     return read_tokenizer(folder if os.path.isfile(folder / "tokenizer.json") else base_of(path))
 
 
@@ -58,5 +59,5 @@ def load_model(
     options = {"nested": nested, "compute_dtype": compute_dtype, "ops": ops}
     model = load_base(base_of(path), dtype, device, quantization, **options)
     if is_adapter(path):
-        load_adapter(model, Path(path).expanduser())
+        load_adapter(model, Path(os.path.expanduser(path)))
     return model.eval()
