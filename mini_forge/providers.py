@@ -50,8 +50,8 @@ UNFUSED = {"gelu_glu": "no fused form"}
 
 @dataclass(frozen=True)
 class Provider:
-    """The ops a model is built with; what each runs in on the device, "triton", "mkl", "torch" or "plain"; and a reason
-    for each op that is not fused, or not in Triton though it has such a form."""
+    """The ops a model is built with; what each runs in on the device, "triton", "c++", "mkl", "torch" or "plain"; and a
+    reason for each op that is not fused, or not in the fastest form it has."""
 
     ops: Ops
     backends: dict[str, str] = field(default_factory=dict)
@@ -86,7 +86,9 @@ def fused(device: torch.device | str | None = None) -> Provider:
     elif reason := bfloat16_product.reason_not(device):
         missing[bfloat16_product.NAME] = reason
     else:
-        backends[bfloat16_product.NAME], left_side = "mkl", bfloat16_product.Split
+        unit, why_not_compiled = bfloat16_product.backend()
+        backends[bfloat16_product.NAME], left_side = unit.name, bfloat16_product.Split
+        missing |= {bfloat16_product.NAME: why_not_compiled} if why_not_compiled else {}
     return Provider(replace(PLAIN, name="fused", **FUSED, **VJPS, left_side=left_side), backends, missing)
 
 

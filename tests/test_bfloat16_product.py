@@ -31,31 +31,75 @@ from mini_forge.model.quant import (
 from mini_forge.providers import PROVIDERS
 from mini_forge.training import losses
 from mini_forge_kernels import bfloat16_product
-from mini_forge_kernels.bfloat16_product import FEW_ROWS, Split, reason_not, split
+from mini_forge_kernels.bfloat16_product import Compiled, Mkl, Split, backend, reason_not
+from mini_forge_kernels.compiled import CannotCompile
 from tests.tiny import write_checkpoint, write_rows
 
 CPU = torch.device("cpu")
-SHAPES = [(1, 1, 1), (1, 64, 7), (3, 5, 2), (FEW_ROWS, 33, 130), (FEW_ROWS + 1, 33, 130), (131, 576, 96), (0, 8, 4)]
+SHAPES = [(1, 1, 1), (1, 64, 7), (3, 5, 2), (Mkl.FEW_ROWS, 33, 130), (Mkl.FEW_ROWS + 1, 33, 130), (16, 32, 32),
+          (131, 576, 96), (45, 800, 260), (300, 1600, 33), (0, 8, 4), (40, 0, 3), (40, 3, 0)]  # fmt: skip
 
 
-def in_torch(a, b, transpose, out, adds):
+def in_torch(a, b, transposed, out, adds):
     """What MKL's function computes, of the same arguments."""
-    product = a.float() @ (b.t() if transpose == bfloat16_product._TRANSPOSED else b).float()
+    product = a.float() @ (b.t() if transposed else b).float()
     out.add_(product) if adds else out.copy_(product)
 
 
 def emulate(monkeypatch):
-    monkeypatch.setattr(bfloat16_product, "_multiply", in_torch)
+    monkeypatch.setattr(Mkl, "multiply_one", in_torch)
+    use(monkeypatch, Mkl)
+
+
+def use(monkeypatch, unit):
+    monkeypatch.setattr(bfloat16_product, "backend", lambda: (unit, None))
     monkeypatch.setattr(bfloat16_product, "reason_not", lambda device: None)
 
 
-@pytest.fixture(params=["mkl", "emulated"])
+def why_not(unit):
+    """Why one of the two ways cannot be tested here."""
+    if reason := reason_not(CPU):
+        return reason
+    if unit is Compiled:
+        return backend()[1]
+    return None if Mkl.gemm() else "this torch has no MKL"
+
+
+@pytest.fixture(params=["c++", "mkl", "emulated"])
 def products(request, monkeypatch):
-    """The products as they are and, so that all around them is tested on every machine, in torch."""
+    """The products as they are made and, so that all around them is tested on every machine, in torch."""
     if request.param == "emulated":
-        emulate(monkeypatch)
-    elif reason := reason_not(CPU):
+        return emulate(monkeypatch)
+    unit = {"c++": Compiled, "mkl": Mkl}[request.param]
+    if reason := why_not(unit):
         pytest.skip(reason)
+    use(monkeypatch, unit)
+
+
+def parts_of(unit, x):
+    """(3, N, K): as `unit` splits x, in MKL's layout."""
+    parts, (N, K) = unit.split(x), x.shape
+    if unit is Mkl:
+        return parts
+    across = parts.permute(2, 0, 3, 1, 4).reshape(3, parts.shape[0] * 16, parts.shape[1] * 32)
+    assert not across[:, N:].any() and not across[:, :, K:].any()  # what lies beyond x
+    return across[:, :N, :K]
+
+
+@pytest.fixture(params=[Compiled, Mkl], ids=lambda unit: unit.name)
+def unit(request, monkeypatch):
+    """What multiplies, by itself."""
+    if reason := why_not(request.param):
+        pytest.skip(reason)
+    use(monkeypatch, request.param)
+    return request.param
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    if reason := why_not(Compiled):
+        pytest.skip(reason)
+    use(monkeypatch, Compiled)
 
 
 def drawn(*shape, seed=0, spread=0.0):
@@ -68,25 +112,26 @@ def rms(x):
     return float(x.double().pow(2).mean().sqrt())
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (300, 1000), (0, 3), (5, 0)])
-def test_three_parts_are_all_of_a_number(shape, monkeypatch):
-    monkeypatch.setattr(bfloat16_product, "CHUNK", 4096)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (16, 32), (300, 1000), (0, 3), (5, 0)])
+def test_three_parts_are_all_of_a_number(shape, unit, monkeypatch):
+    monkeypatch.setattr(Mkl, "CHUNK", 4096)
     x = drawn(*shape, spread=8.0)
-    parts = split(x)
+    parts = parts_of(unit, x)
     assert parts.dtype == torch.bfloat16 and parts.shape == (3, *shape)
     assert torch.equal(parts.double().sum(0), x.double())
 
 
-def test_numbers_at_the_edges_of_rounding_are_split_exactly():
+def test_numbers_at_the_edges_of_rounding_are_split_exactly(unit):
     mantissas = torch.tensor(
         [0, 1, 2**7, 2**15, 2**15 - 1, 2**15 + 1, 2**16 - 1, 2**23 - 1, 2**22 + 2**14], dtype=torch.int32
     )
     exponents = torch.tensor([127, 1 + 24, 253, 100], dtype=torch.int32)
     x = (mantissas[:, None] + (exponents << 23)[None]).view(torch.float32)
     x = torch.cat((x, -x))
-    assert torch.equal(split(x).double().sum(0), x.double())
-    strided = drawn(10, 8)[:, ::2]
-    assert torch.equal(split(strided).double().sum(0), strided.double())
+    assert torch.equal(parts_of(unit, x).double().sum(0), x.double())
+    assert torch.equal(parts_of(unit, x).double(), parts_of(Mkl, x).double())
+    wide = drawn(10, 80)[:, 3:40]
+    assert torch.equal(parts_of(unit, wide).double().sum(0), wide.double())
 
 
 @pytest.mark.parametrize("N, K, out", SHAPES)
@@ -94,6 +139,9 @@ def test_products_are_those_of_float64(products, N, K, out):
     x, grad, weight = drawn(N, K), drawn(N, out, seed=1), drawn(out, K, seed=2).bfloat16()
     exact, back = x.double() @ weight.double().t(), grad.double() @ weight.double()
     made, made_back = Split(x).product_t(weight), Split(grad).product(weight)
+    if N and K and out:
+        strided = drawn(K, N).t()
+        torch.testing.assert_close(Split(strided).product_t(weight), Split(strided.contiguous()).product_t(weight))
     assert made.shape == (N, out) and made_back.shape == (N, K) and made.dtype == made_back.dtype == torch.float32
     torch.testing.assert_close(made.double(), exact, rtol=1e-6, atol=1e-6 * K**0.5)
     torch.testing.assert_close(made_back.double(), back, rtol=1e-6, atol=1e-6 * out**0.5)
@@ -105,17 +153,15 @@ def test_products_are_those_of_float64(products, N, K, out):
     torch.testing.assert_close(onto.double(), exact + 1, rtol=1e-6, atol=1e-6 * K**0.5)
 
 
-@pytest.mark.skipif(reason_not(CPU) is not None, reason=str(reason_not(CPU)))
 @pytest.mark.parametrize("spread", [0.0, 2.0])
-def test_they_are_closer_to_float64_than_those_of_float32(spread):
+def test_they_are_closer_to_float64_than_those_of_float32(unit, spread):
     x, weight = drawn(200, 1536, spread=spread), drawn(300, 1536, seed=2).bfloat16()
     exact = x.double() @ weight.double().t()
     error = rms(Split(x).product_t(weight) - exact)
     assert error < rms(LeftSide(x).product_t(weight.float()) - exact) and error < 4e-7 * rms(exact)
 
 
-@pytest.mark.skipif(reason_not(CPU) is not None, reason=str(reason_not(CPU)))
-def test_the_same_bits_wherever_a_tensor_lies():
+def test_the_same_bits_wherever_a_tensor_lies(unit):
     """A resumed run finds its tensors at other addresses."""
     x, weight = drawn(100, 96), drawn(200, 96, seed=1).bfloat16()
     expected = Split(x).product_t(weight)
@@ -123,6 +169,40 @@ def test_the_same_bits_wherever_a_tensor_lies():
         room = torch.empty(weight.numel() + offset, dtype=torch.bfloat16)
         moved = room[offset:].view(weight.shape).copy_(weight)
         assert torch.equal(Split(x).product_t(moved), expected)
+        room = torch.empty(x.numel() + offset)
+        assert torch.equal(Split(room[offset:].view(x.shape).copy_(x)).product_t(weight), expected)
+
+
+@pytest.mark.parametrize("N", [1, 40, 300])
+def test_threads_share_the_work_and_change_no_bit(compiled, N, monkeypatch):
+    x, weight = drawn(N, 100), drawn(333, 100, seed=1).bfloat16()
+    expected = Split(x).product_t(weight)
+    for threads in (1, 2, 3, 4, 6, 7, 16):  # more than there are cores, too
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert torch.equal(Split(x).product_t(weight), expected)
+
+
+def test_nothing_beside_the_result_is_written(compiled):
+    for N, columns in ((1, 1), (16, 16), (37, 50), (64, 33)):
+        room = torch.full((N + 2, columns + 40), 7.0)
+        Split(drawn(N, 20)).product_t(drawn(columns, 20, seed=1).bfloat16(), room[1 : N + 1, 3 : columns + 3])
+        assert (room == 7).sum() == room.numel() - N * columns
+
+
+def test_without_a_compiler_mkl_multiplies(monkeypatch):
+    def refuses(*_):
+        raise CannotCompile("no g++ here")
+
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(bfloat16_product, "library", refuses)
+    monkeypatch.setattr(Compiled, "library", staticmethod(Compiled.library.__wrapped__))
+    monkeypatch.setattr(bfloat16_product, "backend", backend.__wrapped__)
+    monkeypatch.setattr(Mkl, "gemm", lambda: "a function")
+    assert PROVIDERS["unsloth"]("cpu").backends["bfloat16_product"] == "mkl"
+    assert "mkl: bfloat16_product (no g++ here)" in PROVIDERS["unsloth"]("cpu").describe()
+    monkeypatch.setattr(Mkl, "gemm", lambda: None)
+    assert reason_not(CPU) == "no g++ here, and this torch has no MKL"
+    assert PROVIDERS["unsloth"]("cpu").ops.left_side is None
 
 
 def test_what_does_not_fit_is_refused(products):
@@ -149,9 +229,6 @@ def test_a_reason_is_named_where_they_cannot_run(monkeypatch):
     assert reason_not(torch.device("cuda")) == "for CPUs, this is cuda"
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert reason_not(CPU) == "this CPU has no AMX" and PROVIDERS["unsloth"]("cpu").ops.left_side is None
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    monkeypatch.setattr(bfloat16_product, "_gemm_of_mkl", lambda: None)
-    assert reason_not(CPU) == "this torch has no MKL" and PROVIDERS["unsloth"]("cpu").ops.left_side is None
     monkeypatch.setattr(mini_forge_kernels, "reason_not", lambda device: None)  # of a GPU that is not here
     assert PROVIDERS["huggingface"]("cpu").ops.left_side is PROVIDERS["unsloth"]("cuda").ops.left_side is None
 

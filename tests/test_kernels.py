@@ -306,7 +306,8 @@ def test_a_provider_says_what_is_in_use_and_what_is_missing(monkeypatch):
     monkeypatch.setattr(triton_support, "IS_INSTALLED", True)
     fused = f"ops: fused; torch: {names} (Triton needs a CUDA device, this is cpu); torch: attention"
     monkeypatch.setattr(bfloat16_product, "reason_not", lambda device: None)
-    assert PROVIDERS["unsloth"]("cpu").describe() == fused + "; mkl: bfloat16_product" + rest
+    monkeypatch.setattr(bfloat16_product, "backend", lambda: (bfloat16_product.Compiled, None))
+    assert PROVIDERS["unsloth"]("cpu").describe() == fused + "; c++: bfloat16_product" + rest
     monkeypatch.setattr(bfloat16_product, "reason_not", lambda device: "a reason")
     assert PROVIDERS["unsloth"]("cpu").describe() == fused + rest + "; plain: bfloat16_product (a reason)"
     monkeypatch.setattr(mini_forge_kernels, "reason_not", lambda device: None)

@@ -1,0 +1,67 @@
+"""C++ files of this folder as libraries, compiled at first use: for CPUs, what torch has no op for.
+
+The compiler is g++, whose OpenMP library is the one torch brings, so that both run on the same threads. A file takes it
+half a second; the result stays in the user's cache folder, under the digest of the file and the flags."""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+__all__ = ["CannotCompile", "library"]
+
+FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+
+
+class CannotCompile(Exception):
+    """Why a file is not used here, in one line."""
+
+
+@cache
+def library(source: Path, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """The library of the C++ file `source`, compiled with `flags` and `FLAGS`. Raises `CannotCompile`."""
+    if sys.platform != "linux":
+        raise CannotCompile("compiled for Linux alone")
+    digest = hashlib.sha256(" ".join((*FLAGS, *flags)).encode() + source.read_bytes()).hexdigest()
+    kept = cache_folder() / f"{source.stem}-{digest[:16]}.so"
+    with suppress(OSError):  # not there, or damaged: compiled anew
+        return ctypes.CDLL(str(kept))
+    try:
+        return _compile_and_keep(source, flags, kept)
+    except OSError as err:  # a full disk; or what g++ made cannot be loaded
+        raise CannotCompile(f"{source.name}: {err}") from None
+
+
+def _compile_and_keep(source: Path, flags: tuple[str, ...], kept: Path) -> ctypes.CDLL:
+    with suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+    keeps = os.access(kept.parent, os.W_OK | os.X_OK)
+    with tempfile.TemporaryDirectory(dir=kept.parent if keeps else None) as work:
+        made = Path(work) / kept.name
+        _compile(source, flags, made)
+        loaded = ctypes.CDLL(str(made))  # stays when the file has gone
+        if keeps:
+            os.replace(made, kept)  # whole, whoever compiles it at the same time
+        return loaded
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/mini_forge, or ~/.cache/mini_forge."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "mini_forge"
+
+
+def _compile(source: Path, flags: tuple[str, ...], made: Path):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        raise CannotCompile("no g++ here")
+    run = subprocess.run([compiler, *FLAGS, *flags, "-o", str(made), str(source)], capture_output=True, text=True,
+                         errors="replace")  # fmt: skip
+    if run.returncode:
+        errors = [line for line in run.stderr.splitlines() if "error" in line] or run.stderr.splitlines() or ["?"]
+        raise CannotCompile(f"g++ refuses {source.name}: {errors[0]}")
