@@ -15,7 +15,7 @@ from mini_forge.config import Plan
 from mini_forge.model.decoder import TILE_TOKENS, Decoder, DecoderSpec, LayerSpec
 from mini_forge.model.lora import target_names
 from mini_forge.training import losses
-from mini_forge_kernels.attention import BLOCK, SHORT
+from mini_forge_kernels.attention import BLOCK, COMPILED_ROWS, SHORT, TASKS, WIDTH
 
 # Tensors of the MLP's width that autograd keeps of the plain gated unit: gate and up, and what it makes between.
 UNIT_TENSORS = {"silu": 3, "gelu_tanh": 3, "clamped": 6}
@@ -53,7 +53,8 @@ class Job:
     """What the prediction needs of a run. tokens: that the largest microbatch is computed on; spared: how many more
     its documents have, because they begin alike; longest: of the documents; is_ragged: they differ in length.
     recompute: as `Decoder.recompute`. has_mxfp4: experts stay in MXFP4, as stored. in_bfloat16: matrices that stay so
-    under float32 activations, where they are not quantized. has_triton: it is imported.
+    under float32 activations, where they are not quantized. is_compiled: the CPU's ops are (`kernels/`), has_amx: for
+    its matrix unit too. threads: of the CPU. has_triton: it is imported.
 
     forward_tokens: of the largest pass without gradients, as in an evaluation or of a reference. rollouts: what is
     sampled (rlhf). pairs: (tokens, longest) of the largest microbatch of the reward model's training. heads: trained
@@ -72,6 +73,9 @@ class Job:
     is_ragged: bool = False
     has_mxfp4: bool = False
     in_bfloat16: frozenset[str] = frozenset()
+    is_compiled: bool = False
+    has_amx: bool = False
+    threads: int = 1
     has_triton: bool = False
     spared: int = 0
     rollouts: Rollouts | None = None
@@ -88,7 +92,7 @@ class Job:
     @property
     def has_parts(self) -> bool:
         """Whether inputs of linear layers are split for bfloat16 weights."""
-        return bool(self.in_bfloat16) and self.plan.quantization is None
+        return bool(self.in_bfloat16) and self.has_amx and self.plan.quantization is None
 
     @property
     def is_on_cuda(self) -> bool:
@@ -160,8 +164,10 @@ def optimizer_bytes(count: int, optimizer: str) -> int:
 
 
 def dequantized_bytes(sizes: Sizes, job: Job) -> int:
-    """The largest matrix that is made dense for a product: of a stack, one expert's."""
+    """The largest matrix that is made dense for a product: of a stack, one expert's. Compiled products take layers'
+    weights as they are stored."""
     shapes = [sizes.shapes[name] for name in sizes.stored]
+    shapes = [shape for shape in shapes if len(shape) == 3 or not job.is_compiled]
     kept_small = [shape for shape in shapes if job.plan.quantization or (len(shape) == 3 and job.has_mxfp4)]
     return max((math.prod(shape[-2:]) for shape in kept_small), default=0) * dtype_bytes(job.plan.compute_dtype)
 
@@ -242,7 +248,12 @@ def _is_in_place(layer: LayerSpec, spec: DecoderSpec, job: Job) -> bool:
 
 def _is_in_blocks(layer: LayerSpec, spec: DecoderSpec, job: Job) -> bool:
     """Whether attention makes its weights again, a block of queries at a time."""
-    return _is_in_place(layer, spec, job) and job.width == 4 and job.longest <= SHORT
+    is_short = job.longest <= SHORT or _is_compiled_attention(spec, job)
+    return _is_in_place(layer, spec, job) and job.width == 4 and is_short
+
+
+def _is_compiled_attention(spec: DecoderSpec, job: Job) -> bool:
+    return job.is_compiled and spec.head_size % WIDTH == 0
 
 
 def _mlp_kept(sizes: Sizes, index: int, job: Job) -> int:
@@ -311,23 +322,35 @@ def working_bytes(sizes: Sizes, index: int, job: Job) -> int:
 
 
 def backward_per_token(spec: DecoderSpec, layer: LayerSpec, job: Job) -> int:
-    """Bytes a token that the MLP's backward makes: the unit's result and its gradient, those of gate and up; and what
-    the plain unit keeps between, or where dropout is drawn again a mask, the masked input and, of experts, its
-    gradient. When gate's is split for a bfloat16 weight, the unit's are gone."""
+    """Bytes a token that the MLP's backward makes: the unit's result and its gradient, those of gate and up, of which
+    the compiled unit writes one over its own; and what the plain unit keeps between, or where dropout is drawn again a
+    mask, the masked input and, of experts, its gradient. When gate's is split for a bfloat16 weight, the unit's are
+    gone."""
     b, (dense, routed) = job.width, widths(spec, layer)
     between = 0 if job.is_fused and spec.activation in FUSED_UNITS else UNIT_TENSORS[spec.activation] - 2
     dropped, dropped_of_experts = (1 + b, 1 + 2 * b) if job.dropout else (0, 0)
+    dropped = 0 if job.is_compiled else dropped  # masks and what they leave are made a few rows at a time
     made = max(dense * max(between * b, dropped), routed * max(between * b, dropped_of_experts))
     permuted = 2 * b * spec.hidden_size * spec.experts.top_k if routed else 0
-    return max(dense, routed) * 4 * b + made + permuted
+    is_over = job.is_compiled and spec.activation == "silu"
+    return max(dense * (3 if is_over else 4), routed * 4) * b + made + permuted
 
 
 def attention_bytes(spec: DecoderSpec, layer: LayerSpec, job: Job) -> int:
-    """What the backward of attention in blocks makes, of one document after another: keys and values for every query
-    head and their gradients; a block's logits and weights, and the gradient of either."""
+    """What the backward of attention in blocks makes. In torch, of one document after another: keys and values for
+    every query head and their gradients; a block's logits and weights, and the gradient of either. Compiled: the
+    gradients of queries, keys and values, parts of the last two for each key head (or query head, where documents are
+    few), and the threads' room."""
     if not _is_in_blocks(layer, spec, job):
         return 0
-    return job.width * spec.heads * job.longest * (4 * spec.head_size + 3 * min(BLOCK, job.longest))
+    H, C, L = spec.heads, spec.head_size, job.longest
+    if not _is_compiled_attention(spec, job):
+        return job.width * H * L * (4 * C + 3 * min(BLOCK, L))
+    gradients = job.tokens * (H + 2 * spec.kv_heads) * C
+    tasks = math.ceil((job.tokens + job.spared) / L) * spec.kv_heads
+    heads = spec.kv_heads if tasks >= TASKS * job.threads else H
+    room = 2 * (min(COMPILED_ROWS, H * L) * (C + L) + C * L)
+    return job.width * (gradients + 2 * (job.tokens + job.spared) * heads * C + job.threads * room)
 
 
 def forward_bytes(spec: DecoderSpec, tokens: int, job: Job) -> int:
@@ -345,7 +368,7 @@ def head_bytes(spec: DecoderSpec, tokens: int, job: Job) -> int:
     rows = min(losses.TILE_TOKENS, tokens)
     width = min(spec.vocab_size, losses.tile_width(rows, torch.device(job.plan.device)))
     form = 0 if job.width == 4 else job.width
-    parts = PARTS_BYTES if job.in_bfloat16 else 0
+    parts = PARTS_BYTES if job.in_bfloat16 and job.has_amx else 0
     return rows * (width * (4 + form + parts) + spec.hidden_size * (4 + job.width + parts))
 
 

@@ -50,6 +50,7 @@ from mini_forge.model.decoder import Decoder
 from mini_forge.model.families import decoder_spec
 from mini_forge.prepare import Prepared, adapter_spec, has_reference, in_bfloat16, trains_reward
 from mini_forge.training.windows import Windows
+from mini_forge_kernels import amx_product, frozen_product
 
 MIB = 2**20
 GPU_BYTES = 80 * GIB
@@ -146,8 +147,10 @@ def training_bytes(sizes: Sizes, job: Job) -> dict[str, int]:
         kept = sum(kept_bytes(sizes, i, job) for i in layers)
     working = max(working_bytes(sizes, i, job) for i in layers)
     most = max(head_bytes(spec, job.tokens, job), working)
-    # final states, their gradient and its sum
-    items = {"activations": kept + 3 * stream, "loss head, or one layer's backward": most}
+    # The gradient of the last layer's states and its sum, and these states, which are gone where compiled ops make
+    # whole layers again.
+    streams = 2 if job.is_compiled and is_whole(job) else 3
+    items = {"activations": kept + streams * stream, "loss head, or one layer's backward": most}
     if job.rollouts:
         items["experience"] = experience_bytes(job.rollouts)
     if not job.is_on_cuda:
@@ -196,6 +199,8 @@ def memory_plan(prepared: Prepared, window: Windows, steps: int) -> MemoryPlan:
     """The prediction for a run as it was prepared. steps: of the optimizer; with rlhf, updates."""
     config, lora = prepared.config, adapter_spec(prepared.config)
     sizes = _sizes_in(prepared.folder, lora.targets)
+    is_fused, device = config.provider == "unsloth", torch.device(prepared.plan.device)
+    is_compiled = is_fused and prepared.plan.dtype == "float32" and frozen_product.reason_not(device) is None
     job = Job(
         plan=prepared.plan,
         tokens=0,
@@ -203,8 +208,11 @@ def memory_plan(prepared: Prepared, window: Windows, steps: int) -> MemoryPlan:
         rank=lora.rank,
         optimizer=config.optim,
         recompute=config.recompute if config.gradient_checkpointing else None,
-        is_fused=config.provider == "unsloth",
+        is_fused=is_fused,
         dropout=lora.dropout,
+        is_compiled=is_compiled,
+        has_amx=is_compiled and amx_product.reason_not() is None,
+        threads=torch.get_num_threads(),
         has_triton="triton" in sys.modules,  # the kernels import it where it can run
         has_mxfp4=is_stored_as_mxfp4(read_json(prepared.folder / "config.json")),
         in_bfloat16=in_bfloat16(prepared, prepared.folder),

@@ -30,7 +30,7 @@ from mini_forge.io.expert_adapters import stack_targets
 from mini_forge.io.fitting import check_weights
 from mini_forge.io.hub import resolve_model
 from mini_forge.io.rewards import load_function
-from mini_forge.io.storage import keeps_bfloat16
+from mini_forge.io.storage import multiplies_stored
 from mini_forge.io.weights import bfloat16_matrices, other_parts, read_json, weight_files
 from mini_forge.model.decoder import Decoder, DecoderSpec
 from mini_forge.model.families import decoder_spec
@@ -185,7 +185,7 @@ def with_absolute_paths(config: TrainingConfig) -> TrainingConfig:
 def in_bfloat16(prepared: Prepared, folder: Path) -> frozenset[str]:
     """The matrices of a checkpoint that the run keeps in bfloat16, where they are not quantized."""
     plan = prepared.plan
-    if not keeps_bfloat16(
+    if not multiplies_stored(
         PROVIDERS[prepared.config.provider](plan.device).ops, getattr(torch, plan.dtype), plan.device
     ):
         return frozenset()

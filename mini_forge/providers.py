@@ -1,8 +1,8 @@
 """Providers: which functions the decoder calls.
 
 `huggingface` is the plain reference path. `unsloth` is the fused path: hand-written gradients, in Triton for CUDA
-tensors and else in torch. `missing` says, op by op, what is not so and why. What is in use is printed when a run
-starts; nothing is swapped in silence.
+tensors, in C++ for float32 on the CPU, and else in torch. `missing` says, op by op, what is not so and why. What is in
+use is printed when a run starts; nothing is swapped in silence.
 """
 
 from dataclasses import dataclass, field, replace
@@ -14,9 +14,16 @@ from mini_forge.model.lora import LoRAStack, lora_layers
 from mini_forge.model.ops import PLAIN, Ops
 from mini_forge.model.stacks import use_kernels
 from mini_forge.training import losses
-from mini_forge_kernels import TRITON_OPS, bfloat16_product, linear_cross_entropy
+from mini_forge_kernels import (
+    TRITON_OPS,
+    amx_product,
+    attention,
+    frozen_product,
+    linear_cross_entropy,
+    low_rank,
+    rowwise,
+)
 from mini_forge_kernels import missing as missing_in_triton
-from mini_forge_kernels.attention import attention
 from mini_forge_kernels.dequantize import dequantize_4bit, dequantize_mxfp4, matmul_4bit, matmul_mxfp4
 from mini_forge_kernels.grouped_lora import grouped_lora
 from mini_forge_kernels.rms_norm import rms_norm, rms_norm_vjp
@@ -28,7 +35,7 @@ from mini_forge_kernels.triton_support import reason_not
 def token_nll(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """`losses.token_nll`, whose chunks of logits are torch's, or the same in Triton where that runs."""
     if hidden.dtype != weight.dtype and weight.device.type == "cpu":
-        return losses.token_nll(hidden, weight, targets, bfloat16_product.Split)
+        return losses.token_nll(hidden, weight, targets, frozen_product.StoredLeftSide)
     weight = weight.to(hidden.dtype)
     in_torch = reason_not(hidden.device) is not None
     return (losses if in_torch else linear_cross_entropy).token_nll(hidden, weight, targets)
@@ -39,18 +46,24 @@ FUSED = {
     "rope_qk": rope_qk,
     "swiglu": swiglu,
     "clamped_swiglu": clamped_swiglu,
-    "attention": attention,
+    "attention": attention.attention,
     "token_nll": token_nll,
     "grouped_lora": grouped_lora,
+    "low_rank": low_rank.IN_CPP,
 }
 VJPS = {"rms_norm_vjp": rms_norm_vjp, "swiglu_vjp": swiglu_vjp}
 STORED = ("dequantize_4bit", "dequantize_mxfp4")  # given to the layers that hold such weights, by `equip`
+COMPILED = {  # for float32 on the CPU, each with the reason why not
+    **dict.fromkeys(("rms_norm", "rope_qk", "swiglu", "clamped_swiglu"), rowwise.reason_not),
+    "attention": attention.reason_not_compiled,
+    "low_rank": low_rank.reason_not,
+}
 UNFUSED = {"gelu_glu": "no fused form"}
 
 
 @dataclass(frozen=True)
 class Provider:
-    """The ops a model is built with; what each runs in on the device, "triton", "c++", "mkl", "torch" or "plain"; and a
+    """The ops a model is built with; what each runs in on the device, "triton", "c++", "torch" or "plain"; and a
     reason for each op that is not fused, or not in the fastest form it has."""
 
     ops: Ops
@@ -81,22 +94,28 @@ def fused(device: torch.device | str | None = None) -> Provider:
     missing = missing_in_triton(device) | UNFUSED
     backends = {op: "triton" if op in TRITON_OPS and op not in missing else "torch" for op in (*FUSED, *STORED)}
     left_side = None
-    if device.type != "cpu":
-        backends["attention"], missing["attention"] = "plain", "torch's own kernels are used"
-    elif reason := bfloat16_product.reason_not(device):
-        missing[bfloat16_product.NAME] = reason
+    if device.type == "cpu":
+        for op, reason_not_compiled in COMPILED.items():
+            reason = reason_not_compiled()
+            backends[op] = "torch" if reason else "c++"
+            missing = {name: why for name, why in missing.items() if name != op} | ({op: reason} if reason else {})
+        if reason := frozen_product.reason_not(device):
+            missing[frozen_product.NAME] = reason
+        else:
+            backends[frozen_product.NAME], left_side = "c++", frozen_product.StoredLeftSide
+            missing |= {frozen_product.NAME: reason} if (reason := amx_product.reason_not()) else {}
     else:
-        unit, why_not_compiled = bfloat16_product.backend()
-        backends[bfloat16_product.NAME], left_side = unit.name, bfloat16_product.Split
-        missing |= {bfloat16_product.NAME: why_not_compiled} if why_not_compiled else {}
+        backends["attention"], missing["attention"] = "plain", "torch's own kernels are used"
     return Provider(replace(PLAIN, name="fused", **FUSED, **VJPS, left_side=left_side), backends, missing)
 
 
 def equip(model: Decoder, provider: Provider):
-    """Give the layers that make their own products, 4-bit weights and adapted experts, the provider's, in place."""
+    """Give the layers that make their own products, 4-bit weights and adapters, the provider's, in place."""
     for _, layer in lora_layers(model):
         if isinstance(layer, LoRAStack):
             layer.update = provider.ops.grouped_lora
+        else:
+            layer.low_rank = provider.ops.low_rank
     if provider.backends.get("dequantize_4bit") == "triton":
         use_kernels(model, (dequantize_4bit, matmul_4bit), (dequantize_mxfp4, matmul_mxfp4))
 

@@ -18,7 +18,7 @@ import mini_forge
 from mini_forge.data.batches import Document, collate
 from mini_forge.data.pairs import PairDocument, collate_pairs
 from mini_forge.io.weights import load_base
-from mini_forge.model import decoder
+from mini_forge.model import decoder, low_rank
 from mini_forge.model.experts import Router
 from mini_forge.model.lora import LoRALinear, LoraSpec, LoRAStack, inject, lora_layers, project
 from mini_forge.model.ops import PLAIN
@@ -29,9 +29,9 @@ from mini_forge.training.dpo import preference_objective
 from mini_forge.training.losses import LossSum
 from mini_forge.training.preferences import LossOptions
 from mini_forge.training.sft import sft_loss
-from mini_forge_kernels import attention, bfloat16_product
+from mini_forge_kernels import attention
+from mini_forge_kernels import low_rank as compiled_low_rank
 from tests import golden_files as golden
-from tests.test_bfloat16_product import emulate
 from tests.tiny import write_rows
 from tests.tiny_experts import write_checkpoint
 
@@ -82,18 +82,24 @@ DOCUMENTS = [
 PAIRS = [PairDocument(DOCUMENTS[0], DOCUMENTS[5]), PairDocument(DOCUMENTS[3], document([5, 8, 2], [1, 13, 40, 2]))]
 
 
+def compiled_mask(shape, rate, seed, device):
+    """What the compiled ops draw in place of `low_rank.dropout_keep`."""
+    up = compiled_low_rank.IN_CPP.up
+    return up(torch.ones(shape[0], 1, 1), [torch.ones(1, shape[1])], [(rate, seed)]).bool()
+
+
+def same_masks(monkeypatch):
+    """Have the plain path draw the masks of the fused one."""
+    if compiled_low_rank.reason_not() is None:
+        monkeypatch.setattr(low_rank, "dropout_keep", compiled_mask)
+
+
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """What is done a piece at a time takes two pieces and more of these batches."""
     monkeypatch.setattr(decoder, "TILE_TOKENS", 60)
     monkeypatch.setattr(attention, "BLOCK", 16)
-
-
-@pytest.fixture(autouse=True)
-def bfloat16_products(monkeypatch):
-    """In torch where the machine has none."""
-    if bfloat16_product.reason_not(torch.device("cpu")):
-        emulate(monkeypatch)
+    monkeypatch.setattr(attention, "COMPILED_ROWS", 16)
 
 
 def adapted(folder, provider, storage="dense", dropout=0.0):
@@ -226,9 +232,10 @@ def test_the_balance_loss_reaches_the_adapters_on_both_paths(name, tmp_path):
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_dropout_is_the_same_on_both_paths_and_when_it_is_made_again(name, monkeypatch):
-    """Masks come from the seed alone: not from the ops, nor from how often the backward makes them. One tile, because
-    each draws its own."""
+    """Masks come from the seed alone, not from how often the backward makes them; the plain path, given the masks that
+    the compiled ops draw, has their results. One tile, because each draws its own."""
     monkeypatch.setattr(decoder, "TILE_TOKENS", 1024)
+    same_masks(monkeypatch)
     plain, fused = (adapted(golden.family(name)[0], provider, dropout=0.3) for provider in ("huggingface", "unsloth"))
     batch = collate(DOCUMENTS)
     expected = outcome(plain, batch)
@@ -335,7 +342,9 @@ def numbers(result):
 
 
 @pytest.mark.parametrize("case", RUNS)
-def test_a_fused_run_is_the_plain_one_and_resumes_bit_for_bit(case, run):
+def test_a_fused_run_is_the_plain_one_and_resumes_bit_for_bit(case, run, monkeypatch):
+    same_masks(monkeypatch)
+
     def die(record):
         if record["step"] == 5:
             raise Killed
@@ -359,11 +368,20 @@ def test_a_fused_run_is_the_plain_one_and_resumes_bit_for_bit(case, run):
 SIZE = 512
 
 
-def projections(rate):
+@pytest.fixture(params=["torch", "c++"])
+def products(request):
+    """What makes LoRA's own products, and draws the masks between x and them."""
+    if request.param == "c++" and (reason := compiled_low_rank.reason_not()):
+        pytest.skip(reason)
+    return low_rank.IN_TORCH if request.param == "torch" else compiled_low_rank.IN_CPP
+
+
+def projections(rate, products):
     """Three layers of one input that put out what dropout leaves of it: W = 0, A = B = I, s = 1."""
     made = []
     for _ in range(3):
         layer = LoRALinear(nn.Linear(SIZE, SIZE, bias=False), LoraSpec(SIZE, SIZE, rate))
+        layer.low_rank = products
         layer.base.weight.data.zero_()
         layer.lora_A.data, layer.lora_B.data = torch.eye(SIZE), torch.eye(SIZE)
         made.append(layer.train())
@@ -380,12 +398,12 @@ def largest_correlation(a, b):
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.1, 0.5])
-def test_masks_have_the_rate_and_know_nothing_of_each_other(rate):
+def test_masks_have_the_rate_and_know_nothing_of_each_other(rate, products):
     """Counts of a row's and of a column's kept numbers vary as sums of independent draws do. Of the 2,600,000
     correlations (ten pairs at all distances) the largest is 4.3 to 5.6 deviations, by chance."""
     torch.manual_seed(0)
     x = torch.ones(SIZE, SIZE)
-    kept = [out.detach() for out in (*project(x, *projections(rate)), *project(x, *projections(rate)))]
+    kept = [out.detach() for _ in range(2) for out in project(x, *projections(rate, products))]
     for values in kept:
         assert set(values.unique().tolist()) == {0.0, float(torch.tensor(1 / (1 - rate)))}
         mask = (values > 0).double()
@@ -397,9 +415,9 @@ def test_masks_have_the_rate_and_know_nothing_of_each_other(rate):
     assert max(largest_correlation(a, b) for a, b in pairs) < 6.5
 
 
-def test_the_backward_has_each_projections_own_mask():
+def test_the_backward_has_each_projections_own_mask(products):
     """Of an input of ones the output is the mask, over 1 - rate; each gradient is then the formula's with that mask."""
-    layers = projections(0.3)
+    layers = projections(0.3, products)
     x = torch.ones(SIZE, SIZE, requires_grad=True)
     outs = project(x, *layers)
     generator = torch.Generator().manual_seed(1)

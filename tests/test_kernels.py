@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import mini_forge_kernels
+from mini_forge import providers
 from mini_forge.model import functional
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.families import decoder_spec
 from mini_forge.providers import PROVIDERS, fused
-from mini_forge_kernels import bfloat16_product, rms_norm, rope, swiglu, triton_support
+from mini_forge_kernels import amx_product, frozen_product, rms_norm, rope, rowwise, swiglu, triton_support
 from mini_forge_kernels.triton_support import IS_INTERPRETED, reason_not_testable
 from tests.tiny import CONFIG
 from tests.tiny_experts import CONFIGS, SHARED
@@ -29,7 +30,7 @@ def triton_swiglu(gate, up):
     return swiglu.TritonSwiGLU.apply(gate, up, None, 1.0)
 
 
-# What each takes, and the tensors among it that get gradients. Names, then: formula, torch version, Triton version.
+# What each takes, and the tensors among it that get gradients. Names, then: formula, CPU version, Triton version.
 OPS = {
     "rms_norm": (
         lambda x, w: functional.rms_norm(x, w, EPS),
@@ -77,10 +78,19 @@ LAYOUTS = {
 # Torch rounds after each of up to five steps, a kernel once, RMSNorm's twice, as its reference does. The interpreter
 # cuts bfloat16 off instead of rounding it: a whole unit.
 TOLERANCE = {
+    "c++": {torch.float32: 2e-6, torch.bfloat16: 5 * 2**-8, torch.float16: 5 * 2**-11},  # in 16 bits torch's ops
     "torch": {torch.float32: 2e-6, torch.bfloat16: 5 * 2**-8, torch.float16: 5 * 2**-11},
     "triton": {torch.float32: 2e-6, torch.bfloat16: 2 * 2 ** -(7 if IS_INTERPRETED else 8), torch.float16: 2 * 2**-11},
 }
-BACKENDS = ["torch", pytest.param("triton", marks=needs_triton)]
+needs_compiler = pytest.mark.skipif(rowwise.reason_not() is not None, reason=str(rowwise.reason_not()))
+BACKENDS = ["torch", pytest.param("c++", marks=needs_compiler), pytest.param("triton", marks=needs_triton)]
+
+
+@pytest.fixture(autouse=True)
+def torch_s_own_ops(request, monkeypatch):
+    """Where a test is of torch's ops, those compiled on this machine stand back."""
+    if getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend") == "torch":
+        monkeypatch.setattr(rowwise, "reason_not", lambda: "a test of torch's ops")
 
 
 def place(backend: str) -> str:
@@ -115,7 +125,7 @@ def results(function, op, tensors, layout, trains, upstream) -> list[torch.Tenso
 
 def check(backend, op, shape, dtype, layout, trains=None, upstream=None):
     formula, *versions = OPS[op]
-    function = dict(zip(("torch", "triton"), versions, strict=True))[backend]
+    function = versions[backend == "triton"]
     tensors = leaves(op, shape, dtype)
     trains = trains or [not ("rope" in op and i >= len(tensors) - 2) for i in range(len(tensors))]
     if upstream is None:
@@ -184,7 +194,7 @@ def test_a_program_of_rms_norm_may_sum_many_tiles(rows, monkeypatch):
 @pytest.mark.parametrize("op", OPS)
 def test_gradients_are_finite_differences(backend, op):
     """In float64, which the kernels keep: in float32 a difference would hold three digits."""
-    function = dict(zip(("torch", "triton"), OPS[op][1:], strict=True))[backend]
+    function = OPS[op][1 + (backend == "triton")]
     tensors = [x.to(place(backend)) for x in leaves(op, (2, 2, 4), torch.float64)]
     trained = tensors[: len(tensors) - 2] if "rope" in op else tensors
     for x in trained:
@@ -195,7 +205,7 @@ def test_gradients_are_finite_differences(backend, op):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_clamping_stops_gradients_beyond_the_limit_and_keeps_them_at_it(backend):
     """By hand, limit 1, slope 2, dh = 1, both inputs on a grid; σ(2) = 0.880797, σ(2)(1 + 2(1 − σ(2))) = 1.090784."""
-    version = swiglu.clamped_swiglu if backend == "torch" else swiglu.TritonSwiGLU.apply
+    version = swiglu.TritonSwiGLU.apply if backend == "triton" else swiglu.clamped_swiglu
     device = place(backend)
     gate = torch.tensor([1.0, 3.0, 1.0, 1.0, 1.0], device=device, requires_grad=True)
     up = torch.tensor([1.0, 1.0, 2.0, -1.0, -2.0], device=device, requires_grad=True)
@@ -211,7 +221,7 @@ def test_clamping_stops_gradients_beyond_the_limit_and_keeps_them_at_it(backend)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", ["swiglu", "clamped_swiglu"])
 def test_large_gates_do_not_overflow_and_a_nan_stays_one(backend, op):
-    version = OPS[op][1 if backend == "torch" else 2]
+    version = OPS[op][1 + (backend == "triton")]
     gate = torch.tensor([-1e4, -100.0, 1e4, float("nan"), 1.0], device=place(backend))
     up = torch.tensor([1.0, 1.0, 1.0, 1.0, float("nan")], device=place(backend))
     expected = OPS[op][0](gate, up)
@@ -301,18 +311,26 @@ def test_a_reason_is_given_for_each_op_where_triton_does_not_run(monkeypatch):
 
 def test_a_provider_says_what_is_in_use_and_what_is_missing(monkeypatch):
     assert PROVIDERS["huggingface"]().describe() == "ops: plain"
-    rest = "; plain: gelu_glu (no fused form)"
-    names = "rms_norm, rope_qk, swiglu, clamped_swiglu, token_nll, grouped_lora, dequantize_4bit, dequantize_mxfp4"
+    monkeypatch.setattr(providers, "COMPILED", dict.fromkeys(providers.COMPILED, lambda: why_not))
+    monkeypatch.setattr(frozen_product, "reason_not", lambda device: why_not)
     monkeypatch.setattr(triton_support, "IS_INSTALLED", True)
-    fused = f"ops: fused; torch: {names} (Triton needs a CUDA device, this is cpu); torch: attention"
-    monkeypatch.setattr(bfloat16_product, "reason_not", lambda device: None)
-    monkeypatch.setattr(bfloat16_product, "backend", lambda: (bfloat16_product.Compiled, None))
-    assert PROVIDERS["unsloth"]("cpu").describe() == fused + "; c++: bfloat16_product" + rest
-    monkeypatch.setattr(bfloat16_product, "reason_not", lambda device: "a reason")
-    assert PROVIDERS["unsloth"]("cpu").describe() == fused + rest + "; plain: bfloat16_product (a reason)"
+    in_cpp, others = "rms_norm, rope_qk, swiglu, clamped_swiglu", "token_nll, grouped_lora"
+    stored, rest = "dequantize_4bit, dequantize_mxfp4", "; plain: gelu_glu (no fused form)"
+    no_gpu = f"torch: {others}, {stored} (Triton needs a CUDA device, this is cpu)"
+    why_not = None
+    monkeypatch.setattr(amx_product, "reason_not", lambda: "no AMX")
+    described = f"ops: fused; c++: {in_cpp}, attention, low_rank; {no_gpu}; c++: frozen_product (no AMX){rest}"
+    assert PROVIDERS["unsloth"]("cpu").describe() == described
+    monkeypatch.setattr(amx_product, "reason_not", lambda: None)
+    described = f"ops: fused; c++: {in_cpp}, attention, low_rank, frozen_product; {no_gpu}{rest}"
+    assert PROVIDERS["unsloth"]("cpu").describe() == described
+    why_not = "no g++ here"
+    described = f"ops: fused; torch: {in_cpp}, attention, low_rank (no g++ here); {no_gpu}{rest}; plain: frozen_product"
+    assert PROVIDERS["unsloth"]("cpu").describe() == described + " (no g++ here)"
     monkeypatch.setattr(mini_forge_kernels, "reason_not", lambda device: None)
     assert PROVIDERS["unsloth"]("cuda").describe() == (
-        f"ops: fused; triton: {names}; plain: attention (torch's own kernels are used)" + rest
+        f"ops: fused; triton: {in_cpp}, {others}, {stored}; plain: attention (torch's own kernels are used); "
+        "torch: low_rank" + rest
     )
 
 

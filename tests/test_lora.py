@@ -8,7 +8,8 @@ from torch import nn
 
 from mini_forge.errors import ConfigError
 from mini_forge.model.lora import LoRALinear, LoraSpec, disabled, inject, lora_layers, merge, project
-from mini_forge.model.products import adapted_products, draw_seeds, dropout_keep
+from mini_forge.model.low_rank import draw_seeds, dropout_keep
+from mini_forge.model.products import adapted_products
 from mini_forge.model.quant import Linear4bit, Linear8bit
 from tests.tiny import random_model
 

@@ -62,7 +62,8 @@ from mini_forge.training.optim import make_optimizer
 from mini_forge.training.rlhf import Experience
 from mini_forge.training.rollouts import Sampling, sample_responses
 from mini_forge.training.windows import Windows
-from mini_forge_kernels.bfloat16_product import Split, reason_not
+from mini_forge_kernels import amx_product
+from mini_forge_kernels.frozen_product import StoredLeftSide, reason_not
 from tests.tiny import CONFIG, random_model, tokenizer_files, write_rows
 
 MIB = 2**20
@@ -323,7 +324,7 @@ def test_the_head_holds_no_more_at_a_time_than_predicted(tokens, dtype):
 @pytest.mark.parametrize("recompute", [None, "selective", "full"])
 def test_a_step_holds_attentions_blocks(recompute):
     """Of a long document with many heads they take more than the MLP's backward."""
-    changes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 16, "num_key_value_heads": 4}
+    changes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 16, "num_key_value_heads": 16}
     predicted, measured = a_steps_peak([1000], changes, recompute, True, torch.float32)
     assert predicted == pytest.approx(measured, rel=0.07)
 
@@ -339,7 +340,7 @@ def test_a_step_with_bfloat16_weights_holds_no_more_than_predicted(recompute):
 def keep_bfloat16(model):
     """As loading a checkpoint does whose matrices are stored in it."""
     for _, layer in lora_layers(model):
-        layer.base = Linear16bit(layer.base.weight.bfloat16(), layer.base.bias, Split)
+        layer.base = Linear16bit(layer.base.weight.bfloat16(), layer.base.bias, StoredLeftSide)
     for module in (model.model.embed_tokens, model.lm_head):
         if module is not None:
             module.weight = torch.nn.Parameter(module.weight.bfloat16(), requires_grad=False)
@@ -360,7 +361,9 @@ def a_steps_peak(lengths, changes, recompute, fused, dtype, dropout=0.0, in_bflo
     measured = most_allocated(step)
     job = job_of(fused=fused, recompute=recompute, dtype=str(dtype).removeprefix("torch."))
     sizes = meta_sizes(**changes, num_hidden_layers=4)
-    job = replace(job, tokens=sum(lengths), longest=lengths[0], dropout=dropout,
+    is_compiled = fused and dtype == torch.float32 and reason_not(torch.device("cpu")) is None
+    job = replace(job, tokens=sum(lengths), longest=lengths[0], dropout=dropout, is_compiled=is_compiled,
+                  has_amx=amx_product.reason_not() is None, threads=torch.get_num_threads(),
                   in_bfloat16=frozenset(sizes.shapes) if in_bfloat16 else frozenset())  # fmt: skip
     items = training_bytes(sizes, job)
     return items["activations"] + items["loss head, or one layer's backward"], measured

@@ -89,19 +89,32 @@ def test_kernel_calls_of_a_tree_by_hand():
     assert pieces(documents) == [(*rows, True) for rows in own] + below
 
 
+WAYS = ["pieces", "blocks", "c++"]
+
+
+def take(way, monkeypatch):
+    """Have float32 attention made so, in small blocks."""
+    if way == "c++" and (reason := fused.reason_not_compiled()):
+        pytest.skip(reason)
+    if way != "c++":
+        monkeypatch.setattr(fused, "reason_not_compiled", lambda: "a test of torch's ops")
+    monkeypatch.setattr(fused, "SHORT", 0 if way == "pieces" else 1024)
+    monkeypatch.setattr(fused, "BLOCK", 4)
+    monkeypatch.setattr(fused, "COMPILED_ROWS", 9)
+
+
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2)])
 @pytest.mark.parametrize("parents", [None, (-1, 0, 1, 1, 0, -1)])
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("short", [0, 1024])
-def test_fused_attention_equals_plain(heads, kv_heads, parents, scale, dtype, short, monkeypatch):
+@pytest.mark.parametrize("way", WAYS)
+def test_fused_attention_equals_plain(heads, kv_heads, parents, scale, dtype, way, monkeypatch):
     """In pieces, and in blocks of at most 4 queries."""
-    monkeypatch.setattr(fused, "SHORT", short)
-    monkeypatch.setattr(fused, "BLOCK", 4)
+    take(way, monkeypatch)
     lengths = [5, 7, 3, 1, 4, 6]
     documents = Documents.of_lengths(lengths, "cpu", parents)
     generator = torch.Generator().manual_seed(0)
-    shapes = [(sum(lengths), h, 8) for h in (heads, kv_heads, kv_heads)]
+    shapes = [(sum(lengths), h, 16) for h in (heads, kv_heads, kv_heads)]
     results = []
     inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     upstream = torch.randn(shapes[0], generator=generator).to(dtype)
@@ -114,15 +127,81 @@ def test_fused_attention_equals_plain(heads, kv_heads, parents, scale, dtype, sh
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6)
 
 
-def test_the_way_is_chosen_by_length_and_type(monkeypatch):
+@pytest.mark.parametrize("tasks", [0, 1000], ids=["heads together", "heads alone"])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("channels", [16, 48, 64, 80])
+@pytest.mark.parametrize("lengths, parents", [([200], None), ([33, 16, 1], None), ([50, 70, 31, 90], (-1, 0, 0, 1))])
+def test_compiled_attention_is_that_of_float64(tasks, threads, channels, lengths, parents, monkeypatch):
+    """Of whole tiles and parts of them, of documents that share beginnings, however the work is shared."""
+    if reason := fused.reason_not_compiled():
+        pytest.skip(reason)
+    monkeypatch.setattr(fused, "TASKS", tasks)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(sum(lengths), h, channels, generator=generator) for h in (6, 2, 2)]
+    upstream = torch.randn(inputs[0].shape, generator=generator)
+    documents = Documents.of_lengths(lengths, "cpu", parents)
+    results = []
+    for function, dtype in ((fused_attention, torch.float32), (plain_attention, torch.float64)):
+        leaves = [x.clone().to(dtype).requires_grad_() for x in inputs]
+        out = function(*leaves, documents, None)
+        out.backward(upstream.to(dtype))
+        results.append([x.double() for x in (out, *(x.grad for x in leaves))])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_attention_reads_and_writes_nothing_else():
+    """Rows and heads that lie apart, with NaN between them; and large logits."""
+    if reason := fused.reason_not_compiled():
+        pytest.skip(reason)
+    documents, generator = Documents.of_lengths([21, 40], "cpu"), torch.Generator().manual_seed(0)
+    rooms = [torch.full((61, h, 40), torch.nan) for h in (4, 2, 2)]
+    inputs = [torch.randn(61, h, 16, generator=generator) * 30 for h in (4, 2, 2)]
+    for room, x in zip(rooms, inputs, strict=True):
+        room[..., 3:19] = x
+    results = []
+    for function, tensors in ((fused_attention, rooms), (plain_attention, [x.double() for x in inputs])):
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        views = [leaf[..., 3:19] if leaf.shape[-1] == 40 else leaf for leaf in leaves]
+        out = function(*views, documents, None)
+        out.sum().backward()
+        grads = [leaf.grad[..., 3:19] if leaf.shape[-1] == 40 else leaf.grad for leaf in leaves]
+        results.append([out, *grads])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_number_that_is_not_finite_stays_so(bad):
+    if reason := fused.reason_not_compiled():
+        pytest.skip(reason)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(50, 2, 16, generator=generator) for _ in range(3))
+    query[20, 1, 3] = bad
+    out = fused_attention(query, key, value, Documents.of_lengths([50], "cpu"), None)
+    assert out[20, 1].isnan().all() and out[20, 0].isfinite().all()
+    assert out[:20].isfinite().all() and out[21:].isfinite().all()
+
+
+def test_the_way_is_chosen_by_length_type_and_width(monkeypatch):
     chosen = []
-    for name in ("_InBlocks", "_InPieces"):
+    for name in ("_InBlocks", "_InPieces", "_Compiled"):
         recorder = SimpleNamespace(apply=lambda *arguments, name=name: chosen.append(name))
         monkeypatch.setattr(fused, name, recorder)
-    for length, dtype in ((1024, torch.float32), (1025, torch.float32), (8, torch.float64), (8, torch.bfloat16)):
-        x = torch.zeros(length, 1, 8, dtype=dtype)
-        fused.attention(x, x, x, Documents.of_lengths([length], "cpu"), None)
-    assert chosen == ["_InBlocks", "_InPieces", "_InBlocks", "_InPieces"]
+
+    def ways():
+        chosen.clear()
+        for length, channels, dtype in ((1024, 16, torch.float32), (1025, 16, torch.float32), (8, 16, torch.float64),
+                                        (8, 16, torch.bfloat16), (8, 24, torch.float32)):  # fmt: skip
+            x = torch.zeros(length, 1, channels, dtype=dtype)
+            fused.attention(x, x, x, Documents.of_lengths([length], "cpu"), None)
+        return list(chosen)
+
+    monkeypatch.setattr(fused, "reason_not_compiled", lambda: None)
+    assert ways() == ["_Compiled", "_Compiled", "_InBlocks", "_InPieces", "_InBlocks"]
+    monkeypatch.setattr(fused, "reason_not_compiled", lambda: "a reason")
+    assert ways() == ["_InBlocks", "_InPieces", "_InBlocks", "_InPieces", "_InBlocks"]
 
 
 def test_sixteen_bit_attention_equals_plain():
@@ -148,12 +227,12 @@ def test_blocks_of_a_chain_by_hand():
     assert fused.blocks(chains[2]) == [(slice(303, 305), 305)]
 
 
-@pytest.mark.parametrize("short", [0, 1024])
-def test_fused_attention_reads_no_channels_that_are_not_there(short, monkeypatch):
+@pytest.mark.parametrize("way", WAYS)
+def test_fused_attention_reads_no_channels_that_are_not_there(way, monkeypatch):
     """The kernels take channels to lie one after another: strided inputs and an expanded gradient are copied."""
-    monkeypatch.setattr(fused, "SHORT", short)
+    take(way, monkeypatch)
     documents = Documents.of_lengths([5, 7], "cpu")
-    wide = torch.randn(12, 2, 16, generator=torch.Generator().manual_seed(0))
+    wide = torch.randn(12, 2, 32, generator=torch.Generator().manual_seed(0))
     grads = []
     for function in (plain_attention, fused_attention):
         leaf = wide.clone().requires_grad_()

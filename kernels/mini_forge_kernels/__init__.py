@@ -1,10 +1,14 @@
 """Fused versions of the decoder's functions: same names, signatures and results as `mini_forge.model.functional`.
 
 Each file: the equation and the bytes it moves, the reference, the hand-written forward and backward in plain torch,
-which serve the CPU and the Mac, the Triton kernels for CUDA tensors, the public function; attention.py and
-bfloat16_product.py are for the CPU alone. Which of the two runs is said by `triton_support.reason_not` of a tensor's
-device; `missing` tells it before a run. Each is tested against its reference in value and in all gradients, the Triton
-kernels without a GPU under Triton's interpreter.
+which serve every device, the Triton kernels for CUDA tensors, the public function. Which of the two runs is said by
+`triton_support.reason_not` of a tensor's device; `missing` tells it before a run.
+
+For float32 on CPUs with AVX-512 there are C++ files, compiled on the user's machine at first use (compiled.py):
+rowwise.cpp under norms, units and rotations; attention.cpp; low_rank.cpp, LoRA's products with dropout; and
+frozen_product.cpp, products with weights as they are stored, with amx_product.cpp for those CPUs that have a matrix unit.
+Each is tested against its reference in value and in all gradients, the Triton kernels without a GPU under Triton's
+interpreter, and amx_product.cpp without such a unit with its instructions in plain C++.
 """
 
 import torch

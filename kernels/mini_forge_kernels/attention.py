@@ -9,7 +9,9 @@ Short documents, in blocks of queries. A block's p is made whole, and again in t
     dv = pᵀdo       dp = do·vᵀ       ds = p ⊙ (dp − Σ_j p_j dp_j)       dq = s·ds·k       dk = s·dsᵀq
 
 With a few hundred keys p stays in the cache, and large products beat the flash kernel's small ones (forward and
-backward of documents of 150 to 250 tokens take 0.73 of its time, of 1,024 0.8, of 2,048 1.1).
+backward of documents of 150 to 250 tokens take 0.73 of its time, of 1,024 0.8, of 2,048 1.1). In float32, attention.cpp
+beside this file does it head by head, compiled on this machine (`compiled`): p stays in a core's own cache, and
+nothing is copied or called from Python (0.65 to 0.72 of the time of torch's ops).
 
 Long ones, and 16-bit numbers, in pieces by torch's flash kernel (2205.14135). The keys of a query lie in several
 segments. The kernel gives each piece's output o_p and log-sum ℓ_p; together
@@ -20,18 +22,24 @@ and, because the gradient of a softmax needs nothing of the other pieces but ℓ
 these two in place of its piece's, makes each piece's part of dq, dk, dv, as in ring attention (2310.01889).
 """
 
+import ctypes
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from mini_forge.model.functional import attention as reference
 from mini_forge.model.memory import fresh
+from mini_forge_kernels.compiled import CannotCompile, library, named
 
-__all__ = ["attention", "reference"]
+__all__ = ["attention", "reason_not_compiled", "reference"]
 
 SHORT = 1024  # keys
 BLOCK = 128  # queries
+WIDTH = 16  # numbers, as in vectors.h
+COMPILED_ROWS = 96  # queries of all heads that are together
+TASKS = 4  # for each thread, at least
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -45,8 +53,10 @@ def attention(query, key, value, documents, window, scale=None, sinks=None) -> t
     if query.device.type != "cpu" or not is_plain or is_chunked:
         return reference(query, key, value, documents, window, scale, sinks)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    is_short = whole.longest <= SHORT and query.dtype in (torch.float32, torch.float64)
-    way = _InBlocks if is_short else _InPieces
+    if query.dtype == torch.float32 and query.shape[-1] % WIDTH == 0 and reason_not_compiled() is None:
+        way = _Compiled
+    else:
+        way = _InBlocks if whole.longest <= SHORT and query.dtype in (torch.float32, torch.float64) else _InPieces
     return way.apply(*map(_channels_dense, (query, key, value)), documents, scale)
 
 
@@ -58,6 +68,107 @@ def _channels_dense(x: torch.Tensor) -> torch.Tensor:
 def _own_rows(documents) -> list[slice]:
     ends = documents.starts[1:].tolist()
     return [slice(end - length, end) for length, end in zip(documents.lengths, ends, strict=True)]
+
+
+@cache
+def reason_not_compiled() -> str | None:
+    """Why short documents' attention is made by torch's ops; None where it is compiled."""
+    try:
+        _library()
+    except CannotCompile as err:
+        return str(err)
+    return None
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    loaded = library(Path(__file__).with_suffix(".cpp"))
+    for name, arguments in (("attend", 6), ("attend_backward", 9), ("sum_parts", 3)):
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = [ctypes.c_void_p] * arguments, None
+    return loaded
+
+
+class _Work(ctypes.Structure):
+    """Fields as in attention.cpp's Work. One serves all layers of a forward and backward pass."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("segments", "blocks", "chains")),
+        *((name, ctypes.c_long) for name in (
+            "chain_count", "heads", "key_heads", "together", "channels", "most_queries", "most_keys", "per_thread",
+        )),
+        ("scale", ctypes.c_float),
+        ("threads", ctypes.c_int),
+    ]  # fmt: skip
+
+    @classmethod
+    def of(cls, query, key, documents, scale) -> "_Work":
+        sizes = (*query.shape[1:], key.shape[1], torch.get_num_threads())
+        return documents.once(("attention", *sizes, scale), lambda: cls(*sizes, documents, scale))
+
+    def __init__(self, H, C, K, threads, documents, scale):
+        found = chains(documents)
+        # So few heads together that there is enough for all threads to do.
+        together = H // K if len(found) * K >= TASKS * threads else 1
+        spans, rows, ends, parts = [], [], [], 0
+        for chain in found:
+            those = blocks(chain, max(1, COMPILED_ROWS // together))
+            keys = sum(segment.stop - segment.start for segment in chain)
+            ends.append((len(rows), len(those), len(spans), len(chain), keys, parts))
+            rows += [(b.start, b.stop - b.start, seen) for b, seen in those]
+            spans += [(segment.start, segment.stop - segment.start) for segment in chain]
+            parts += keys
+        ends.sort(key=lambda chain: -chain[1])  # the longest first: the last task of a thread is short
+        self.parts = parts
+        self.numbers = [(ctypes.c_long * (len(x) * len(x[0])))(*sum(x, ())) for x in (spans, rows, ends)]
+        most_queries = together * max(size for _, size, _ in rows)
+        most_keys = -(-max(keys for *_, keys, _ in ends) // WIDTH) * WIDTH
+        super().__init__(
+            *map(ctypes.addressof, self.numbers), len(found), H, K, together, C, most_queries, most_keys,
+            2 * (most_queries * (C + most_keys) + C * most_keys), scale, threads,
+        )  # fmt: skip
+
+
+class _View(ctypes.Structure):
+    """Of (N, H, C) whose channels lie one after another, fields as in attention.cpp's View."""
+
+    _fields_ = [("at", ctypes.c_void_p), ("per_row", ctypes.c_long), ("per_head", ctypes.c_long)]
+
+    def __init__(self, x: torch.Tensor):
+        super().__init__(x.data_ptr(), x.stride(0), x.stride(1))
+
+
+class _Compiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, documents, scale):
+        ctx.save_for_backward(query, key, value)
+        ctx.work = _Work.of(query, key, documents, scale)
+        out = fresh(query.shape, query.dtype, query.device)
+        _call("attend", ctx.work, _room(ctx.work), query, key, value, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (query, key, value), work = ctx.saved_tensors, ctx.work
+        grad_query = fresh(query.shape, query.dtype, query.device)
+        shape = (work.parts, work.heads // work.together, work.channels)
+        parts, grads = ([fresh(size, x.dtype, x.device).zero_() for x in (key, value)] for size in (shape, key.shape))
+        _call("attend_backward", work, _room(work), query, key, value, _channels_dense(grad), grad_query, *parts)
+        for part, total in zip(parts, grads, strict=True):
+            _call("sum_parts", work, None, part, total)
+        return grad_query, *grads, None, None
+
+
+def _room(work: _Work) -> torch.Tensor:
+    """What the threads work in."""
+    return fresh((work.threads, work.per_thread), torch.float32, torch.device("cpu"))
+
+
+def _call(name: str, work: _Work, room: torch.Tensor | None, *tensors: torch.Tensor):
+    views = (ctypes.byref(_View(x)) for x in tensors)
+    with named(name):
+        getattr(_library(), name)(ctypes.byref(work), *(() if room is None else (room.data_ptr(),)), *views)
 
 
 class _InBlocks(torch.autograd.Function):
@@ -113,12 +224,12 @@ def chains(documents) -> list[list[slice]]:
     return found
 
 
-def blocks(chain: list[slice]) -> list[tuple[slice, int]]:
+def blocks(chain: list[slice], size: int | None = None) -> list[tuple[slice, int]]:
     """(rows, keys up to the last of them) of each block of the chain's last segment, about as many rows in each."""
     own = chain[-1]
     length = own.stop - own.start
     before = sum(rows.stop - rows.start for rows in chain[:-1])
-    count = -(-length // BLOCK)
+    count = -(-length // (size or BLOCK))
     edges = [length * i // count for i in range(count + 1)]
     return [(slice(own.start + a, own.start + b), before + b) for a, b in zip(edges, edges[1:], strict=False)]
 

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from mini_forge.model.functional import rms_norm as reference
 from mini_forge.model.functional import vjp
 from mini_forge.model.memory import fresh
+from mini_forge_kernels import rowwise
 from mini_forge_kernels.triton_support import as_rows, jit, launch, power_of_two, reason_not, tl, warps, widen
 
 __all__ = ["TritonRMSNorm", "reference", "rms_norm", "rms_norm_vjp"]
@@ -45,11 +46,14 @@ class _RMSNorm(torch.autograd.Function):
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = (grad * (wide * rstd).to(grad.dtype)).reshape(-1, x.shape[-1]).sum(0)
-        return _input_gradient(grad * weight, x, rstd), grad_weight, None
+        return _input_gradient(grad, x, weight, rstd), grad_weight, None
 
 
 def _normed(x, weight, eps):
     """y, and r (…, 1) in float32."""
+    if rowwise.serves(x, weight):
+        y, rstd = rowwise.rms_norm(x, weight, eps)
+        return y, rstd.view(*x.shape[:-1], 1)
     wide = x.float() if x.dtype != torch.float64 else x  # 16-bit sums of D squares would keep 8 bits
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     rstd = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
@@ -58,8 +62,11 @@ def _normed(x, weight, eps):
     return weight * (wide * rstd).to(x.dtype), rstd
 
 
-def _input_gradient(weighted, x, rstd):
-    """dx, given w·dy, which is overwritten."""
+def _input_gradient(grad, x, weight, rstd, overwrites=False):
+    """dx for dy; overwrites: which is no longer needed."""
+    if rowwise.serves(grad, x, weight):
+        return rowwise.rms_norm_gradient(grad, x, weight, rstd, overwrites)
+    weighted = grad.mul_(weight) if overwrites else grad * weight
     weighted, wide = weighted.to(rstd.dtype), x.to(rstd.dtype)
     shared = torch.linalg.vecdot(weighted, wide).unsqueeze(-1) * rstd.pow(3) / x.shape[-1]
     return weighted.mul_(rstd).addcmul_(wide, shared, value=-1).to(x.dtype)
@@ -71,7 +78,7 @@ def rms_norm_vjp(x: torch.Tensor, weight: torch.Tensor, eps: float):
     if reason_not(x.device) is None:
         return vjp(lambda x: rms_norm(x, weight, eps), x)
     y, rstd = _normed(x, weight, eps)
-    return y, lambda grad: [_input_gradient(grad.mul_(weight), x, rstd)]
+    return y, lambda grad: [_input_gradient(grad, x, weight, rstd, overwrites=True)]
 
 
 @jit

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from mini_forge.model.functional import apply_rope as reference
 from mini_forge.model.memory import fresh
+from mini_forge_kernels import rowwise
 from mini_forge_kernels.triton_support import jit, launch, power_of_two, reason_not, tl, warps, widen
 
 __all__ = ["TritonRotation", "apply_rope", "reference", "rope_qk"]
@@ -38,6 +39,8 @@ def rope_qk(
 
 
 def _rotate(x, cos, sin, sign):
+    if rowwise.serves(x, cos, sin):
+        return rowwise.rotate(x, cos, sin, sign)
     half = x.shape[-1] // 2
     c, s = cos[:, None, :half], sin[:, None, :half]
     out = fresh(x.shape, x.dtype, x.device)

@@ -21,6 +21,7 @@ from mini_forge.model.functional import clamped_swiglu as clamped_reference
 from mini_forge.model.functional import swiglu as reference
 from mini_forge.model.functional import vjp
 from mini_forge.model.memory import fresh
+from mini_forge_kernels import rowwise
 from mini_forge_kernels.triton_support import as_rows, jit, launch, power_of_two, reason_not, tl, widen
 
 __all__ = ["TritonSwiGLU", "clamped_reference", "clamped_swiglu", "reference", "swiglu", "swiglu_vjp"]
@@ -40,6 +41,8 @@ def swiglu_vjp(gate: torch.Tensor, up: torch.Tensor):
     """`swiglu` and its vector-Jacobian product, as `functional.vjp` gives them; silu(gate) serves both."""
     if reason_not(gate.device) is None:
         return vjp(swiglu, gate, up)
+    if rowwise.serves(gate, up):
+        return rowwise.swiglu(gate, up), lambda grad: rowwise.swiglu_gradient(grad, gate, up, overwrites=True)
     silu = _silu(gate)
 
     def pullback(grad):
@@ -64,11 +67,13 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return _silu(gate).mul_(up)
+        return rowwise.swiglu(gate, up) if rowwise.serves(gate, up) else _silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
+        if rowwise.serves(grad, gate, up):
+            return rowwise.swiglu_gradient(grad, gate, up)
         return torch.ops.aten.silu_backward(grad * up, gate), _silu(gate).mul_(grad)
 
 
@@ -77,12 +82,16 @@ class _ClampedSwiGLU(torch.autograd.Function):
     def forward(ctx, gate, up, limit, slope):
         ctx.save_for_backward(gate, up)
         ctx.limit, ctx.slope = limit, slope
+        if rowwise.serves(gate, up):
+            return rowwise.swiglu(gate, up, limit, slope, 1)
         g = gate.clamp(max=limit)
         return torch.sigmoid(g * slope).mul_(g).mul_(up.clamp(-limit, limit).add_(1))
 
     @staticmethod
     def backward(ctx, grad):
         (gate, up), limit, slope = ctx.saved_tensors, ctx.limit, ctx.slope
+        if rowwise.serves(grad, gate, up):
+            return *rowwise.swiglu_gradient(grad, gate, up, limit, slope, 1), None, None
         g = gate.clamp(max=limit)
         dup = torch.sigmoid(g * slope).mul_(g).mul_(grad).masked_fill_(up.abs() > limit, 0)
         dgate = torch.ops.aten.silu_backward(up.clamp(-limit, limit).add_(1).mul_(grad), g.mul_(slope))

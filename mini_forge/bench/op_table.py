@@ -17,11 +17,15 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mini_forge.model.ops import Differentiable, Ops
-from mini_forge_kernels import bfloat16_product
+from mini_forge_kernels import frozen_product
 
 OPS = {"rms_norm": "norms", "rope_qk": "rope", "swiglu": "gated unit",
        "clamped_swiglu": "gated unit", "attention": "attention", "token_nll": "loss head",
        "grouped_lora": "LoRA products", "rms_norm_vjp": "norms", "swiglu_vjp": "gated unit"}  # fmt: skip
+# Compiled functions, which torch does not see, by the ranges around their calls.
+COMPILED = {"attend": "attention", "attend_backward": "attention", "sum_parts": "attention", "rms_norm": "norms",
+            "rms_norm_gradient": "norms", "swiglu": "gated unit", "swiglu_gradient": "gated unit", "rotate": "rope",
+            "down": "LoRA products", "outer": "LoRA products", "up": "LoRA products"}  # fmt: skip
 # Methods of modules.
 OTHERS = {"unit": "gated unit", "update": "LoRA products", "dequantized": "dequantizing", "expert": "dequantizing"}
 MATRIX = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm", "aten::linear", "aten::matmul",
@@ -139,6 +143,8 @@ def _range(event) -> str | None:
 def _group(event, labels: dict, rank: int, vocab_size: int) -> str:
     for caller in _with_callers(event):  # the nearest that says what it is for
         name = caller.name
+        if name in COMPILED:
+            return COMPILED[name]
         if name.startswith(PREFIX):
             return name.removeprefix(PREFIX)
         if name.startswith("aten::embedding"):
@@ -152,7 +158,7 @@ def _group(event, labels: dict, rank: int, vocab_size: int) -> str:
     sizes = {size for shape in event.input_shapes or () for size in shape if isinstance(size, int)}
     if vocab_size in sizes:
         return "loss head"
-    if any(caller.name == bfloat16_product.NAME for caller in _with_callers(event)):
+    if any(caller.name == frozen_product.NAME for caller in _with_callers(event)):
         return "matrix products"
     if event.name.rstrip("_") in MATRIX:
         return "LoRA products" if rank in sizes else "matrix products"

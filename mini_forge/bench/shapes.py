@@ -17,7 +17,7 @@ from mini_forge.config import TrainingConfig, detect_machine, resolve
 from mini_forge.data.batches import Document, TokenStats
 from mini_forge.data.pairs import PairDocument
 from mini_forge.errors import ConfigError
-from mini_forge.io.storage import Storage, keeps_bfloat16
+from mini_forge.io.storage import Storage, multiplies_stored
 from mini_forge.io.weights import bfloat16_matrices, read_json
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.families import decoder_spec, expert_layout
@@ -133,7 +133,7 @@ def random_base(
         model = Decoder(decoder_spec(record), ops)
     model.layout = expert_layout(record)
     storage = Storage(quantization, nested, compute_dtype or dtype, dtype, torch.device(device))
-    in_bfloat16 = bfloat16_matrices(Path(folder), model) if keeps_bfloat16(ops, dtype, device) else ()
+    in_bfloat16 = bfloat16_matrices(Path(folder), model) if multiplies_stored(ops, dtype, device) else ()
     is_mxfp4 = (record.get("quantization_config") or {}).get("quant_method") == "mxfp4"
     linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, parameter in list(model.named_parameters()):

@@ -12,8 +12,9 @@ from mini_forge.model.ops import Ops
 from mini_forge.model.quant import Linear4bit, Linear8bit
 
 
-def keeps_bfloat16(ops: Ops, dtype: torch.dtype, device: str | torch.device) -> bool:
-    """Whether matrices that a checkpoint stores in bfloat16 are held so, under activations in `dtype`."""
+def multiplies_stored(ops: Ops, dtype: torch.dtype, device: str | torch.device) -> bool:
+    """Whether matrices are multiplied as they are stored, and so held in bfloat16 where a checkpoint stores them in it,
+    under activations in `dtype`."""
     return ops.left_side is not None and dtype == torch.float32 and torch.device(device).type == "cpu"
 
 
@@ -26,7 +27,7 @@ class Storage:
     compute_dtype: torch.dtype
     dtype: torch.dtype
     device: torch.device
-    left_side: type[LeftSide] | None = None  # `Ops.left_side`, where matrices stored in bfloat16 are held so
+    left_side: type[LeftSide] | None = None  # `Ops.left_side`, where matrices are multiplied as they are stored
 
     def cast(self, weight: torch.Tensor) -> torch.Tensor:
         """A weight that is to be quantized, on the device, with the values it has in the training dtype: statistics are
@@ -39,17 +40,17 @@ class Storage:
         """The layer of a dense (out, in) weight, without its bias."""
         weight = self.cast(weight)
         if self.quantization == "int8":
-            return Linear8bit.from_weight(weight, None, compute_dtype=self.compute_dtype)
+            return self._with_ops(Linear8bit.from_weight(weight, None, compute_dtype=self.compute_dtype))
         options = {"quant_type": self.quantization, "nested": self.nested, "compute_dtype": self.compute_dtype}
         layer = Linear4bit.from_weight(weight, None, **options)
         layer.weight_dtype = self.dtype
-        return layer
+        return self._with_ops(layer)
 
     def stored(self, name: str, parts: dict[str, torch.Tensor], folder: Path) -> Linear4bit | Linear8bit:
         """The layer of weight `name` from the tensors in which a checkpoint holds it, without its bias."""
         if name + ".absmax" not in parts:
             scale = parts[name.removesuffix("weight") + "SCB"]
-            return Linear8bit.from_state(parts[name], scale, compute_dtype=self.compute_dtype)
+            return self._with_ops(Linear8bit.from_state(parts[name], scale, compute_dtype=self.compute_dtype))
         state = {"weight" + key.removeprefix(name): tensor for key, tensor in parts.items()}
         layer = Linear4bit.from_state(state, compute_dtype=self.compute_dtype)
         if self.quantization not in (None, layer.quant_type):
@@ -57,4 +58,8 @@ class Storage:
                 f"{folder}: {name} is stored as {layer.quant_type}, not {self.quantization}; "
                 f"set bnb_4bit_quant_type to {layer.quant_type!r}"
             )
+        return self._with_ops(layer)
+
+    def _with_ops(self, layer: Linear4bit | Linear8bit) -> Linear4bit | Linear8bit:
+        layer.left_side = self.left_side
         return layer

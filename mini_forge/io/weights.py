@@ -20,7 +20,7 @@ from torch import nn
 from mini_forge.errors import CheckpointError, reason_of
 from mini_forge.io.expert_weights import StackLoader
 from mini_forge.io.reading import Piece, ReadAhead, TensorEntry, read_tensor
-from mini_forge.io.storage import Storage, keeps_bfloat16
+from mini_forge.io.storage import Storage, multiplies_stored
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.families import decoder_spec, expert_layout
 from mini_forge.model.families.layout import text_name
@@ -190,7 +190,7 @@ class Loader:
             self.model = Decoder(spec, ops)
         self.model.layout = layout
         self.storage = Storage(quantization, nested, compute_dtype or dtype, dtype, torch.device(device),
-                               ops.left_side if keeps_bfloat16(ops, dtype, device) else None)  # fmt: skip
+                               ops.left_side if multiplies_stored(ops, dtype, device) else None)  # fmt: skip
         self.stacks = StackLoader(self.model, self.storage, layout)
         self.missing = set(self.model.state_dict())
         linears = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]

@@ -16,8 +16,9 @@ from torch import nn
 
 from mini_forge.errors import ConfigError
 from mini_forge.model.grouped import blocks, grouped, grouped_products, is_groupable
+from mini_forge.model.low_rank import IN_TORCH, draw_seeds
 from mini_forge.model.ops import Differentiable
-from mini_forge.model.products import adapted_products, draw_seeds, lora_factors
+from mini_forge.model.products import adapted_products, lora_factors
 from mini_forge.model.quant import Linear, Linear16bit, frozen_products
 
 STACK_NAMES = ("gate_up_proj", "down_proj")  # of experts, whose module is named `experts`
@@ -40,6 +41,8 @@ class LoraSpec:
 
 class LoRALinear(nn.Module):
     """A frozen linear layer of any kind with a trainable float32 update beside it."""
+
+    low_rank = IN_TORCH  # what makes the update's products: `Ops.low_rank`
 
     def __init__(self, base: nn.Module, spec: LoraSpec, generator: torch.Generator | None = None):
         """A starts uniform in ±1/√in (Kaiming uniform with a = √5), B at zero: the adapted layer begins as its base."""
@@ -123,7 +126,8 @@ def project(x: torch.Tensor, *layers: nn.Module, make: nn.Module | None = None) 
     layers = [layer.base if isinstance(layer, LoRALinear) and not layer.enabled else layer for layer in layers]
     if torch.is_grad_enabled() or not all(isinstance(layer, Linear) for layer in layers):
         return [layer(x) for layer in layers]
-    return frozen_products(x, layers)
+    outs = frozen_products(x.reshape(-1, x.shape[-1]), layers)
+    return [out.view(*x.shape[:-1], out.shape[1]) for out in outs]
 
 
 def project_unit(gate: torch.Tensor, up: torch.Tensor, layer: nn.Module, unit: Differentiable) -> torch.Tensor:

@@ -4,6 +4,7 @@ A batch is a stream of N = B·T tokens in which documents lie end to end. A docu
 needs only the documents' boundaries, not an (N, N) mask.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
@@ -19,11 +20,17 @@ class Documents:
     lengths: list[int]
     starts: torch.Tensor
     tree: "Tree | None" = None
-    _masks: dict = field(default_factory=dict, compare=False, repr=False)  # masks and chunkings made so far
+    _made: dict = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def longest(self) -> int:
         return max(self.lengths)
+
+    def once(self, key: tuple, make: Callable):
+        """make(), kept for all layers that ask for `key`."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     @classmethod
     def from_ids(cls, document: torch.Tensor, parents: tuple[int, ...] | None = None) -> "Documents":
@@ -54,22 +61,22 @@ class Documents:
         """(L, L) bool, True where key j is in query i's window: 0 <= i - j < window. Made once per length.
 
         has_sink: key 0 is visible to all."""
-        if (length, window, has_sink) not in self._masks:
+
+        def make():
             index = torch.arange(length, device=self.starts.device)
             distance = index[:, None] - index[None, :]
             attends = (distance >= 0) & (distance < window)
             attends[:, 0] |= has_sink
-            self._masks[length, window, has_sink] = attends
-        return self._masks[length, window, has_sink]
+            return attends
+
+        return self.once(("window", length, window, has_sink), make)
 
     def chunked(self, chunk: int) -> "Documents":
         """Every document cut into pieces of `chunk` tokens: attention within chunks is attention within these."""
         if self.tree is not None:
             return replace(self, tree=replace(self.tree, whole=self.tree.whole.chunked(chunk), is_chunked=True))
-        if chunk not in self._masks:
-            lengths = [min(chunk, n - i) for n in self.lengths for i in range(0, n, chunk)]
-            self._masks[chunk] = Documents.of_lengths(lengths, self.starts.device)
-        return self._masks[chunk]
+        lengths = [min(chunk, n - i) for n in self.lengths for i in range(0, n, chunk)]
+        return self.once(("chunks", chunk), lambda: Documents.of_lengths(lengths, self.starts.device))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from mini_forge.model import functional
+from mini_forge.model.low_rank import IN_TORCH, LowRank
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class Ops:
     attention: Callable
     token_nll: Callable | None = None  # of losses.py, which is used where this is None
     grouped_lora: Callable | None = None  # `LoRAStack.update`
-    # Of a float32 x, for products with bfloat16 weights. Where this is None, weights are kept in the training dtype.
+    low_rank: LowRank = IN_TORCH  # of LoRALinear
+    # Of a float32 x on the CPU, for products with weights as they are stored: bfloat16, 8 and 4 bits. Where this is
+    # None, weights in bfloat16 are held in the training dtype, and others made dense for each product.
     left_side: type[functional.LeftSide] | None = None
 
 

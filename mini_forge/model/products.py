@@ -1,8 +1,8 @@
 """Products of one input with several adapted layers, and their gradients, written by hand.
 
-    y_i = x W_iᵀ + b_i + s_i · (x̃_i A_iᵀ) B_iᵀ                    x = make(sources), x̃_i = dropout(x)
+    y_i = x W_iᵀ + b_i + (x̃_i (s_i A_i)ᵀ) B_iᵀ                    x = make(sources), x̃_i = dropout(x)
 
-    dB = s · dYᵀ(x̃Aᵀ)     dA = s · (dY B)ᵀ x̃     dX = dY W + mask ⊙ s(dY B)A
+    dB = dYᵀ(x̃(sA)ᵀ)     dA = s · (dY B)ᵀ x̃     dX = dY W + mask ⊙ (dY B)(sA)
 
 LoRA (2106.09685) Eq. 3. Autograd on the plain formula would keep x and dropout(x) for every projection. This keeps the
 narrow x̃Aᵀ and neither: a dropout mask is drawn again from its seed, a 4-bit weight made again from its bits, and x
@@ -12,16 +12,13 @@ their product. Of a Llama layer's 8,400 numbers a token (SmolLM2) that leaves 5,
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from mini_forge.model.memory import fresh
+from mini_forge.model.low_rank import Seed, kept_scale
 from mini_forge.model.ops import Differentiable
-from mini_forge.model.quant import Linear16bit, add_products_16bit, frozen_gradient, frozen_products
-
-Seed = tuple[float, int] | None  # rate and seed of one layer's dropout; None: none
+from mini_forge.model.quant import frozen_gradient, frozen_products
 
 
 def adapted_products(
@@ -44,123 +41,55 @@ def lora_factors(layers: Sequence[nn.Module]) -> list[nn.Parameter]:
     return [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
 
 
-def draw_seeds(layers: Sequence[nn.Module]) -> list[Seed]:
-    """One for each layer that drops in this pass. They come from the global generator, so that a resumed run and a
-    recomputed block draw the same masks again."""
-    rates = [layer.dropout if layer.training else 0.0 for layer in layers]
-    return [(rate, int(torch.randint(2**62, ()))) if rate else None for rate in rates]
-
-
 class _AdaptedProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, make, layers, seeds, count, *tensors):
         sources, factors = tensors[:count], tensors[count:]
         x = make(*sources) if make else sources[0]
         flat = x.reshape(-1, x.shape[-1])
-        ctx.make, ctx.seeds, ctx.count = make, seeds, count
+        ctx.make, ctx.seeds, ctx.count, ctx.low_rank = make, seeds, count, layers[0].low_rank
         rates = [seed[0] if seed else 0.0 for seed in seeds]
         ctx.scales = [layer.scaling * kept_scale(rate) for layer, rate in zip(layers, rates, strict=True)]
         ctx.bases = [layer.base for layer in layers]
-        lows = _low_products(_dropped(flat, seeds), [A.to(x.dtype) for A in factors[::2]])
-        ctx.save_for_backward(*tensors, *lows)
-        outs = _adapted(flat, ctx.bases, lows, factors[1::2], ctx.scales)
-        return tuple(out.view(*x.shape[:-1], -1) for out in outs)
+        lows = ctx.low_rank.down(flat, _scaled(factors[::2], ctx.scales, x.dtype), seeds)
+        ctx.save_for_backward(*tensors, lows)
+        pairs = [(low[:, : B.shape[1]], B.to(x.dtype)) for low, B in zip(lows.unbind(1), factors[1::2], strict=True)]
+        return tuple(out.view(*x.shape[:-1], out.shape[1]) for out in frozen_products(flat, ctx.bases, pairs))
 
     @staticmethod
     @once_differentiable  # it overwrites what it makes
     def backward(ctx, *grads):
-        n, saved = 2 * len(ctx.bases), ctx.saved_tensors
-        sources, factors, lows = saved[: ctx.count], saved[ctx.count : ctx.count + n], saved[ctx.count + n :]
+        *tensors, lows = ctx.saved_tensors
+        sources, As, Bs = tensors[: ctx.count], tensors[ctx.count :: 2], tensors[ctx.count + 1 :: 2]
         needs = ctx.needs_input_grad[4:]
         x, pullback = ctx.make.vjp(*sources) if ctx.make else (sources[0], lambda grad: [grad])
-        flat = x.reshape(-1, x.shape[-1])
         grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        Bs, keeps = [B.to(x.dtype) for B in factors[1::2]], _masks(flat, ctx.seeds)
-        grad_lows = [(g @ B).mul_(s) for g, B, s in zip(grads, Bs, ctx.scales, strict=True)]  # s·(dY B), (N, R)
-        grad_factors = [None] * n
+        grad_lows, grad_Bs = ctx.low_rank.pull_back(grads, [B.to(x.dtype) for B in Bs], lows)
+        grad_factors = [None] * (2 * len(As))
         if any(needs[ctx.count :]):
-            inputs = [flat if keep is None else flat * keep for keep in keeps]
-            for i, (g, low, scale) in enumerate(zip(grads, lows, ctx.scales, strict=True)):
-                # (R, N)(N, out), then turned: a product with a thin left side runs faster than one with a thin right
-                grad_factors[2 * i + 1] = (low.t() @ g).mul_(scale).t().to(factors[2 * i + 1].dtype).contiguous()
-            for i, grad_A in enumerate(_outer_products(grad_lows, inputs)):
-                grad_factors[2 * i] = grad_A.to(factors[2 * i].dtype)
+            grad_As = ctx.low_rank.outer(grad_lows, x.reshape(-1, x.shape[-1]), ctx.seeds)
+            for i, (A, B, scale) in enumerate(zip(As, Bs, ctx.scales, strict=True)):
+                grad_factors[2 * i : 2 * i + 2] = grad_As[i].mul_(scale).to(A.dtype), grad_Bs[i].to(B.dtype)
         grad_sources = [None] * ctx.count
         if any(needs[: ctx.count]):
-            grad_x = _input_gradient(grads, ctx.bases, grad_lows, [A.to(x.dtype) for A in factors[::2]], keeps)
+            grad_x = _input_gradient(ctx, grads, grad_lows, _scaled(As, ctx.scales, x.dtype))
             grad_sources = pullback(grad_x.view(x.shape))
         return None, None, None, None, *grad_sources, *grad_factors
 
 
-def _input_gradient(grads, bases, grad_lows, As, keeps) -> torch.Tensor:
+def _input_gradient(ctx, grads, grad_lows, As) -> torch.Tensor:
     """dX of all layers together, (N, in), added up in one buffer."""
+    if any(ctx.seeds):
+        grad_x = ctx.low_rank.up(grad_lows, As, ctx.seeds)
+        for grad, base in zip(grads, ctx.bases, strict=True):
+            frozen_gradient(grad, base, grad_x)
+        return grad_x
     grad_x = None
-    for grad_low, A, keep in zip(grad_lows, As, keeps, strict=True):
-        if grad_x is not None and keep is None:
-            grad_x.addmm_(grad_low, A)
-            continue
-        part = grad_low @ A if keep is None else (grad_low @ A).mul_(keep)
-        grad_x = part if grad_x is None else grad_x.add_(part)
-    for grad, base in zip(grads, bases, strict=True):
-        frozen_gradient(grad, base, onto=grad_x)
+    for grad, base, low, A in zip(grads, ctx.bases, grad_lows.unbind(1), As, strict=True):
+        grad_x = frozen_gradient(grad, base, grad_x, (low, A))
     return grad_x
 
 
-def _adapted(x, bases, lows, Bs, scales) -> list[torch.Tensor]:
-    """base(x) + s·low Bᵀ of each layer, (N, out). With B = 0 it has the bits of base(x)."""
-    if all(isinstance(base, Linear16bit) for base in bases):
-        wides = [(B * scale).to(x.dtype).t() for B, scale in zip(Bs, scales, strict=True)]
-        outs = [_affine(low, wide, base.bias) for low, wide, base in zip(lows, wides, bases, strict=True)]
-        add_products_16bit(x, bases, outs)
-        return outs
-    outs = frozen_products(x, bases)
-    for out, low, B, scale in zip(outs, lows, Bs, scales, strict=True):
-        out.addmm_(low, B.to(x.dtype).t(), alpha=scale)
-    return outs
-
-
-def _affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x W + b."""
-    out = fresh((len(x), weight.shape[1]), x.dtype, x.device)
-    return torch.mm(x, weight, out=out) if bias is None else torch.addmm(bias.to(x.dtype), x, weight, out=out)
-
-
-def _low_products(inputs: list[torch.Tensor], As: list[torch.Tensor]) -> list[torch.Tensor]:
-    """x̃ Aᵀ of each projection, (N, R); one product for all where they share their input (no dropout)."""
-    if any(x is not inputs[0] for x in inputs):
-        return [x @ A.t() for x, A in zip(inputs, As, strict=True)]
-    return list((inputs[0] @ torch.cat(As).t()).split([len(A) for A in As], dim=1))
-
-
-def _outer_products(lows: list[torch.Tensor], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    """lowᵀ x̃ of each projection, (R, in); one product for all where they share their input."""
-    if any(x is not inputs[0] for x in inputs):
-        return [low.t() @ x for low, x in zip(lows, inputs, strict=True)]
-    return list((torch.cat(lows, dim=1).t() @ inputs[0]).split([low.shape[1] for low in lows]))
-
-
-def _masks(x: torch.Tensor, seeds: Sequence[Seed]) -> list[torch.Tensor | None]:
-    return [None if seed is None else dropout_keep(x.shape, *seed, x.device) for seed in seeds]
-
-
-def _dropped(x: torch.Tensor, seeds: Sequence[Seed]) -> list[torch.Tensor]:
-    """x for each projection with its own dropout mask, not yet divided by 1 - rate."""
-    return [x if keep is None else x * keep for keep in _masks(x, seeds)]
-
-
-def kept_scale(rate: float) -> float:
-    """1/(1 - rate), the factor on what dropout keeps; 0 where it keeps nothing."""
-    return 1 / (1 - rate) if rate < 1 else 0.0
-
-
-def dropout_keep(shape: torch.Size, rate: float, seed: int, device: torch.device) -> torch.Tensor:
-    """A bool mask, True with probability 1 - rate (to within 2⁻¹⁷); the same for the same seed.
-
-    On the CPU from 16-bit words of numpy's SFC64 generator: torch's own takes 15 times as long, more than the products
-    it would be drawn for (measured on 900 × 576 elements: 2.9 ms against 0.2)."""
-    if device.type != "cpu":
-        generator = torch.Generator(device).manual_seed(seed)
-        return torch.rand(shape, device=device, generator=generator) >= rate
-    words = np.random.SFC64(seed).random_raw(-(-shape.numel() // 4)).view(np.int16)
-    threshold = round(rate * 2**16) - 2**15
-    return (torch.from_numpy(words)[: shape.numel()] >= threshold).view(shape)
+def _scaled(As: Sequence[torch.Tensor], scales: Sequence[float], dtype: torch.dtype) -> list[torch.Tensor]:
+    """s·A of each layer."""
+    return [(A * scale).to(dtype) for A, scale in zip(As, scales, strict=True)]

@@ -1,14 +1,14 @@
 """Frozen weights in 4, 8 or 16 bits: the linear layers that hold them, and the form in which files hold them.
 
 4 bits (NF4, FP4, nested statistics): model/fourbit.py. 8 bits, LLM.int8 (2208.07339): W ≈ weight · SCB / 127, SCB the
-largest magnitude of each row. Products are made with a dense W that exists for that product only. 16 bits: bfloat16 as
-a checkpoint stores it, under float32 activations, where an op multiplies the two (`Ops.left_side`).
+largest magnitude of each row. 16 bits: bfloat16 as a checkpoint stores it, under float32 activations. Products are made
+by an op that takes W as it is stored (`Ops.left_side`), or else with a dense W that exists for that product only.
 """
 
 import json
 import threading
-from collections.abc import Callable, Sequence
-from itertools import compress
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -27,22 +27,37 @@ from mini_forge.model.fourbit import (
     dynamic_map,
     quantize_4bit,
 )
-from mini_forge.model.functional import LeftSide
+from mini_forge.model.functional import LeftSide, low_product
+from mini_forge.model.memory import fresh
 
 __all__ = [
-    "Linear16bit", "Linear4bit", "Linear8bit", "Quantized4bit", "backend", "dequantize_4bit", "dequantized_weight",
-    "add_products_16bit", "frozen_gradient", "frozen_products", "quantize_4bit", "quantize_8bit",
+    "Linear16bit", "Linear4bit", "Linear8bit", "Quantized4bit", "Quantized8bit", "backend",
+    "dequantize_4bit", "dequantized_weight", "frozen_gradient", "frozen_products", "is_used_as_stored", "quantize_4bit",
+    "quantize_8bit",
 ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Quantized8bit:
+    """An 8-bit weight: numbers int8 (out, in), scales float32 (out,); W = numbers · scales."""
+
+    numbers: torch.Tensor
+    scales: torch.Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.numbers.shape
 
 
 class Linear4bit(nn.Module):
     """A frozen linear layer stored in 4 bits: y = x Wᵀ + b, computed in `compute_dtype`, returned in x's dtype.
 
     Its buffers are all it stores: packed, absmax, and for nested statistics nested_absmax and nested_offset. What makes
-    it dense is `dequantize`; `matmul`, where it is one, multiplies it as it is stored (see `stacks.use_kernels`)."""
+    it dense is `dequantize`; what multiplies it as it is stored is, where there is one, `matmul` on a GPU (see
+    `stacks.use_kernels`) and `left_side` on the CPU (`Ops.left_side`)."""
 
     dequantize = staticmethod(dequantize_4bit)
-    matmul = None
+    matmul = left_side = None
 
     def __init__(self, quantized: Quantized4bit, bias: torch.Tensor | None = None, compute_dtype=None):
         super().__init__()
@@ -78,6 +93,8 @@ class Linear4bit(nn.Module):
         return Quantized4bit(self.packed, self.absmax, shape, self.weight_dtype, self.quant_type, self.blocksize,
                              self.nested_absmax, self.nested_offset)  # fmt: skip
 
+    stored = quantized  # what `left_side` takes
+
     def dequantized(self, dtype: torch.dtype | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         """W (out, in), in memory of its own, or in `out`."""
         return self.dequantize(self.quantized, dtype, out)
@@ -96,6 +113,8 @@ class Linear8bit(nn.Module):
     Weights only: W is made anew in `compute_dtype` and x is left as it is. LLM.int8 also rounds x to 8 bits but for
     columns above 6.0; not rounding x is closer to the unquantized layer, in forward and in dX = dY W alike, and needs
     no outlier rule. The memory is the same."""
+
+    left_side = None  # as Linear4bit's
 
     def __init__(self, weight: torch.Tensor, SCB: torch.Tensor, bias=None, compute_dtype=torch.float32):
         super().__init__()
@@ -124,11 +143,15 @@ class Linear8bit(nn.Module):
         """The layer as bitsandbytes stores it; weight_format 0 is rows as they are."""
         return {"weight": self.weight, "SCB": self.SCB, "weight_format": torch.zeros((), dtype=torch.uint8)}
 
+    @property
+    def stored(self) -> Quantized8bit:
+        return Quantized8bit(self.weight, self.SCB / 127)
+
     def dequantized(self, dtype: torch.dtype | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         """W (out, in) = weight · SCB/127, in memory of its own, or in `out`."""
         if out is None:
             out = torch.empty_like(self.weight, dtype=dtype or self.compute_dtype)
-        scale = (self.SCB / 127)[:, None]
+        scale = self.stored.scales[:, None]
         rows = max(1, CHUNK // self.in_features) if out.device.type == "cpu" else self.out_features
         for i in range(0, self.out_features, rows):
             out[i : i + rows].copy_(self.weight[i : i + rows]).mul_(scale[i : i + rows])  # ±127 is exact in any dtype
@@ -154,6 +177,10 @@ class Linear16bit(nn.Module):
         self.left_side = left_side
         self.register_buffer("weight", weight)
         self.register_parameter("bias", _frozen(bias))
+
+    @property
+    def stored(self) -> torch.Tensor:
+        return self.weight
 
     def dequantized(self, dtype: torch.dtype | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         """W (out, in), in memory of its own, or in `out`."""
@@ -190,21 +217,32 @@ def dequantized_weight(layer: Linear, dtype: torch.dtype) -> torch.Tensor:
     return layer.dequantized(out=_buffer((layer.out_features, layer.in_features), dtype, device))
 
 
-def frozen_products(x: torch.Tensor, layers: Sequence[Linear]) -> list[torch.Tensor]:
-    """x Wᵀ + b (…, out) of linear layers that share x (…, in), in their compute_dtype (a dense one's: x's), returned in
-    x's dtype.
+def is_used_as_stored(layer: Linear, x: torch.Tensor) -> bool:
+    """Whether products of activations x and a layer's weight take that as it is stored, by its left_side."""
+    if isinstance(layer, nn.Linear) or layer.left_side is None:
+        return False
+    return x.dtype == layer.compute_dtype == torch.float32 and x.device.type == "cpu"
 
-    For functions whose backward is written by hand, like the next two: what is saved here for autograd may be on
-    loan."""
-    kept = [isinstance(layer, Linear16bit) for layer in layers]
-    outs = [(_biases if is_kept else _product)(x, layer) for layer, is_kept in zip(layers, kept, strict=True)]
-    if any(kept):
-        flat = [out.view(-1, out.shape[-1]) for out in compress(outs, kept)]
-        add_products_16bit(x.reshape(-1, x.shape[-1]), list(compress(layers, kept)), flat)
+
+def frozen_products(
+    x: torch.Tensor, layers: Sequence[Linear], lows: Sequence[tuple] | None = None
+) -> list[torch.Tensor]:
+    """x Wᵀ + b (N, out) of linear layers that share x (N, in), in their compute_dtype (a dense one's: x's), returned in
+    x's dtype. lows: of each layer, what `LeftSide` calls low.
+
+    For functions whose backward is written by hand, like the next: what is saved here for autograd may be on loan."""
+    lows, left, outs = lows or [None] * len(layers), None, []
+    for layer, low in zip(layers, lows, strict=True):
+        if is_used_as_stored(layer, x):
+            left = layer.left_side(x) if left is None else left
+            outs.append(left.product_t(layer.stored, _biases(x, layer), low))
+        else:
+            out = _product(x, layer)
+            outs.append(out if low is None else low_product(low, True, out))
     return outs
 
 
-def _product(x: torch.Tensor, layer: nn.Linear | Linear4bit | Linear8bit) -> torch.Tensor:
+def _product(x: torch.Tensor, layer: Linear) -> torch.Tensor:
     compute = _compute_dtype(layer, x)
     bias = None if layer.bias is None else layer.bias.to(compute)
     if isinstance(layer, Linear4bit) and layer.matmul:
@@ -212,45 +250,31 @@ def _product(x: torch.Tensor, layer: nn.Linear | Linear4bit | Linear8bit) -> tor
     return F.linear(x.to(compute), dequantized_weight(layer, compute), bias).to(x.dtype)
 
 
-def _biases(x: torch.Tensor, layer: Linear16bit) -> torch.Tensor:
-    """What the product is to be added to: as after an adapter of zeros."""
-    out = x.new_zeros(*x.shape[:-1], layer.out_features)
-    return out if layer.bias is None else out.add_(layer.bias)
+def _biases(x: torch.Tensor, layer: Linear) -> torch.Tensor | None:
+    """What a product is to be added to."""
+    if layer.bias is None:
+        return None
+    return fresh((len(x), layer.out_features), x.dtype, x.device).copy_(layer.bias)
 
 
-def add_products_16bit(x: torch.Tensor, layers: Sequence[Linear16bit], onto: Sequence[torch.Tensor]):
-    """x Wᵀ of layers that share x (N, in), each added to one of `onto` (N, out), in place; without the biases.
-
-    Memory that has just been written is near: adding a product to it costs less than adding to the product."""
-    left = None
-    for layer, total in zip(layers, onto, strict=True):
-        kind, weight = _sides(layer, torch.float32)
-        left = kind(x.float()) if left is None else left
-        _add_product(left.product_t, weight, torch.float32, total)
-
-
-def frozen_gradient(grad: torch.Tensor, layer: Linear, onto: torch.Tensor | None = None) -> torch.Tensor:
-    """dY W (N, in) for dY (N, out), in its dtype, or that added to `onto` (N, in) in place."""
+def frozen_gradient(
+    grad: torch.Tensor, layer: Linear, onto: torch.Tensor | None = None, low: tuple | None = None
+) -> torch.Tensor:
+    """dY W (N, in) for dY (N, out), in its dtype, or that added to `onto` (N, in) in place. low: see `LeftSide`."""
+    if is_used_as_stored(layer, grad):
+        return layer.left_side(grad).product(layer.stored, onto, low)
     compute = _compute_dtype(layer, grad)
-    kind, weight = _sides(layer, compute)
-    product = kind(grad.to(compute)).product
-    return product(weight).to(grad.dtype) if onto is None else _add_product(product, weight, compute, onto)
+    if low is not None:  # first: memory that has just been written is near
+        onto = low_product(low, False, onto)
+    left, weight = LeftSide(grad.to(compute)), dequantized_weight(layer, compute)
+    if onto is not None and compute == onto.dtype:
+        return left.product(weight, onto)
+    product = left.product(weight).to(grad.dtype)
+    return product if onto is None else onto.add_(product)
 
 
 def _compute_dtype(layer: Linear, x: torch.Tensor) -> torch.dtype:
     return getattr(layer, "compute_dtype", x.dtype)
-
-
-def _sides(layer: Linear, compute: torch.dtype) -> tuple[type[LeftSide], torch.Tensor]:
-    """What a left side of the layer's weight is made with, and the weight as that takes it, on loan."""
-    if isinstance(layer, Linear16bit) and layer.weight.device.type == "cpu":
-        return layer.left_side, layer.weight
-    return LeftSide, dequantized_weight(layer, compute)
-
-
-def _add_product(product: Callable, weight: torch.Tensor, compute: torch.dtype, total: torch.Tensor) -> torch.Tensor:
-    """total += product(weight), within the product where both are of one dtype."""
-    return product(weight, total) if compute == total.dtype else total.add_(product(weight))
 
 
 def quantize_8bit(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -297,7 +321,7 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, layer):
         ctx.layer = layer
-        return frozen_products(x, [layer])[0]
+        return frozen_products(x.reshape(-1, x.shape[-1]), [layer])[0].view(*x.shape[:-1], layer.out_features)
 
     @staticmethod
     def backward(ctx, grad):

@@ -2,6 +2,8 @@
 
 import copy
 import json
+from pathlib import Path
+from zlib import crc32
 
 import pytest
 import torch
@@ -23,83 +25,55 @@ from mini_forge.model.quant import (
     Linear4bit,
     Linear8bit,
     Linear16bit,
-    add_products_16bit,
+    Quantized8bit,
+    dequantize_4bit,
     dequantized_weight,
     frozen_gradient,
     frozen_products,
+    quantize_4bit,
+    quantize_8bit,
 )
 from mini_forge.providers import PROVIDERS
 from mini_forge.training import losses
-from mini_forge_kernels import bfloat16_product
-from mini_forge_kernels.bfloat16_product import Compiled, Mkl, Split, backend, reason_not
+from mini_forge_kernels import amx_product, compiled, frozen_product
 from mini_forge_kernels.compiled import CannotCompile
+from mini_forge_kernels.frozen_product import FEW, MOST_RANK, StoredLeftSide, reason_not
 from tests.tiny import write_checkpoint, write_rows
 
 CPU = torch.device("cpu")
-SHAPES = [(1, 1, 1), (1, 64, 7), (3, 5, 2), (Mkl.FEW_ROWS, 33, 130), (Mkl.FEW_ROWS + 1, 33, 130), (16, 32, 32),
-          (131, 576, 96), (45, 800, 260), (300, 1600, 33), (0, 8, 4), (40, 0, 3), (40, 3, 0)]  # fmt: skip
+SHAPES = [(1, 1, 1), (1, 64, 7), (3, 5, 2), (FEW, 33, 130), (FEW + 1, 33, 130), (16, 32, 32), (131, 576, 96),
+          (45, 1600, 260), (300, 3100, 33), (0, 8, 4), (40, 0, 3), (40, 3, 0)]  # fmt: skip
+FORMS = ["bfloat16", "nf4", "fp4", "nf4 nested", "int8"]
 
 
-def in_torch(a, b, transposed, out, adds):
-    """What MKL's function computes, of the same arguments."""
-    product = a.float() @ (b.t() if transposed else b).float()
-    out.add_(product) if adds else out.copy_(product)
+def has_flag(name):
+    with open("/proc/cpuinfo") as info:
+        return f" {name} " in info.read()
 
 
-def emulate(monkeypatch):
-    monkeypatch.setattr(Mkl, "multiply_one", in_torch)
-    use(monkeypatch, Mkl)
+def emulate_tiles(monkeypatch):
+    """amx_product.cpp with the matrix unit's instructions in C++."""
+    header = Path(__file__).parent / "emulated_tiles.h"
+    digest = crc32(header.read_bytes())  # else one of old would be kept
+    flags = ("-mavx512bf16", "-include", str(header), f"-DHEADER={digest}")
+    loaded = compiled.library(Path(amx_product.__file__).with_suffix(".cpp"), flags)
+    amx_product._declare(loaded)
+    monkeypatch.setattr(amx_product, "_library", lambda: loaded)
+    monkeypatch.setattr(amx_product, "reason_not", lambda: None)
 
 
-def use(monkeypatch, unit):
-    monkeypatch.setattr(bfloat16_product, "backend", lambda: (unit, None))
-    monkeypatch.setattr(bfloat16_product, "reason_not", lambda device: None)
-
-
-def why_not(unit):
-    """Why one of the two ways cannot be tested here."""
-    if reason := reason_not(CPU):
-        return reason
-    if unit is Compiled:
-        return backend()[1]
-    return None if Mkl.gemm() else "this torch has no MKL"
-
-
-@pytest.fixture(params=["c++", "mkl", "emulated"])
-def products(request, monkeypatch):
-    """The products as they are made and, so that all around them is tested on every machine, in torch."""
-    if request.param == "emulated":
-        return emulate(monkeypatch)
-    unit = {"c++": Compiled, "mkl": Mkl}[request.param]
-    if reason := why_not(unit):
-        pytest.skip(reason)
-    use(monkeypatch, unit)
-
-
-def parts_of(unit, x):
-    """(3, N, K): as `unit` splits x, in MKL's layout."""
-    parts, (N, K) = unit.split(x), x.shape
-    if unit is Mkl:
-        return parts
-    across = parts.permute(2, 0, 3, 1, 4).reshape(3, parts.shape[0] * 16, parts.shape[1] * 32)
-    assert not across[:, N:].any() and not across[:, :, K:].any()  # what lies beyond x
-    return across[:, :N, :K]
-
-
-@pytest.fixture(params=[Compiled, Mkl], ids=lambda unit: unit.name)
+@pytest.fixture(params=["vectors", "matrix unit"])
 def unit(request, monkeypatch):
-    """What multiplies, by itself."""
-    if reason := why_not(request.param):
+    """What multiplies bfloat16 here: AVX-512 alone; or the matrix unit, emulated where there is none."""
+    if reason := reason_not(CPU):
         pytest.skip(reason)
-    use(monkeypatch, request.param)
+    if request.param == "vectors":
+        monkeypatch.setattr(amx_product, "reason_not", lambda: "a reason")
+    elif amx_product.reason_not():
+        if not has_flag("avx512_bf16"):
+            pytest.skip("this CPU has no AVX-512 BF16")
+        emulate_tiles(monkeypatch)
     return request.param
-
-
-@pytest.fixture
-def compiled(monkeypatch):
-    if reason := why_not(Compiled):
-        pytest.skip(reason)
-    use(monkeypatch, Compiled)
 
 
 def drawn(*shape, seed=0, spread=0.0):
@@ -112,15 +86,77 @@ def rms(x):
     return float(x.double().pow(2).mean().sqrt())
 
 
+def stored(form, dense):
+    """A weight as it is stored, and its values in float64."""
+    if form == "bfloat16":
+        return dense.bfloat16(), dense.bfloat16().double()
+    if form == "int8":
+        numbers, scale = quantize_8bit(dense)
+        return Quantized8bit(numbers, scale / 127), numbers.double() * (scale / 127).double()[:, None]
+    quantized = quantize_4bit(dense, form.split()[0], nested="nested" in form)
+    return quantized, dequantize_4bit(quantized, torch.float32).double()
+
+
+@pytest.mark.parametrize("N, K, out", SHAPES)
+@pytest.mark.parametrize("form", FORMS)
+def test_products_are_those_of_float64(unit, form, N, K, out):
+    if form != "bfloat16" and (unit != "vectors" or 0 in (K, out)):
+        return  # quantized weights are multiplied alike, and not empty
+    x, grad = drawn(N, K), drawn(N, out, seed=1)
+    weight, exact = stored(form, drawn(out, K, seed=2))
+    forward, back = x.double() @ exact.t(), grad.double() @ exact
+    made, made_back = StoredLeftSide(x).product_t(weight), StoredLeftSide(grad).product(weight)
+    assert made.shape == (N, out) and made_back.shape == (N, K) and made.dtype == made_back.dtype == torch.float32
+    close = {"rtol": 2e-6, "atol": 2e-6 * max(1, float(exact.abs().max()) if exact.numel() else 1)}
+    torch.testing.assert_close(made.double(), forward, rtol=close["rtol"], atol=close["atol"] * K**0.5)
+    torch.testing.assert_close(made_back.double(), back, rtol=close["rtol"], atol=close["atol"] * out**0.5)
+    onto = torch.ones(N, 2 * K)[:, :K]
+    assert StoredLeftSide(grad).product(weight, onto) is onto
+    torch.testing.assert_close(onto.double(), back + 1, rtol=close["rtol"], atol=close["atol"] * out**0.5)
+    onto = torch.ones(N, out)
+    assert StoredLeftSide(x).product_t(weight, onto) is onto
+    torch.testing.assert_close(onto.double(), forward + 1, rtol=close["rtol"], atol=close["atol"] * K**0.5)
+    if N and K and out:
+        strided = drawn(K, N).t()
+        torch.testing.assert_close(StoredLeftSide(strided).product_t(weight).double(), strided.double() @ exact.t(),
+                                   rtol=close["rtol"], atol=close["atol"] * K**0.5)  # fmt: skip
+
+
+@pytest.mark.parametrize("rank", [1, 16, 20, MOST_RANK, MOST_RANK + 1])
+@pytest.mark.parametrize("N, K, out", [(1, 40, 50), (FEW + 1, 40, 50), (131, 1600, 90)])
+@pytest.mark.parametrize("adds", [False, True])
+def test_a_low_rank_term_is_added(unit, rank, N, K, out, adds):
+    x, grad, weight = drawn(N, K), drawn(N, out, seed=1), drawn(out, K, seed=2).bfloat16()
+    low, A, B = drawn(N, 2 * rank, seed=3)[:, rank:], drawn(rank, K, seed=4), drawn(out, rank, seed=5)
+    forward = x.double() @ weight.double().t() + low.double() @ B.double().t() + adds
+    back = grad.double() @ weight.double() + low.double() @ A.double() + adds
+    ones = [torch.ones(N, n) if adds else None for n in (out, K)]
+    made = StoredLeftSide(x).product_t(weight, ones[0], (low, B))
+    made_back = StoredLeftSide(grad).product(weight, ones[1], (low, A))
+    torch.testing.assert_close(made.double(), forward, rtol=2e-6, atol=2e-6 * (K + rank) ** 0.5)
+    torch.testing.assert_close(made_back.double(), back, rtol=2e-6, atol=2e-6 * (out + rank) ** 0.5)
+    reference = LeftSide(x).product_t(weight.float(), None if ones[0] is None else torch.ones(N, out), (low, B))
+    torch.testing.assert_close(made, reference, rtol=1e-5, atol=1e-5 * (K + rank) ** 0.5)
+
+
+def parts_of(x):
+    """(3, N, K): as the matrix unit's products split x."""
+    parts, (N, K) = amx_product.split(x), x.shape
+    across = parts.permute(2, 0, 3, 1, 4).reshape(3, parts.shape[0] * 16, parts.shape[1] * 32)
+    assert not across[:, N:].any() and not across[:, :, K:].any()  # what lies beyond x
+    return across[:, :N, :K]
+
+
+@pytest.mark.parametrize("unit", ["matrix unit"], indirect=True)
 @pytest.mark.parametrize("shape", [(1, 1), (7, 5), (16, 32), (300, 1000), (0, 3), (5, 0)])
-def test_three_parts_are_all_of_a_number(shape, unit, monkeypatch):
-    monkeypatch.setattr(Mkl, "CHUNK", 4096)
+def test_three_parts_are_all_of_a_number(shape, unit):
     x = drawn(*shape, spread=8.0)
-    parts = parts_of(unit, x)
+    parts = parts_of(x)
     assert parts.dtype == torch.bfloat16 and parts.shape == (3, *shape)
     assert torch.equal(parts.double().sum(0), x.double())
 
 
+@pytest.mark.parametrize("unit", ["matrix unit"], indirect=True)
 def test_numbers_at_the_edges_of_rounding_are_split_exactly(unit):
     mantissas = torch.tensor(
         [0, 1, 2**7, 2**15, 2**15 - 1, 2**15 + 1, 2**16 - 1, 2**23 - 1, 2**22 + 2**14], dtype=torch.int32
@@ -128,85 +164,91 @@ def test_numbers_at_the_edges_of_rounding_are_split_exactly(unit):
     exponents = torch.tensor([127, 1 + 24, 253, 100], dtype=torch.int32)
     x = (mantissas[:, None] + (exponents << 23)[None]).view(torch.float32)
     x = torch.cat((x, -x))
-    assert torch.equal(parts_of(unit, x).double().sum(0), x.double())
-    assert torch.equal(parts_of(unit, x).double(), parts_of(Mkl, x).double())
+    first, second, third = parts_of(x)
+    assert torch.equal(parts_of(x).double().sum(0), x.double())
+    assert torch.equal(first, x.bfloat16()) and torch.equal(second, (x - first.float()).bfloat16())
+    assert torch.equal(third.float(), x - first.float() - second.float())
     wide = drawn(10, 80)[:, 3:40]
-    assert torch.equal(parts_of(unit, wide).double().sum(0), wide.double())
-
-
-@pytest.mark.parametrize("N, K, out", SHAPES)
-def test_products_are_those_of_float64(products, N, K, out):
-    x, grad, weight = drawn(N, K), drawn(N, out, seed=1), drawn(out, K, seed=2).bfloat16()
-    exact, back = x.double() @ weight.double().t(), grad.double() @ weight.double()
-    made, made_back = Split(x).product_t(weight), Split(grad).product(weight)
-    if N and K and out:
-        strided = drawn(K, N).t()
-        torch.testing.assert_close(Split(strided).product_t(weight), Split(strided.contiguous()).product_t(weight))
-    assert made.shape == (N, out) and made_back.shape == (N, K) and made.dtype == made_back.dtype == torch.float32
-    torch.testing.assert_close(made.double(), exact, rtol=1e-6, atol=1e-6 * K**0.5)
-    torch.testing.assert_close(made_back.double(), back, rtol=1e-6, atol=1e-6 * out**0.5)
-    sum_, onto = made_back.double() + 1, torch.ones(N, 2 * K)[:, :K]
-    assert Split(grad).product(weight, onto) is onto
-    torch.testing.assert_close(onto.double(), sum_, rtol=1e-6, atol=1e-6 * out**0.5)
-    onto = torch.ones(N, out)
-    assert Split(x).product_t(weight, onto) is onto
-    torch.testing.assert_close(onto.double(), exact + 1, rtol=1e-6, atol=1e-6 * K**0.5)
+    assert torch.equal(parts_of(wide).double().sum(0), wide.double())
 
 
 @pytest.mark.parametrize("spread", [0.0, 2.0])
-def test_they_are_closer_to_float64_than_those_of_float32(unit, spread):
+def test_they_are_as_close_to_float64_as_those_of_float32(unit, spread):
     x, weight = drawn(200, 1536, spread=spread), drawn(300, 1536, seed=2).bfloat16()
     exact = x.double() @ weight.double().t()
-    error = rms(Split(x).product_t(weight) - exact)
-    assert error < rms(LeftSide(x).product_t(weight.float()) - exact) and error < 4e-7 * rms(exact)
+    error = rms(StoredLeftSide(x).product_t(weight) - exact)
+    assert error < 1.5 * rms(LeftSide(x).product_t(weight.float()) - exact) and error < 1e-6 * rms(exact)
 
 
 def test_the_same_bits_wherever_a_tensor_lies(unit):
     """A resumed run finds its tensors at other addresses."""
     x, weight = drawn(100, 96), drawn(200, 96, seed=1).bfloat16()
-    expected = Split(x).product_t(weight)
+    expected = StoredLeftSide(x).product_t(weight)
     for offset in (1, 2, 3, 5, 8):
         room = torch.empty(weight.numel() + offset, dtype=torch.bfloat16)
         moved = room[offset:].view(weight.shape).copy_(weight)
-        assert torch.equal(Split(x).product_t(moved), expected)
+        assert torch.equal(StoredLeftSide(x).product_t(moved), expected)
         room = torch.empty(x.numel() + offset)
-        assert torch.equal(Split(room[offset:].view(x.shape).copy_(x)).product_t(weight), expected)
+        assert torch.equal(StoredLeftSide(room[offset:].view(x.shape).copy_(x)).product_t(weight), expected)
 
 
-@pytest.mark.parametrize("N", [1, 40, 300])
-def test_threads_share_the_work_and_change_no_bit(compiled, N, monkeypatch):
+@pytest.mark.parametrize("N", [1, 5, 40, 300])
+def test_threads_share_the_work_and_change_no_bit(unit, N, monkeypatch):
     x, weight = drawn(N, 100), drawn(333, 100, seed=1).bfloat16()
-    expected = Split(x).product_t(weight)
+    expected = StoredLeftSide(x).product_t(weight)
     for threads in (1, 2, 3, 4, 6, 7, 16):  # more than there are cores, too
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        assert torch.equal(Split(x).product_t(weight), expected)
+        assert torch.equal(StoredLeftSide(x).product_t(weight), expected)
 
 
-def test_nothing_beside_the_result_is_written(compiled):
-    for N, columns in ((1, 1), (16, 16), (37, 50), (64, 33)):
-        room = torch.full((N + 2, columns + 40), 7.0)
-        Split(drawn(N, 20)).product_t(drawn(columns, 20, seed=1).bfloat16(), room[1 : N + 1, 3 : columns + 3])
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_beside_the_result_is_written(unit, form):
+    for N, columns in ((1, 1), (3, 7), (16, 16), (37, 50), (64, 33)):
+        room = torch.full((N + 2, columns + 60), 7.0)
+        weight, _ = stored(form, drawn(columns, 20, seed=1))
+        StoredLeftSide(drawn(N, 20)).product_t(weight, room[1 : N + 1, 3 : columns + 3])
         assert (room == 7).sum() == room.numel() - N * columns
 
 
-def test_without_a_compiler_mkl_multiplies(monkeypatch):
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_beside_the_weight_is_read_into_the_result(form):
+    """What lies behind a weight is NaN here."""
+    if reason := reason_not(CPU):
+        pytest.skip(reason)
+    for N, K, columns in ((1, 5, 3), (6, 20, 50), (9, 33, 47)):
+        weight, exact = stored(form, drawn(columns, K, seed=1))
+        if form == "bfloat16":
+            room = torch.full((weight.numel() + 64,), torch.nan, dtype=torch.bfloat16)
+            weight = room[: weight.numel()].view(columns, K).copy_(weight)
+        x, grad = drawn(N, K), drawn(N, columns)
+        torch.testing.assert_close(StoredLeftSide(x).product_t(weight).double(), x.double() @ exact.t(), rtol=1e-5,
+                                   atol=1e-5 * float(exact.abs().max()))  # fmt: skip
+        torch.testing.assert_close(StoredLeftSide(grad).product(weight).double(), grad.double() @ exact, rtol=1e-5,
+                                   atol=1e-5 * float(exact.abs().max()))  # fmt: skip
+
+
+def test_a_number_that_is_not_finite_stays_so(unit):
+    for bad in (torch.nan, torch.inf):
+        x = drawn(20, 40)
+        x[7, 3] = bad
+        out = StoredLeftSide(x).product_t(drawn(60, 40, seed=1).bfloat16())
+        assert not out[7].isfinite().any() and out[:7].isfinite().all() and out[8:].isfinite().all()
+
+
+def test_without_a_compiler_weights_are_made_float32(monkeypatch):
     def refuses(*_):
         raise CannotCompile("no g++ here")
 
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    monkeypatch.setattr(bfloat16_product, "library", refuses)
-    monkeypatch.setattr(Compiled, "library", staticmethod(Compiled.library.__wrapped__))
-    monkeypatch.setattr(bfloat16_product, "backend", backend.__wrapped__)
-    monkeypatch.setattr(Mkl, "gemm", lambda: "a function")
-    assert PROVIDERS["unsloth"]("cpu").backends["bfloat16_product"] == "mkl"
-    assert "mkl: bfloat16_product (no g++ here)" in PROVIDERS["unsloth"]("cpu").describe()
-    monkeypatch.setattr(Mkl, "gemm", lambda: None)
-    assert reason_not(CPU) == "no g++ here, and this torch has no MKL"
-    assert PROVIDERS["unsloth"]("cpu").ops.left_side is None
+    monkeypatch.setattr(frozen_product, "library", refuses)
+    monkeypatch.setattr(frozen_product, "_library", frozen_product._library.__wrapped__)
+    monkeypatch.setattr(frozen_product, "_reason_not_here", frozen_product._reason_not_here.__wrapped__)
+    provider = PROVIDERS["unsloth"]("cpu")
+    assert reason_not(CPU) == "no g++ here" and provider.ops.left_side is None
+    assert "plain: frozen_product (no g++ here)" in provider.describe()
 
 
-def test_what_does_not_fit_is_refused(products):
-    left = Split(drawn(40, 6))
+def test_what_does_not_fit_is_refused(unit):
+    left = StoredLeftSide(drawn(40, 6))
     for weight in (drawn(5, 6), drawn(5, 7).bfloat16(), drawn(6, 5).bfloat16().t()):
         with pytest.raises(ValueError, match="weight"):
             left.product_t(weight)
@@ -214,31 +256,50 @@ def test_what_does_not_fit_is_refused(products):
         left.product(drawn(5, 6).bfloat16())
     with pytest.raises(ValueError, match="weight"):
         left.product_t(drawn(1, 6).bfloat16().expand(5, 6))
+    with pytest.raises(ValueError, match="weight: quantized"):
+        left.product_t(stored("nf4", drawn(5, 7))[0])
     with pytest.raises(ValueError, match="x: torch.float64"):
-        Split(drawn(40, 6).double())
+        StoredLeftSide(drawn(40, 6).double())
 
 
 @pytest.mark.parametrize("shape, turned", [((39, 5), False), ((40, 6), False), ((200,), False), ((5, 40), True)])
 def test_what_cannot_be_added_to_is_refused(shape, turned):
     onto = torch.zeros(shape).t() if turned else torch.zeros(shape)
     with pytest.raises(ValueError, match="onto"):
-        Split(drawn(40, 6)).product(drawn(6, 5).bfloat16(), onto)
+        StoredLeftSide(drawn(40, 6)).product(drawn(6, 5).bfloat16(), onto)
 
 
 def test_a_reason_is_named_where_they_cannot_run(monkeypatch):
     assert reason_not(torch.device("cuda")) == "for CPUs, this is cuda"
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert reason_not(CPU) == "this CPU has no AMX" and PROVIDERS["unsloth"]("cpu").ops.left_side is None
+    assert amx_product.reason_not.__wrapped__() == "this CPU has no AMX"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    with pytest.raises(CannotCompile, match="^this CPU has no AVX-512$"):
+        compiled.library.__wrapped__(Path(frozen_product.__file__).with_suffix(".cpp"))
     monkeypatch.setattr(mini_forge_kernels, "reason_not", lambda device: None)  # of a GPU that is not here
     assert PROVIDERS["huggingface"]("cpu").ops.left_side is PROVIDERS["unsloth"]("cuda").ops.left_side is None
 
 
+def test_quantized_weights_are_taken_as_stored_by_loaded_layers_alone():
+    """Of the layers of another training dtype, or of no provider, dense weights are made."""
+    layer, x = Linear4bit.from_weight(drawn(10, 24)), drawn(6, 24, seed=1)
+    expected = x @ layer.dequantized().t()
+    assert layer.left_side is None
+    torch.testing.assert_close(layer(x), expected)
+    layer.left_side = StoredLeftSide
+    if reason_not(CPU) is None:
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    layer.compute_dtype = torch.bfloat16
+    assert torch.equal(layer(x), frozen_products(x, [layer])[0])
+    torch.testing.assert_close(layer(x), expected, rtol=3e-2, atol=3e-2)
+
+
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("shape", [(40, 24), (2, 3, 24), (1, 24), (24,), (0, 24)])
-def test_a_layer_is_the_linear_one(products, shape, has_bias):
+def test_a_layer_is_the_linear_one(unit, shape, has_bias):
     weight, x = drawn(10, 24).bfloat16(), drawn(*shape, seed=1)
     bias = nn.Parameter(drawn(10, seed=2)) if has_bias else None
-    layer, dense = Linear16bit(weight, bias, Split), nn.Linear(24, 10, bias=has_bias).double()
+    layer, dense = Linear16bit(weight, bias, StoredLeftSide), nn.Linear(24, 10, bias=has_bias).double()
     dense.weight.data.copy_(weight)
     if has_bias:
         dense.bias.data.copy_(bias)
@@ -254,25 +315,24 @@ def test_a_layer_is_the_linear_one(products, shape, has_bias):
     assert layer.half().weight.dtype == torch.bfloat16  # as other frozen forms, it keeps its own
 
 
-def test_layers_that_share_their_input_split_it_once(products):
+def test_layers_that_share_their_input_prepare_it_once(unit):
     made = []
 
-    class Counted(Split):
+    class Counted(StoredLeftSide):
         def __init__(self, x):
             made.append(x)
             super().__init__(x)
 
     x, layers = drawn(50, 8), [Linear16bit(drawn(n, 8).bfloat16(), None, Counted) for n in (4, 6)]
-    outs = [torch.ones(50, layer.out_features) for layer in layers]
-    add_products_16bit(x, layers, outs)
+    outs = frozen_products(x, layers)
     assert len(made) == 1
-    torch.testing.assert_close(outs[1], 1 + x @ layers[1].dequantized().t())
+    torch.testing.assert_close(outs[1], x @ layers[1].dequantized().t())
     grad = drawn(50, 6)
     torch.testing.assert_close(frozen_gradient(grad, layers[1]), grad @ layers[1].dequantized())
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_the_loss_head(products, tokens):
+def test_the_loss_head(unit, tokens):
     hidden, weight = drawn(tokens, 24), drawn(1000, 24, seed=1).bfloat16()
     targets = torch.arange(tokens) * 7
     results = []
@@ -287,7 +347,7 @@ def test_the_loss_head(products, tokens):
 
 
 @pytest.fixture
-def stored(tmp_path):
+def checkpoint(tmp_path):
     """A checkpoint of which all but the norms and one projection is stored in bfloat16."""
     folder = write_checkpoint(tmp_path / "model", tie_word_embeddings=False)
     tensors = load_file(folder / "model.safetensors")
@@ -297,8 +357,8 @@ def stored(tmp_path):
     return folder, {n for n, t in tensors.items() if t.dtype == torch.bfloat16}
 
 
-def test_a_checkpoint_keeps_its_matrices_as_they_are_stored(products, stored):
-    folder, names = stored
+def test_a_checkpoint_keeps_its_matrices_as_they_are_stored(unit, checkpoint):
+    folder, names = checkpoint
     plain, fused = (load_base(folder, ops=PROVIDERS[name]("cpu").ops) for name in ("huggingface", "unsloth"))
     tensors = {**dict(fused.named_parameters()), **dict(fused.named_buffers())}
     assert {name for name, tensor in tensors.items() if tensor.dtype == torch.bfloat16} == names
@@ -317,8 +377,8 @@ def test_a_checkpoint_keeps_its_matrices_as_they_are_stored(products, stored):
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_quantized_layers_stay_quantized_beside_the_head(products, stored, quantization):
-    folder, _ = stored
+def test_quantized_layers_stay_quantized_beside_the_head(unit, checkpoint, quantization):
+    folder, _ = checkpoint
     plain, fused = (
         load_base(folder, quantization=quantization, ops=PROVIDERS[name]("cpu").ops)
         for name in ("huggingface", "unsloth")
@@ -329,8 +389,8 @@ def test_quantized_layers_stay_quantized_beside_the_head(products, stored, quant
     torch.testing.assert_close(fused.logits(ids), plain.logits(ids), rtol=2e-5, atol=2e-5)
 
 
-def test_random_weights_are_held_like_a_checkpoints(products, stored):
-    folder, _ = stored
+def test_random_weights_are_held_like_a_checkpoints(unit, checkpoint):
+    folder, _ = checkpoint
     (folder / "model.safetensors").unlink()
     config = json.loads((folder / "config.json").read_text())
     for said in (None, "bfloat16", "float32"):
@@ -344,8 +404,8 @@ def test_random_weights_are_held_like_a_checkpoints(products, stored):
             assert bfloat16_matrices(folder, Decoder(decoder_spec(config))) == kept
 
 
-def test_merging_gives_a_float32_layer(products, stored):
-    model = load_base(stored[0], ops=PROVIDERS["unsloth"]("cpu").ops)
+def test_merging_gives_a_float32_layer(unit, checkpoint):
+    model = load_base(checkpoint[0], ops=PROVIDERS["unsloth"]("cpu").ops)
     inject(model, LoraSpec(2, 4), torch.Generator().manual_seed(0))
     for _, layer in lora_layers(model):
         layer.lora_B.data.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
@@ -357,7 +417,7 @@ def test_merging_gives_a_float32_layer(products, stored):
 
 
 @pytest.mark.parametrize("strategy", ["sft", "dpo"])
-def test_a_run_is_the_plain_run(products, stored, tmp_path, strategy):
+def test_a_run_is_the_plain_run(unit, checkpoint, tmp_path, strategy):
     if strategy == "dpo":
         rows = tmp_path / "pairs.jsonl"
         pairs = [{"prompt": f"{i}", "chosen": f"= {i * i}", "rejected": "no idea"} for i in range(8)]
@@ -367,7 +427,7 @@ def test_a_run_is_the_plain_run(products, stored, tmp_path, strategy):
     logged, said = {}, {}
     for provider in ("huggingface", "unsloth"):
         config = mini_forge.TrainingConfig.from_dict({
-            "task": "text-generation", "strategy": strategy, "model_name": str(stored[0]), "dataset": str(rows),
+            "task": "text-generation", "strategy": strategy, "model_name": str(checkpoint[0]), "dataset": str(rows),
             "output_dir": str(tmp_path / provider), "compute_specs": "high_end", "device": "cpu", "dtype": "float32",
             "provider": provider, "lora_dropout": 0.0, "optim": "adamw_torch", "max_steps": 4, "logging_steps": 1,
             "per_device_train_batch_size": 2, "learning_rate": 1e-3, "eval_split": 0, "save_strategy": "no",
@@ -385,8 +445,12 @@ def test_a_run_is_the_plain_run(products, stored, tmp_path, strategy):
 
 def linear(kind, weight, bias):
     """A frozen layer of (out, in) bfloat16 numbers."""
+    if kind.endswith(" as stored"):
+        layer = linear(kind.removesuffix(" as stored"), weight, bias)
+        layer.left_side = StoredLeftSide
+        return layer
     if kind == "bfloat16":
-        return Linear16bit(weight.bfloat16(), bias, Split)
+        return Linear16bit(weight.bfloat16(), bias, StoredLeftSide)
     if kind == "dense":
         layer = nn.Linear(*weight.shape[::-1], bias=bias is not None)
         layer.weight, layer.bias = nn.Parameter(weight), bias
@@ -406,8 +470,9 @@ def dequantized_weight_of(quantized, dtype):
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 20, 60])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["bfloat16", "dense", "int8", "nf4", "nf4 in 16 bits", "nf4 multiplied"])
-def test_an_adapter_of_zeros_changes_no_bit(products, kind, dtype, rows, has_bias):
+@pytest.mark.parametrize("kind", ["bfloat16", "dense", "int8", "int8 as stored", "nf4", "nf4 as stored",
+                                  "nf4 in 16 bits", "nf4 multiplied"])  # fmt: skip
+def test_an_adapter_of_zeros_changes_no_bit(unit, kind, dtype, rows, has_bias):
     """DPO's first rewards are 0 because policy and reference compute the same."""
     weight, x = drawn(130, 600).bfloat16().float(), drawn(rows, 600, seed=1).to(dtype)
     layer = linear(kind, weight, nn.Parameter(drawn(130, seed=2)) if has_bias else None)
@@ -420,9 +485,9 @@ def test_an_adapter_of_zeros_changes_no_bit(products, kind, dtype, rows, has_bia
         assert torch.equal(project(x, adapted)[0], expected)
 
 
-def test_text_is_generated_as_by_the_plain_model(products, stored):
+def test_text_is_generated_as_by_the_plain_model(unit, checkpoint):
     """Through the cache, whose keys and values are of the activations' dtype."""
-    plain, fused = (load_base(stored[0], ops=PROVIDERS[name]("cpu").ops) for name in ("huggingface", "unsloth"))
+    plain, fused = (load_base(checkpoint[0], ops=PROVIDERS[name]("cpu").ops) for name in ("huggingface", "unsloth"))
     found = []
     for model in (plain, fused):
         cache = KVCache(model, 2, 12)
@@ -435,8 +500,8 @@ def test_text_is_generated_as_by_the_plain_model(products, stored):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
 
 
-def test_a_model_can_be_moved_and_copied(products, stored):
-    model = load_base(stored[0], ops=PROVIDERS["unsloth"]("cpu").ops)
+def test_a_model_can_be_moved_and_copied(unit, checkpoint):
+    model = load_base(checkpoint[0], ops=PROVIDERS["unsloth"]("cpu").ops)
     ids = torch.arange(1, 50)[None]
     expected = model.logits(ids)
     assert torch.equal(copy.deepcopy(model).logits(ids), expected)

@@ -1,5 +1,5 @@
 // x Wᵀ and x W for float32 x and bfloat16 W on the matrix unit of x86 CPUs (AMX). What it computes, and why so, is
-// in bfloat16_product.py, which compiles this file and calls the three functions at its end.
+// in amx_product.py, which compiles this file and calls the three functions at its end.
 //
 // The unit has eight tiles of 16 rows of 64 bytes. One instruction, TDPBF16PS, adds the product of a 16 x 32 tile of
 // bfloat16 numbers and a 32 x 16 one to a 16 x 16 tile of float32 ones, in 16 cycles:

@@ -1,0 +1,222 @@
+// x Wᵀ and x W for float32 x and a frozen W as it is stored, bfloat16, 8 or 4 bits, and a low-rank term beside it. What
+// for is said in frozen_product.py, which compiles this file and calls the function at its end.
+//
+// A thread makes a panel, some columns of W, float32, term after term, for so many terms as stay in its second cache, and
+// multiplies it with all its rows of x. A tile, ROWS rows of the result by one panel, is summed up in registers: each
+// number of the panel is read once for ROWS products, each of x once for PANEL. Threads share nothing that they write, and
+// how many there are changes no bit of the result.
+
+#include <algorithm>
+#include <cstdint>
+
+#include "tile.h"
+
+namespace {
+
+constexpr long ROWS = 8, VECTORS = 3;     // of a tile: 24 of 32 registers
+constexpr long PANEL = VECTORS * WIDTH;
+constexpr long MOST_TERMS = 1536;         // of a panel
+constexpr long MOST_SUMMED = 320;         // terms that are summed up before the sum is added to `out`: as many roundings
+constexpr long MOST_RANK = 128;           // and of `low` beside them
+constexpr long PACKED = 96 * (MOST_TERMS + MOST_RANK);  // numbers of panels that are made at a time, 640 KB
+constexpr long FEW = 4;                   // rows of x for which making panels takes longer than it saves
+constexpr long LEAST = 1 << 16;           // multiplications for which a second thread is woken up
+
+long pieces(long n, long size) { return (n + size - 1) / size; }
+
+// W as it lies in memory: `row(i, j, count)` gives the numbers j to j + count of its row i, and zeros behind.
+struct Float32 {
+  const float* at;
+  long stride;
+
+  floats row(long i, long j, long count) const { return load(at + i * stride + j, count); }
+};
+
+struct Bfloat16 {
+  const uint16_t* at;
+  long stride;
+
+  floats row(long i, long j, long count) const {
+    using Bits = uint16_t __attribute__((vector_size(32)));
+    return (floats)(__builtin_convertvector(some<Bits>(at + i * stride + j, count), ints) << 16);
+  }
+};
+
+struct EightBits {  // rows of `width` numbers, each row with its scale
+  const int8_t* at;
+  long width;
+  const float* scales;
+
+  floats row(long i, long j, long count) const {
+    using Bytes = int8_t __attribute__((vector_size(16)));
+    return count ? __builtin_convertvector(some<Bytes>(at + i * width + j, count), floats) * scales[i] : floats{};
+  }
+};
+
+struct FourBits {  // rows of `width` numbers, two a byte, the first in its upper half; each block with its scale
+  const uint8_t* at;
+  long width;
+  const float* scales;
+  floats code;
+  long blocksize;
+
+  floats row(long i, long j, long count) const {
+    const long n = i * width + j;
+    if (count < WIDTH || n % 2 || n % blocksize + WIDTH > blocksize) return one_by_one(n, count);
+    int bytes[2];
+    std::memcpy(bytes, at + n / 2, sizeof bytes);
+    const ints first = bytes[0] - ints{}, last = bytes[1] - ints{};
+    const ints four_bytes = __builtin_shuffle(first, last, ints{0, 0, 0, 0, 0, 0, 0, 0, 16, 16, 16, 16, 16, 16, 16, 16});
+    const ints place = {4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24};
+    return __builtin_shuffle(code, four_bytes >> place & 15) * scales[n / blocksize];
+  }
+  floats one_by_one(long n, long count) const {
+    floats x = {};
+    for (long i = 0; i < count; i++, n++) x[i] = code[at[n / 2] >> (n % 2 ? 0 : 4) & 15] * scales[n / blocksize];
+    return x;
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+// out (rows, columns) = x w, or that added to out: x (rows, terms), w (terms, columns), of w (columns, terms) if
+// is_transposed; and, of rank > 0, low (rows, rank) times factor (rank, columns), likewise transposed. Strides count
+// numbers, from row to row. w's form: `bits` a number; `scales`, `code` and `blocksize` where it has them.
+struct Job {
+  const float* x;
+  float* out;
+  const void* w;
+  const float *scales, *code, *low, *factor;
+  long rows, terms, columns, rank, x_stride, out_stride, w_stride, low_stride, factor_stride, blocksize;
+  int bits, is_transposed, adds, threads;
+};
+
+}
+
+namespace {
+
+template <class Weights>
+struct Product {
+  const Job& job;
+  const Weights w;
+  const Float32 factor = {job.factor, job.factor_stride};
+
+  void run() const {
+    if (job.is_transposed && job.rows <= FEW && !job.rank) return dot_products();
+    const long panels = pieces(job.columns, PANEL), tiles = pieces(job.rows, ROWS), threads = job.threads;
+    long across = threads;  // threads side by side; the others below them, who make the same panels again
+    for (long fewer = threads - 1; fewer; fewer--)
+      if (threads % fewer == 0 && most_tiles(fewer) < most_tiles(across)) across = fewer;
+    const long down = threads / across;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long i = 0; i < threads; i++) {
+      const long y = i / across, z = i % across;
+      compute(std::min(job.rows, tiles * y / down * ROWS), std::min(job.rows, tiles * (y + 1) / down * ROWS),
+              panels * z / across * PANEL, std::min(job.columns, panels * (z + 1) / across * PANEL));
+    }
+  }
+
+  // Of the thread that has most.
+  long most_tiles(long across) const {
+    return pieces(pieces(job.columns, PANEL), across) * pieces(pieces(job.rows, ROWS), job.threads / across);
+  }
+
+  // One thread's share: rows [top, bottom) and columns [left, right) of the result.
+  void compute(long top, long bottom, long left, long right) const {
+    alignas(64) float packed[PACKED];
+    const long steps = pieces(job.terms, pieces(job.terms, MOST_TERMS));  // of equal parts of the terms
+    for (long first = 0; first < job.terms; first += steps) {
+      const long now = std::min(steps, job.terms - first), rank = first + now == job.terms ? job.rank : 0;
+      const long size = now + rank, width = PACKED / (size * PANEL) * PANEL;
+      for (long column = left; column < right; column += width) {
+        const long end = std::min(right, column + width);
+        for (long c = column; c < end; c += PANEL) {
+          float* panel = packed + (c - column) * size;
+          pack(w, c, first, now, panel);
+          pack(factor, c, 0, rank, panel + now * PANEL);
+        }
+        for (long row = top; row < bottom; row += ROWS)
+          for (long c = column; c < end; c += PANEL)
+            multiply(row, std::min(ROWS, bottom - row), c, packed + (c - column) * size, first, now, rank);
+      }
+    }
+  }
+
+  // A side's numbers for a panel's columns, term after term, zeros beyond its end.
+  template <class Side>
+  void pack(const Side& side, long column, long first, long now, float* panel) const {
+    for (long v = 0; v < PANEL; v += WIDTH) {
+      const long here = std::clamp(job.columns - column - v, 0L, WIDTH);
+      if (!job.is_transposed) {
+        for (long k = 0; k < now; k++) store(panel + k * PANEL + v, side.row(first + k, column + v, here));
+        continue;
+      }
+      for (long k = 0; k < now; k += WIDTH) {
+        floats a[WIDTH];
+        const long count = std::min(WIDTH, now - k);
+        for (long i = 0; i < WIDTH; i++) a[i] = side.row(column + v + i, first + k, i < here ? count : 0);
+        transpose(a);
+        for (long i = 0; i < count; i++) store(panel + (k + i) * PANEL + v, a[i]);
+      }
+    }
+  }
+
+  // `count` rows of a tile. Of the last rows a tile is made that begins so far above that it is a whole one.
+  void multiply(long row, long count, long column, const float* panel, long first, long now, long rank) const {
+    const long made = ROWS - count;  // before, above `row`
+    if (row >= made) return tile<ROWS>(row - made, made, column, panel, first, now, rank);
+    for (long i = 0; i < count; i++) tile<1>(row + i, 0, column, panel, first, now, rank);
+  }
+
+  template <long COUNT>
+  void tile(long row, long made, long column, const float* panel, long first, long now, long rank) const {
+    const float *from = job.x + row * job.x_stride + first, *next = from + COUNT * job.x_stride;
+    float* to = job.out + row * job.out_stride + column;
+    UNROLL for (long i = 0; i < COUNT; i++)  // on its way while the sums are made, and so is the next tile's x
+      UNROLL for (long v = 0; v < VECTORS; v++) __builtin_prefetch(to + i * job.out_stride + v * WIDTH, 1);
+    const long part = pieces(now, pieces(now, MOST_SUMMED));
+    for (long start = 0; start < now; start += part) {
+      floats sums[COUNT][VECTORS] = {};
+      const long end = std::min(now, start + part);
+      for (long k = start; k < end; k += WIDTH) {
+        UNROLL for (long i = 0; i < COUNT; i++) __builtin_prefetch(next + i * job.x_stride + k);
+        sum_up(sums, from + k, job.x_stride, 1, panel + k * PANEL, PANEL, std::min(WIDTH, end - k));
+      }
+      if (end == now && rank) sum_up(sums, job.low + row * job.low_stride, job.low_stride, 1, panel + now * PANEL, PANEL, rank);
+      put(sums, to, job.out_stride, job.adds || first + start > 0, job.columns - column, made);
+    }
+  }
+
+  // Of few rows of x: w is read as it is, once, and its numbers are used at once, for FEW rows even if there are fewer.
+  void dot_products() const {
+    const float* rows[FEW];
+    for (long i = 0; i < FEW; i++) rows[i] = job.x + std::min(i, job.rows - 1) * job.x_stride;
+#pragma omp parallel for num_threads(job.threads) schedule(static) if (job.terms * job.columns > LEAST)
+    for (long column = 0; column < job.columns; column++) {
+      floats sums[FEW] = {};
+      each(job.terms, [&](long k, long count) {
+        const floats numbers = w.row(column, k, count);
+        UNROLL for (long i = 0; i < FEW; i++) sums[i] += load(rows[i] + k, count) * numbers;
+      });
+      for (long i = 0; i < job.rows; i++) {
+        float& at = job.out[i * job.out_stride + column];
+        at = job.adds ? at + sum(sums[i]) : sum(sums[i]);
+      }
+    }
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+void product(const Job* job) {
+  const auto run = [&](auto w) { Product<decltype(w)>{*job, w}.run(); };
+  if (job->bits == 16) run(Bfloat16{(const uint16_t*)job->w, job->w_stride});
+  if (job->bits == 8) run(EightBits{(const int8_t*)job->w, job->w_stride, job->scales});
+  if (job->bits == 4) run(FourBits{(const uint8_t*)job->w, job->w_stride, job->scales, load(job->code), job->blocksize});
+}
+
+}

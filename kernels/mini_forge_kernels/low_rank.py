@@ -1,0 +1,111 @@
+"""LoRA's own products where dropout stands between x and them, on the CPU: no mask and no masked x is ever stored.
+
+    l_i = x̃_i (s_i A_i)ᵀ      dA_i = s_i dl_iᵀ x̃_i      dx = Σ_i m_i ⊙ dl_i (s_i A_i)
+
+LoRA (2106.09685) Eq. 3 of projections i that share x (N, in); x̃_i = m_i ⊙ x, m_i the mask of dropout. A mask is a
+function of a seed, the row and the column (a hash of the three), so x̃ is made a few rows at a time, in the cache,
+wherever it is needed. PEFT's dropout, with masks of its own for each projection, then keeps nothing and costs 6 % of a
+step of SmolLM2, where torch's ops on masks and masked copies cost 35 % and a fifth more memory.
+
+low_rank.cpp beside this file is compiled on this machine (`compiled`), for float32. Without dropout torch's products
+are as fast and are used. The masks are others than those of `mini_forge.model.low_rank`, of the same statistics.
+
+Reference: `mini_forge.model.low_rank.IN_TORCH`.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from mini_forge.model.low_rank import IN_TORCH, LowRank, Seed
+from mini_forge.model.memory import fresh
+from mini_forge_kernels.compiled import CannotCompile, library, named
+
+__all__ = ["IN_CPP", "reason_not"]
+
+WIDTH = 16  # numbers, as in vectors.h
+
+
+@cache
+def reason_not() -> str | None:
+    """Why these are not used on this machine; None where they are."""
+    try:
+        _library()
+    except CannotCompile as err:
+        return str(err)
+    return None
+
+
+def down(x: torch.Tensor, As: Sequence[torch.Tensor], seeds: Sequence[Seed]) -> torch.Tensor:
+    if not (any(seeds) and _serves(x, *As)):
+        return IN_TORCH.down(x, As, seeds)
+    (N, K), x = x.shape, _in_rows(x)
+    factors = torch.cat([_padded(A) for A in As]).t().contiguous()
+    lows = fresh((N, len(As), factors.shape[1] // len(As)), x.dtype, x.device)
+    room = torch.empty(torch.get_num_threads(), 8 * K)
+    _call("down", (x, factors, lows, room), seeds, N, K, len(As), x.stride(0), lows.shape[2])
+    return lows
+
+
+def outer(grad_lows: torch.Tensor, x: torch.Tensor, seeds: Sequence[Seed]) -> list[torch.Tensor]:
+    if not (any(seeds) and len(x) and _serves(x, grad_lows)):
+        return IN_TORCH.outer(grad_lows, x, seeds)
+    (N, count, R), K, x = grad_lows.shape, x.shape[1], _in_rows(x)
+    grad_As = torch.empty(count * R, K)
+    _call("outer", (grad_lows.contiguous(), x, grad_As), seeds, N, K, count, x.stride(0), R)
+    return list(grad_As.split(R))
+
+
+def up(grad_lows: torch.Tensor, As: Sequence[torch.Tensor], seeds: Sequence[Seed]) -> torch.Tensor:
+    if not _serves(grad_lows, *As):
+        return IN_TORCH.up(grad_lows, As, seeds)
+    (N, count, R), K = grad_lows.shape, As[0].shape[1]
+    factors = F.pad(torch.cat(list(As)), (0, -K % WIDTH))
+    dx = fresh((N, K), grad_lows.dtype, grad_lows.device)
+    _call("up", (grad_lows.contiguous(), factors, dx), seeds, N, K, count, R, factors.stride(0))
+    return dx
+
+
+IN_CPP = LowRank(down, IN_TORCH.pull_back, outer, up)
+
+
+class _Mask(ctypes.Structure):
+    """Fields as in low_rank.cpp's Mask."""
+
+    _fields_ = [("seed", ctypes.c_uint64), ("least", ctypes.c_uint32)]
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    loaded = library(Path(__file__).with_suffix(".cpp"))
+    kinds = {"p": ctypes.c_void_p, "n": ctypes.c_long, "i": ctypes.c_int}
+    for name, arguments in {"down": "pppppnnnnni", "outer": "ppppnnnnni", "up": "ppppnnnnni"}.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = [kinds[kind] for kind in arguments], None
+    return loaded
+
+
+def _serves(*tensors: torch.Tensor) -> bool:
+    return all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors) and reason_not() is None
+
+
+def _in_rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _padded(A: torch.Tensor) -> torch.Tensor:
+    """A (R, in) with rows of zeros up to a multiple of WIDTH."""
+    more = -len(A) % WIDTH
+    return F.pad(A, (0, 0, 0, more)) if more else A
+
+
+def _call(name: str, tensors: tuple[torch.Tensor, ...], seeds: Sequence[Seed], *numbers: int):
+    """With the tensors' addresses, held as long as the call lasts, and the masks."""
+    # A projection that drops nothing keeps numbers of any hash.
+    masks = (_Mask * len(seeds))(*((s[1], min(round(s[0] * 2**32), 2**32 - 1)) if s else (0, 0) for s in seeds))
+    with named(name):
+        getattr(_library(), name)(*(x.data_ptr() for x in tensors), masks, *numbers, torch.get_num_threads())

@@ -1,0 +1,103 @@
+"""One pass over rows of float32 numbers on the CPU: what rms_norm.py, swiglu.py and rope.py do in several of torch's.
+
+A tensor's rows come out of a cache that all cores share, or of memory, at 10 GB/s a core, in which time a core computes
+a dozen operations a number. Torch's ops read and write them once for each operation: SwiGLU and its gradient move 15
+tensors of the MLP's width by them, 9 here. rowwise.cpp beside this file is compiled on this machine (`compiled`).
+"""
+
+import ctypes
+from functools import cache
+from math import inf
+from pathlib import Path
+
+import torch
+
+from mini_forge.model.memory import fresh
+from mini_forge_kernels.compiled import CannotCompile, library, named
+from mini_forge_kernels.triton_support import as_rows
+
+__all__ = ["reason_not", "rms_norm", "rms_norm_gradient", "rotate", "serves", "swiglu", "swiglu_gradient"]
+
+
+@cache
+def reason_not() -> str | None:
+    """Why these are not used on this machine; None where they are."""
+    try:
+        _library()
+    except CannotCompile as err:
+        return str(err)
+    return None
+
+
+def serves(*tensors: torch.Tensor) -> bool:
+    """Whether these functions take such tensors here."""
+    return all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors) and reason_not() is None
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    loaded = library(Path(__file__).with_suffix(".cpp"))
+    kinds = {"p": ctypes.c_void_p, "n": ctypes.c_long, "f": ctypes.c_float, "i": ctypes.c_int}
+    for name, arguments in {"rms_norm": "ppppnnnfi", "rms_norm_gradient": "pppppnnnni", "rotate": "ppppnnnnnfi",
+                            "swiglu": "pppnnnnfffi", "swiglu_gradient": "pppppnnnnnfffi"}.items():  # fmt: skip
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = [kinds[kind] for kind in arguments], None
+    return loaded
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (…, D), weight (D,) → y (…, D) and r (N,)."""
+    rows, y = as_rows(x), _like(x)
+    r = torch.empty(len(rows), dtype=x.dtype)
+    _call("rms_norm", (rows, weight.contiguous(), y, r), *rows.shape, rows.stride(0), eps)
+    return y, r
+
+
+def rms_norm_gradient(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, r: torch.Tensor, overwrites: bool = False
+) -> torch.Tensor:
+    """dx (…, D) for dy (…, D). overwrites: in the memory of dy where that is one row after another."""
+    upstream, rows = as_rows(grad), as_rows(x)
+    dx = _over(grad, overwrites)
+    _call("rms_norm_gradient", (upstream, rows, weight.contiguous(), r, dx), *rows.shape, upstream.stride(0),
+          rows.stride(0))  # fmt: skip
+    return dx
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor, limit=inf, slope=1.0, offset=0.0) -> torch.Tensor:
+    """g σ(slope g) (u + offset) with g ≤ limit and u within ± limit. All (…, F)."""
+    g, u, h = as_rows(gate), as_rows(up), _like(gate)
+    _call("swiglu", (g, u, h), *g.shape, g.stride(0), u.stride(0), limit, slope, offset)
+    return h
+
+
+def swiglu_gradient(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, limit=inf, slope=1.0, offset=0.0, overwrites=False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dgate and dup for dh, all (…, F). overwrites: dgate in the memory of dh where that is one row after another."""
+    dh, g, u = as_rows(grad), as_rows(gate), as_rows(up)
+    dgate, dup = _over(grad, overwrites), _like(up)
+    _call("swiglu_gradient", (dh, g, u, dgate, dup), *g.shape, dh.stride(0), g.stride(0), u.stride(0), limit, slope,
+          offset)  # fmt: skip
+    return dgate, dup
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
+    """x (N, H, C) turned by the angles of cos and sin (N, C), or the other way with sign −1."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    y = _like(x)
+    _call("rotate", (x, cos.contiguous(), sin.contiguous(), y), *x.shape, *x.stride()[:2], sign)
+    return y
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    return fresh(x.shape, x.dtype, x.device)
+
+
+def _over(grad: torch.Tensor, overwrites: bool) -> torch.Tensor:
+    return grad if overwrites and grad.is_contiguous() else _like(grad)
+
+
+def _call(name: str, tensors: tuple[torch.Tensor, ...], *numbers):
+    with named(name):
+        getattr(_library(), name)(*(x.data_ptr() for x in tensors), *numbers, torch.get_num_threads())
