@@ -5,7 +5,9 @@ tensors, in C++ for float32 on the CPU, and else in torch. `missing` says, op by
 use is printed when a run starts; nothing is swapped in silence.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -95,6 +97,7 @@ def fused(device: torch.device | str | None = None) -> Provider:
     backends = {op: "triton" if op in TRITON_OPS and op not in missing else "torch" for op in (*FUSED, *STORED)}
     left_side = None
     if device.type == "cpu":
+        compile_all()
         for op, reason_not_compiled in COMPILED.items():
             reason = reason_not_compiled()
             backends[op] = "torch" if reason else "c++"
@@ -107,6 +110,13 @@ def fused(device: torch.device | str | None = None) -> Provider:
     else:
         backends["attention"], missing["attention"] = "plain", "torch's own kernels are used"
     return Provider(replace(PLAIN, name="fused", **FUSED, **VJPS, left_side=left_side), backends, missing)
+
+
+def compile_all():
+    """Have a machine's first run compile the files side by side; later ones find them."""
+    files = {*COMPILED.values(), amx_product.reason_not, partial(frozen_product.reason_not, torch.device("cpu"))}
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda reason_not: reason_not(), files))
 
 
 def equip(model: Decoder, provider: Provider):

@@ -5,8 +5,8 @@ which serve every device, the Triton kernels for CUDA tensors, the public functi
 `triton_support.reason_not` of a tensor's device; `missing` tells it before a run.
 
 For float32 on CPUs with AVX-512 there are C++ files, compiled on the user's machine at first use (compiled.py):
-rowwise.cpp under norms, units and rotations; attention.cpp; low_rank.cpp, LoRA's products with dropout; and
-frozen_product.cpp, products with weights as they are stored, with amx_product.cpp for those CPUs that have a matrix unit.
+rowwise.cpp under norms, units and rotations; attention.cpp; low_rank.cpp, LoRA's products with dropout;
+frozen_product.cpp, products with weights as they are stored, and amx_product.cpp for CPUs with a matrix unit.
 Each is tested against its reference in value and in all gradients, the Triton kernels without a GPU under Triton's
 interpreter, and amx_product.cpp without such a unit with its instructions in plain C++.
 """

@@ -97,6 +97,38 @@ struct Job {
 
 namespace {
 
+// A tile of the result, of `now` terms from `first` on and, behind these in the panel, `rank` more.
+struct Tile {
+  const Job& job;
+  long column, first, now, rank;
+
+  // `count` rows. Of the last rows a tile is made that begins so far above that it is a whole one.
+  void multiply(long row, long count, const float* panel) const {
+    const long made = ROWS - count;  // before, above `row`
+    if (row >= made) return sums<ROWS>(row - made, made, panel);
+    for (long i = 0; i < count; i++) sums<1>(row + i, 0, panel);
+  }
+
+  template <long COUNT>
+  void sums(long row, long made, const float* panel) const {
+    const float *from = job.x + row * job.x_stride + first, *next = from + COUNT * job.x_stride;
+    float* to = job.out + row * job.out_stride + column;
+    UNROLL for (long i = 0; i < COUNT; i++)  // on its way while the sums are made, and so is the next tile's x
+      UNROLL for (long v = 0; v < VECTORS; v++) __builtin_prefetch(to + i * job.out_stride + v * WIDTH, 1);
+    const long part = pieces(now, pieces(now, MOST_SUMMED));
+    for (long start = 0; start < now; start += part) {
+      floats sums[COUNT][VECTORS] = {};
+      const long end = std::min(now, start + part);
+      for (long k = start; k < end; k += WIDTH) {
+        UNROLL for (long i = 0; i < COUNT; i++) __builtin_prefetch(next + i * job.x_stride + k);
+        sum_up(sums, from + k, job.x_stride, 1, panel + k * PANEL, PANEL, std::min(WIDTH, end - k));
+      }
+      if (end == now && rank) sum_up(sums, job.low + row * job.low_stride, job.low_stride, 1, panel + now * PANEL, PANEL, rank);
+      put(sums, to, job.out_stride, job.adds || first + start > 0, job.columns - column, made);
+    }
+  }
+};
+
 template <class Weights>
 struct Product {
   const Job& job;
@@ -139,7 +171,7 @@ struct Product {
         }
         for (long row = top; row < bottom; row += ROWS)
           for (long c = column; c < end; c += PANEL)
-            multiply(row, std::min(ROWS, bottom - row), c, packed + (c - column) * size, first, now, rank);
+            Tile{job, c, first, now, rank}.multiply(row, std::min(ROWS, bottom - row), packed + (c - column) * size);
       }
     }
   }
@@ -160,32 +192,6 @@ struct Product {
         transpose(a);
         for (long i = 0; i < count; i++) store(panel + (k + i) * PANEL + v, a[i]);
       }
-    }
-  }
-
-  // `count` rows of a tile. Of the last rows a tile is made that begins so far above that it is a whole one.
-  void multiply(long row, long count, long column, const float* panel, long first, long now, long rank) const {
-    const long made = ROWS - count;  // before, above `row`
-    if (row >= made) return tile<ROWS>(row - made, made, column, panel, first, now, rank);
-    for (long i = 0; i < count; i++) tile<1>(row + i, 0, column, panel, first, now, rank);
-  }
-
-  template <long COUNT>
-  void tile(long row, long made, long column, const float* panel, long first, long now, long rank) const {
-    const float *from = job.x + row * job.x_stride + first, *next = from + COUNT * job.x_stride;
-    float* to = job.out + row * job.out_stride + column;
-    UNROLL for (long i = 0; i < COUNT; i++)  // on its way while the sums are made, and so is the next tile's x
-      UNROLL for (long v = 0; v < VECTORS; v++) __builtin_prefetch(to + i * job.out_stride + v * WIDTH, 1);
-    const long part = pieces(now, pieces(now, MOST_SUMMED));
-    for (long start = 0; start < now; start += part) {
-      floats sums[COUNT][VECTORS] = {};
-      const long end = std::min(now, start + part);
-      for (long k = start; k < end; k += WIDTH) {
-        UNROLL for (long i = 0; i < COUNT; i++) __builtin_prefetch(next + i * job.x_stride + k);
-        sum_up(sums, from + k, job.x_stride, 1, panel + k * PANEL, PANEL, std::min(WIDTH, end - k));
-      }
-      if (end == now && rank) sum_up(sums, job.low + row * job.low_stride, job.low_stride, 1, panel + now * PANEL, PANEL, rank);
-      put(sums, to, job.out_stride, job.adds || first + start > 0, job.columns - column, made);
     }
   }
 

@@ -59,9 +59,10 @@ void tiles(long first, long last, Visit visit) {
   }
 }
 
-// c (ROWS, columns) = a b, or that added to c, VECTORS of columns at a time; a's number [i, k] lies at a + i * a_row + k *
-// a_term, and of b's rows whole vectors can be read. Of the first `made` rows nothing is written.
-template <long ROWS, long VECTORS = 3>
+// c (ROWS, columns) = a b, or that added to c, VECTORS of columns at a time and, where they do not divide them, fewer in the
+// end; a's number [i, k] lies at a + i * a_row + k * a_term, and of b's rows whole vectors can be read. Of the first `made`
+// rows nothing is written.
+template <long ROWS, long VECTORS = 3, bool DIVIDES = false>
 void product(const float* a, long a_row, long a_term, const float* b, long b_row, long terms, float* c, long c_row,
              long columns, bool adds, long made) {
   for (; columns > (VECTORS - 1) * WIDTH; columns -= VECTORS * WIDTH, b += VECTORS * WIDTH, c += VECTORS * WIDTH) {
@@ -69,20 +70,20 @@ void product(const float* a, long a_row, long a_term, const float* b, long b_row
     sum_up(sums, a, a_row, a_term, b, b_row, terms);
     put(sums, c, c_row, adds, columns, made);
   }
-  if constexpr (VECTORS > 1)
+  if constexpr (VECTORS > 1 && !DIVIDES)
     if (columns > 0) product<ROWS, VECTORS - 1>(a, a_row, a_term, b, b_row, terms, c, c_row, columns, adds, made);
 }
 
 // That for any number of rows; of the 32 registers 24 hold a tile.
 void product(const float* a, long a_row, long a_term, const float* b, long b_row, long terms, float* c, long c_row, long rows,
              long columns, bool adds) {
-  const auto all_tiles = [&](auto high, auto wide) {
-    tiles<high>(0, rows, [&](long row, long made, auto size) {
-      product<size, wide>(a + row * a_row, a_row, a_term, b, b_row, terms, c + row * c_row, c_row, columns, adds, made);
+  if (columns % (4 * WIDTH) == 0)
+    return tiles<6>(0, rows, [&](long row, long made, auto size) {
+      product<size, 4, true>(a + row * a_row, a_row, a_term, b, b_row, terms, c + row * c_row, c_row, columns, adds, made);
     });
-  };
-  if (columns % (4 * WIDTH) == 0) all_tiles(std::integral_constant<long, 6>{}, std::integral_constant<long, 4>{});
-  else all_tiles(std::integral_constant<long, 8>{}, std::integral_constant<long, 3>{});
+  tiles<8>(0, rows, [&](long row, long made, auto size) {
+    product<size>(a + row * a_row, a_row, a_term, b, b_row, terms, c + row * c_row, c_row, columns, adds, made);
+  });
 }
 
 }  // namespace
