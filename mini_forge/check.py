@@ -18,6 +18,7 @@ from mini_forge.io.runs import RunFolder
 from mini_forge.memory_plan import format_memory, memory_plan, memory_report
 from mini_forge.prepare import Prepared, adapter_spec, prepare
 from mini_forge.providers import PROVIDERS
+from mini_forge.resume import resume_problems
 from mini_forge.run import loop_settings, windows
 
 
@@ -29,7 +30,7 @@ def check(config: TrainingConfig, *, resume: bool = False, overwrite: bool = Fal
     config = prepared.config
     lora = adapter_spec(config)
     show = show_labelled if prepared.is_labelled else show_pair if prepared.is_paired else show_example
-    notes = [*prepared.notes, *_folder_notes(config, resume, overwrite)]
+    notes = [*prepared.notes, *_folder_notes(prepared, resume, overwrite)]
     return {
         "config": {k: {"value": v, "from": config.provenance.get(k, "default")} for k, v in config.to_dict().items()},
         "machine": {
@@ -115,13 +116,15 @@ def _looked_over(prepared: Prepared) -> dict:
     return {"longest": longest, "end_token_trained": f"{ended}/{count}"}
 
 
-def _folder_notes(config: TrainingConfig, resume: bool, overwrite: bool) -> list[str]:
+def _folder_notes(prepared: Prepared, resume: bool, overwrite: bool) -> list[str]:
     """A run that is there already: no fault of the configuration, which is looked at again after its run too."""
+    folder, problems = RunFolder(prepared.config.output_dir), []
     try:
-        RunFolder(config.output_dir).check_usable(resume=resume, overwrite=overwrite)
+        folder.check_usable(resume=resume, overwrite=overwrite)
+        problems = resume_problems(folder, prepared) if resume else []
     except ConfigError as error:
-        return [f"train will refuse: {problem}" for problem in error.problems]
-    return []
+        problems = error.problems
+    return [f"train will refuse: {problem}" for problem in problems]
 
 
 def format_report(report: dict) -> str:

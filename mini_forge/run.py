@@ -11,7 +11,7 @@ import torch
 from mini_forge import __version__
 from mini_forge.config import TrainingConfig
 from mini_forge.data.pairs import data_fingerprint
-from mini_forge.errors import ConfigError, TrainingError, is_out_of_memory
+from mini_forge.errors import TrainingError, is_out_of_memory
 from mini_forge.inference.evaluate import evaluate_labelled, evaluate_loss, evaluate_pairs
 from mini_forge.io.adapters import fill_adapter, save_adapter
 from mini_forge.io.card import model_card
@@ -20,10 +20,8 @@ from mini_forge.io.models import load_model
 from mini_forge.io.runs import (
     REFERENCE_FILE,
     RunFolder,
-    load_state,
     rng_state,
     save_state,
-    set_rng_state,
     write_json,
 )
 from mini_forge.io.weights import load_base
@@ -31,14 +29,14 @@ from mini_forge.model.decoder import Decoder
 from mini_forge.model.lora import LoraSpec, inject
 from mini_forge.prepare import Prepared, adapter_spec, has_reference, is_labelled, is_paired, model_identity, prepare
 from mini_forge.providers import PROVIDERS, equip
-from mini_forge.stages import Stages, clear, has_begun
+from mini_forge.resume import is_to_resume, restore
+from mini_forge.stages import Stages, clear
 from mini_forge.training.dpo import fill_reference, preference_objective
 from mini_forge.training.kto import KTOOptions, kto_objective, label_means
 from mini_forge.training.loop import Interrupted, Loop, LoopSettings, peak_memory_bytes, stop_signals
 from mini_forge.training.losses import Objective
 from mini_forge.training.memory import keep_freed_memory
 from mini_forge.training.optim import (
-    load_optimizer_state,
     make_optimizer,
     optimizer_state,
     parameter_groups,
@@ -49,9 +47,6 @@ from mini_forge.training.sft import SFT
 from mini_forge.training.windows import Windows
 
 OBJECTIVES = {"sft": SFT, "qlora": SFT}  # of strategies whose objective has no settings
-# Keys that may change between a run and its resumption, because no step depends on them.
-FREE_ON_RESUME = ("output_dir", "comment", "notes", "logging_steps", "save_steps", "save_strategy", "save_total_limit",
-                  "per_device_eval_batch_size")  # fmt: skip
 
 
 @dataclass
@@ -96,7 +91,7 @@ def train(
     lora = adapter_spec(config)
     model = build_model(prepared, lora, report)
     if resume:
-        resume = _check_resume(folder, config, report)
+        resume = is_to_resume(folder, config, report)
     build = partial(build_stages, report=report) if config.strategy == "rlhf" else build_loop
     loop = build(prepared, model, lora, folder, on_metrics, on_step)
     if not resume:  # nothing on disk is touched before this line
@@ -104,7 +99,7 @@ def train(
     elif config.strategy == "rlhf":
         loop.restore()
     else:
-        _restore(folder, loop, model, prepared, report)
+        restore(folder, loop, model, prepared, report)
     _describe(prepared, model, loop, report)
     if config.precompute_reference and prepared.is_paired and config.loss_type not in REFERENCE_FREE:
         _precompute_reference(prepared, model, folder, report)
@@ -248,40 +243,6 @@ def _base_name(prepared: Prepared) -> str:
     """What adapter_config.json calls the base: the hub ID, or a local folder's absolute path."""
     local = Path(prepared.config.model_name).expanduser()
     return str(local.resolve()) if local.is_dir() else prepared.config.model_name
-
-
-def _check_resume(folder: RunFolder, config: TrainingConfig, report) -> bool:
-    """Whether there is something to resume. Raises ConfigError if the configuration is not the run's own."""
-    folder.sweep()
-    if not (folder.steps() or has_begun(folder)):
-        report(f"{folder.path}: no checkpoint to resume from; starting from the beginning")
-        return False
-    recorded = TrainingConfig.from_file(folder.path / "training_config.json").to_dict()
-    now = config.to_dict()
-    changed = [k for k in now if k not in FREE_ON_RESUME and now[k] != recorded.get(k)]
-    if changed:
-        raise ConfigError(
-            *[f"{k}: {now[k]!r} differs from {recorded.get(k)!r}, with which this run began; --resume goes on with the "
-              "same run: give the same value, or start another with init_adapter" for k in changed]
-        )  # fmt: skip
-    return True
-
-
-def _restore(folder: RunFolder, loop: Loop, model: Decoder, prepared: Prepared, report):
-    step = folder.steps()[-1]
-    source = folder.checkpoint(step)
-    state = load_state(source / "trainer_state.pt")
-    if state["data"] != prepared.fingerprint():
-        raise ConfigError(
-            f"dataset: {prepared.config.dataset!r} (or the tokenizer) has changed since {source} was saved, so its "
-            "place in the data means nothing; put it back, or start another run with init_adapter"
-        )
-    fill_adapter(model, source)
-    load_optimizer_state(loop.optimizer, state["optimizer"])
-    loop.restore(state["loop"])
-    folder.truncate_metrics(step)
-    set_rng_state(state["rng"])
-    report(f"resuming from {source}")
 
 
 def _precompute_reference(prepared: Prepared, model: Decoder, folder: RunFolder, report):

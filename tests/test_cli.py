@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -319,6 +320,49 @@ def test_check_tells_of_a_run_that_is_there_in_a_note(config, trained, capsys):
     assert "note: train will refuse: output_dir" in capsys.readouterr().out
     assert main(["check", str(config), "--overwrite"]) == 0
     assert "train will refuse" not in capsys.readouterr().out
+
+
+@pytest.fixture
+def begun(config):
+    """A run that was killed behind its checkpoint of step 2: as it looks before it is resumed."""
+    data = json.loads(config.read_text()) | {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    config.write_text(json.dumps(data))
+    assert main(["train", str(config)]) == 0
+    run = Path(data["output_dir"])
+    (run / "summary.json").unlink()
+    for step in run.glob("checkpoints/step-[34]"):
+        shutil.rmtree(step)
+    return run
+
+
+def damage_state(config, run):
+    state = run / "checkpoints" / "step-2" / "trainer_state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+
+
+def change_rows(config, run):
+    rows = Path(json.loads(config.read_text())["dataset"])
+    rows.write_text("".join(reversed(rows.read_text().splitlines(keepends=True))))
+
+
+@pytest.mark.parametrize("harm, arguments, words", [
+    (None, [], None),
+    (None, ["--set", "seed=7"], "seed: 7 differs from"),
+    (damage_state, [], "unreadable checkpoint"),
+    (change_rows, [], "has changed since"),
+])  # fmt: skip
+def test_check_tells_why_a_run_cannot_be_resumed_in_the_words_of_train(config, begun, capsys, harm, arguments, words):
+    if harm:
+        harm(config, begun)
+    before = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main(["check", str(config), "--resume", *arguments]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "train will refuse: " in line]
+    assert {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()} == before
+    code = main(["train", str(config), "--resume", *arguments])
+    refused = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert [line.split("refuse: ")[1] for line in told] == [line.removeprefix("error: ") for line in refused]
+    assert code == (2 if words else 0) and (words is None or words in told[0])
 
 
 def test_a_user_that_is_not_there_is_a_folders_name(config, tmp_path, monkeypatch):

@@ -1,0 +1,74 @@
+"""Going on with a run: whether there is one, whether it is the same, and its last checkpoint."""
+
+from collections.abc import Callable
+
+from mini_forge.config import TrainingConfig
+from mini_forge.errors import ConfigError, UserError
+from mini_forge.io.adapters import fill_adapter
+from mini_forge.io.runs import CONFIG_FILE, RunFolder, load_state, set_rng_state
+from mini_forge.model.decoder import Decoder
+from mini_forge.prepare import Prepared
+from mini_forge.stages import has_begun
+from mini_forge.training.loop import Loop
+from mini_forge.training.optim import load_optimizer_state
+
+# Keys that may change between a run and its resumption, because no step depends on them.
+FREE_ON_RESUME = ("output_dir", "comment", "notes", "logging_steps", "save_steps", "save_strategy", "save_total_limit",
+                  "per_device_eval_batch_size")  # fmt: skip
+
+
+def is_to_resume(folder: RunFolder, config: TrainingConfig, report: Callable[[str], None]) -> bool:
+    """Whether there is something to resume. Raises ConfigError if the configuration is not the run's own."""
+    folder.sweep()
+    if not has_begun(folder):
+        report(f"{folder.path}: no checkpoint to resume from; starting from the beginning")
+        return False
+    _check_same(folder, config)
+    return True
+
+
+def restore(folder: RunFolder, loop: Loop, model: Decoder, prepared: Prepared, report: Callable[[str], None]):
+    """Put model and loop where the last checkpoint was saved. Raises UserError where that is damaged, or of other
+    data."""
+    state = _last_state(folder, prepared)
+    source = folder.checkpoint(folder.steps()[-1])
+    fill_adapter(model, source)
+    load_optimizer_state(loop.optimizer, state["optimizer"])
+    loop.restore(state["loop"])
+    folder.truncate_metrics(folder.steps()[-1])
+    set_rng_state(state["rng"])
+    report(f"resuming from {source}")
+
+
+def resume_problems(folder: RunFolder, prepared: Prepared) -> list[str]:
+    """Why `train --resume` will refuse to go on here, as far as it is known without the model; nothing is written."""
+    if not has_begun(folder) or folder.is_finished():
+        return []
+    try:
+        _check_same(folder, prepared.config)
+        if prepared.config.strategy != "rlhf":  # whose checkpoints are of its stages
+            _last_state(folder, prepared)
+    except UserError as error:
+        return list(error.problems)
+    return []
+
+
+def _check_same(folder: RunFolder, config: TrainingConfig):
+    recorded, now = TrainingConfig.from_file(folder.path / CONFIG_FILE).to_dict(), config.to_dict()
+    changed = [k for k in now if k not in FREE_ON_RESUME and now[k] != recorded.get(k)]
+    if changed:
+        raise ConfigError(
+            *[f"{k}: {now[k]!r} differs from {recorded.get(k)!r}, with which this run began; --resume goes on with the "
+              "same run: give the same value, or start another with init_adapter" for k in changed]
+        )  # fmt: skip
+
+
+def _last_state(folder: RunFolder, prepared: Prepared) -> dict:
+    source = folder.checkpoint(folder.steps()[-1])
+    state = load_state(source / "trainer_state.pt")
+    if state["data"] != prepared.fingerprint():
+        raise ConfigError(
+            f"dataset: {prepared.config.dataset!r} (or the tokenizer) has changed since {source} was saved, so its "
+            "place in the data means nothing; put it back, or start another run with init_adapter"
+        )
+    return state
