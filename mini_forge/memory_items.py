@@ -167,7 +167,8 @@ def dequantized_bytes(sizes: Sizes, job: Job) -> int:
     """The largest matrix that is made dense for a product: of a stack, one expert's. Compiled products take layers'
     weights as they are stored."""
     shapes = [sizes.shapes[name] for name in sizes.stored]
-    shapes = [shape for shape in shapes if len(shape) == 3 or not job.is_compiled]
+    is_used_as_stored = job.is_compiled and job.plan.compute_dtype == "float32"
+    shapes = [shape for shape in shapes if len(shape) == 3 or not is_used_as_stored]
     kept_small = [shape for shape in shapes if job.plan.quantization or (len(shape) == 3 and job.has_mxfp4)]
     return max((math.prod(shape[-2:]) for shape in kept_small), default=0) * dtype_bytes(job.plan.compute_dtype)
 

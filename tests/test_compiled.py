@@ -54,6 +54,15 @@ def test_what_was_kept_and_cannot_be_loaded_is_made_anew(source):
     assert kept() == [file] and file.stat().st_size > 1000
 
 
+def test_a_folder_is_absolute_or_none(monkeypatch):
+    """Else libraries would be loaded from wherever a process works."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "here")
+    monkeypatch.setenv("HOME", "/home/of/someone")
+    assert cache_folder() == Path("/home/of/someone/.cache/mini_forge")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # no HOME, and no entry in passwd
+    assert cache_folder() == Path("/dev/null/mini_forge")
+
+
 @needs_compiler
 def test_where_nothing_can_be_kept_it_is_compiled_for_this_process(source, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")

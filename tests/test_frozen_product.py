@@ -1,7 +1,9 @@
-"""Products of float32 activations with bfloat16 weights, and the layers, heads and files that use them."""
+"""Products of float32 activations with weights as they are stored, and the layers, heads and files that use them."""
 
 import copy
 import json
+import threading
+from dataclasses import replace
 from pathlib import Path
 from zlib import crc32
 
@@ -212,7 +214,7 @@ def test_nothing_beside_the_result_is_written(unit, form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_nothing_beside_the_weight_is_read_into_the_result(form):
-    """What lies behind a weight is NaN here."""
+    """What lies behind a bfloat16 weight is NaN here."""
     if reason := reason_not(CPU):
         pytest.skip(reason)
     for N, K, columns in ((1, 5, 3), (6, 20, 50), (9, 33, 47)):
@@ -225,6 +227,58 @@ def test_nothing_beside_the_weight_is_read_into_the_result(form):
                                    atol=1e-5 * float(exact.abs().max()))  # fmt: skip
         torch.testing.assert_close(StoredLeftSide(grad).product(weight).double(), grad.double() @ exact, rtol=1e-5,
                                    atol=1e-5 * float(exact.abs().max()))  # fmt: skip
+
+
+def test_factors_of_a_low_rank_term_may_lie_in_columns_but_not_be_others(unit):
+    """Transposed ones are what a caller's own initialisation leaves in lora_A and lora_B."""
+    N, K, columns, R = 37, 50, 60, 8
+    x, low, B = drawn(N, K), drawn(R, N, seed=2).t(), drawn(R, columns, seed=3).t()
+    weight = drawn(columns, K, seed=1).bfloat16()
+    expected = (x @ weight.float().t()).double() + low.double() @ B.double().t()
+    found = StoredLeftSide(x).product_t(weight, low=(low, B))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+    grad, A = drawn(N, columns), drawn(K, R, seed=4).t()
+    expected = (grad @ weight.float()).double() + low.double() @ A.double()
+    found = StoredLeftSide(grad).product(weight, low=(low, A))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+    wrong = {"factor": [(low, B[:, :4]), (low, B.t())], "l": [(low[1:], B), (low.double(), B)]}
+    for name, pairs in wrong.items():
+        for pair in pairs:
+            with pytest.raises(ValueError, match=f"^{name}: "):
+                StoredLeftSide(x).product_t(weight, low=pair)
+
+
+def test_quantized_weights_that_are_a_part_of_others_are_refused(unit):
+    (numbers, SCB), x = quantize_8bit(drawn(50, 60)), drawn(7, 30)
+    part = Quantized8bit(numbers[:, :30], SCB / 127)
+    with pytest.raises(ValueError, match="^weight: quantized"):
+        StoredLeftSide(x).product_t(part)
+    four = quantize_4bit(drawn(50, 60), "nf4")
+    with pytest.raises(ValueError, match="^weight: quantized"):
+        StoredLeftSide(drawn(7, 60)).product_t(replace(four, packed=four.packed[:-1]))
+
+
+def test_a_thread_s_stack_need_not_be_large(unit):
+    x, weight = drawn(300, 2000), drawn(200, 2000, seed=1).bfloat16()
+    expected, found = StoredLeftSide(x).product_t(weight), []
+    before = threading.stack_size(512 * 1024)
+    try:
+        thread = threading.Thread(target=lambda: found.append(StoredLeftSide(x).product_t(weight)))
+        thread.start()
+        thread.join()
+    finally:
+        threading.stack_size(before)
+    assert torch.equal(found[0], expected)
+
+
+@pytest.mark.parametrize("make", [
+    lambda w: Linear16bit(w.bfloat16(), None, StoredLeftSide), Linear8bit.from_weight, Linear4bit.from_weight,
+])  # fmt: skip
+def test_a_second_derivative_is_refused(make):
+    x = drawn(6, 64).requires_grad_()
+    (first,) = torch.autograd.grad(make(drawn(20, 64, seed=1))(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
 def test_a_number_that_is_not_finite_stays_so(unit):

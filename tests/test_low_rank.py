@@ -80,9 +80,25 @@ def test_a_mask_has_the_rate_and_knows_nothing_of_its_neighbours(rate):
              *((centred, other) for other in others)]  # fmt: skip
     for a, b in pairs:  # of independent numbers of variance 1 the mean product is 0 ± 1/√n
         assert abs((a * b).mean().item()) < 5 / math.sqrt(a.numel())
+    for seed, shift in ((7 + 2**32, 1), (7 + 2**32, 5), (8, 1)):  # nor is another's mask this one, some rows further
+        other = (mask(N, K, (rate, seed)) - (1 - rate)) / math.sqrt(rate * (1 - rate))
+        for a, b in ((centred[shift:], other[:-shift]), (centred[:-shift], other[shift:])):
+            assert abs((a * b).mean().item()) < 5 / math.sqrt(a.numel())
     for dim in (0, 1):  # and rows and columns have the rate, each within its own deviation
         spread = keep.mean(dim).std().item() / math.sqrt(rate * (1 - rate) / keep.shape[dim])
         assert 0.85 < spread < 1.15
+
+
+def test_the_default_dtype_is_another(monkeypatch):
+    seeds, x, As = seeds_of(1), drawn(40, 100), [drawn(4, 100, seed=1)]
+    expected = [IN_CPP.down(x, As, seeds), *IN_CPP.outer(drawn(40, 1, 4), x, seeds)]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        dl = torch.randn(40, 1, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+        found = [IN_CPP.down(x, As, seeds), *IN_CPP.outer(dl, x, seeds)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
 def test_rates_at_the_ends():

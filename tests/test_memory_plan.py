@@ -27,6 +27,7 @@ from mini_forge.memory_items import (
     Rollouts,
     adapter_shapes,
     cache_bytes,
+    dequantized_bytes,
     experience_bytes,
     forward_bytes,
     head_bytes,
@@ -106,6 +107,15 @@ def test_a_linear_takes_what_its_quantized_layer_takes(quantization, nested):
         layer = Linear4bit(quantize_4bit(weight, quantization, nested))
     job = job_of(quantization=quantization, nested=nested)
     assert stored_bytes(sizes, "model.layers.1.mlp.up_proj.weight", job) == buffer_bytes(layer)
+
+
+def test_a_matrix_is_made_dense_where_products_cannot_take_it_as_stored():
+    sizes, plan = meta_sizes(hidden_size=272, intermediate_size=300), plan_of("nf4")
+    job = replace(job_of(), plan=plan)
+    assert dequantized_bytes(sizes, job) == 4 * 272 * 300
+    assert dequantized_bytes(sizes, replace(job, is_compiled=True)) == 0
+    in_16_bits = replace(plan, compute_dtype="bfloat16")  # bnb_4bit_compute_dtype, which C++ does not serve
+    assert dequantized_bytes(sizes, replace(job, is_compiled=True, plan=in_16_bits)) == 2 * 272 * 300
 
 
 def test_a_stack_takes_what_its_quantized_stack_takes():
@@ -324,7 +334,8 @@ def test_the_head_holds_no_more_at_a_time_than_predicted(tokens, dtype):
 @pytest.mark.parametrize("recompute", [None, "selective", "full"])
 def test_a_step_holds_attentions_blocks(recompute):
     """Of a long document with many heads they take more than the MLP's backward."""
-    changes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 16, "num_key_value_heads": 16}
+    changes = {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 16, "num_key_value_heads": 16,
+               "head_dim": 64}  # fmt: skip
     predicted, measured = a_steps_peak([1000], changes, recompute, True, torch.float32)
     assert predicted == pytest.approx(measured, rel=0.07)
 

@@ -200,6 +200,10 @@ def test_the_way_is_chosen_by_length_type_and_width(monkeypatch):
 
     monkeypatch.setattr(fused, "reason_not_compiled", lambda: None)
     assert ways() == ["_Compiled", "_Compiled", "_InBlocks", "_InPieces", "_InBlocks"]
+    x, documents, chosen[:] = torch.zeros(8, 1, 16), Documents.of_lengths([8], "cpu"), []
+    fused.attention(x, x, x[..., :8], documents, None)  # C++ would read what is not there
+    fused.attention(x, x.double(), x.double(), documents, None)
+    assert chosen == ["_InBlocks", "_InBlocks"]
     monkeypatch.setattr(fused, "reason_not_compiled", lambda: "a reason")
     assert ways() == ["_InBlocks", "_InPieces", "_InBlocks", "_InPieces", "_InBlocks"]
 

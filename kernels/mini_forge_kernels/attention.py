@@ -53,11 +53,16 @@ def attention(query, key, value, documents, window, scale=None, sinks=None) -> t
     if query.device.type != "cpu" or not is_plain or is_chunked:
         return reference(query, key, value, documents, window, scale, sinks)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if query.dtype == torch.float32 and query.shape[-1] % WIDTH == 0 and reason_not_compiled() is None:
+    if _is_compiled(query, key, value):
         way = _Compiled
     else:
         way = _InBlocks if whole.longest <= SHORT and query.dtype in (torch.float32, torch.float64) else _InPieces
     return way.apply(*map(_channels_dense, (query, key, value)), documents, scale)
+
+
+def _is_compiled(query, key, value) -> bool:
+    is_served = query.shape[-1] % WIDTH == 0 and key.shape == value.shape and key.shape[-1] == query.shape[-1]
+    return is_served and all(x.dtype == torch.float32 for x in (query, key, value)) and reason_not_compiled() is None
 
 
 def _channels_dense(x: torch.Tensor) -> torch.Tensor:
@@ -72,7 +77,7 @@ def _own_rows(documents) -> list[slice]:
 
 @cache
 def reason_not_compiled() -> str | None:
-    """Why short documents' attention is made by torch's ops; None where it is compiled."""
+    """Why attention is made by torch's ops; None where it is compiled."""
     try:
         _library()
     except CannotCompile as err:

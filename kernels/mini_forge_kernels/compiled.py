@@ -1,7 +1,8 @@
 """C++ files of this folder as libraries, compiled at first use: for CPUs with AVX-512, what torch has no op for.
 
 The compiler is g++, whose OpenMP library is the one torch brings, so that both run on the same threads. A file takes it
-half a second; the result stays in the user's cache folder, under the digest of the file, its headers and the flags."""
+half a second to one and a half; the result stays in the user's cache folder, under the digest of the file, its headers
+and the flags."""
 
 import ctypes
 import hashlib
@@ -65,8 +66,11 @@ def _compile_and_keep(source: Path, flags: tuple[str, ...], kept: Path) -> ctype
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/mini_forge, or ~/.cache/mini_forge."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "mini_forge"
+    """$XDG_CACHE_HOME/mini_forge, or ~/.cache/mini_forge. Of a user without a home a name that can be no folder: what
+    is compiled is not kept then, and nothing is loaded from wherever the process happens to work."""
+    asked = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    folder = asked if asked.is_absolute() else Path(os.path.expanduser("~/.cache"))
+    return (folder if folder.is_absolute() else Path(os.devnull)) / "mini_forge"
 
 
 def _compile(source: Path, flags: tuple[str, ...], made: Path):

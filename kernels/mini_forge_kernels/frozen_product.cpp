@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "tile.h"
 
@@ -129,6 +130,10 @@ struct Tile {
   }
 };
 
+struct alignas(64) Line {
+  float numbers[WIDTH];
+};
+
 template <class Weights>
 struct Product {
   const Job& job;
@@ -157,7 +162,8 @@ struct Product {
 
   // One thread's share: rows [top, bottom) and columns [left, right) of the result.
   void compute(long top, long bottom, long left, long right) const {
-    alignas(64) float packed[PACKED];
+    static thread_local std::vector<Line> room(PACKED / WIDTH);  // more than a thread's stack may have
+    float* const packed = room.data()->numbers;
     const long steps = pieces(job.terms, pieces(job.terms, MOST_TERMS));  // of equal parts of the terms
     for (long first = 0; first < job.terms; first += steps) {
       const long now = std::min(steps, job.terms - first), rank = first + now == job.terms ? job.rank : 0;

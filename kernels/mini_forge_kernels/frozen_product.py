@@ -73,11 +73,12 @@ class StoredLeftSide(LeftSide):
         N, K = self.x.shape
         terms, columns = weight.shape[::-1] if is_transposed else weight.shape
         is_dense = isinstance(weight, torch.Tensor)
-        if terms != K or (is_dense and (weight.dtype != torch.bfloat16 or not _is_in_rows(weight))):
+        if terms != K or not (_lies(weight, torch.bfloat16) if is_dense else _is_whole(weight)):
             form = f"{weight.dtype}, strides {weight.stride()}," if is_dense else "quantized"
             raise ValueError(f"weight: {form} {tuple(weight.shape)}, for {K} columns")
-        if onto is not None and (onto.shape != (N, columns) or onto.dtype != torch.float32 or not _is_in_rows(onto)):
+        if onto is not None and not (onto.shape == (N, columns) and _lies(onto, torch.float32)):
             raise ValueError(f"onto: {onto.dtype} {tuple(onto.shape)} of strides {onto.stride()}, not {(N, columns)}")
+        low = None if low is None else _factors(*low, N, columns, is_transposed)
         uses_amx = is_dense and N > FEW and amx_product.reason_not() is None
         if low is not None and (uses_amx or N <= FEW or low[0].shape[1] > MOST_RANK or not K):
             onto, low = low_product(low, is_transposed, onto), None
@@ -131,7 +132,27 @@ def _product(x: torch.Tensor, weight: Stored, is_transposed: bool, out: torch.Te
     )))  # fmt: skip
 
 
-def _is_in_rows(matrix: torch.Tensor) -> bool:
+def _lies(matrix: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether it lies as it can be read and written here."""
-    return matrix.device.type == "cpu" and matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
+    is_in_rows = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
+    return matrix.device.type == "cpu" and matrix.dtype == dtype and is_in_rows
 
+
+def _is_whole(weight: Quantized4bit | Quantized8bit) -> bool:
+    """Whether its numbers and scales are as many as its shape says, one behind the other."""
+    n = weight.shape.numel()
+    if isinstance(weight, Quantized4bit):
+        parts = {weight.packed: -(-n // 2), weight.stored_absmax: -(-n // weight.blocksize)}
+    else:
+        parts = {weight.numbers: n, weight.scales: weight.shape[0]}
+    return all(x.numel() == count and x.is_contiguous() and x.device.type == "cpu" for x, count in parts.items())
+
+
+def _factors(left: torch.Tensor, factor: torch.Tensor, N: int, columns: int, is_transposed: bool) -> tuple:
+    """l (N, R) and B (columns, R), or A (R, columns), float32 in rows: as they are, or copied."""
+    R = left.shape[-1]
+    shapes = (N, R), (columns, R) if is_transposed else (R, columns)
+    for name, matrix, shape in zip(("l", "factor"), (left, factor), shapes, strict=True):
+        if matrix.shape != shape or matrix.dtype != torch.float32 or matrix.device.type != "cpu":
+            raise ValueError(f"{name}: {matrix.dtype} {tuple(matrix.shape)} on {matrix.device}, not float32 {shape}")
+    return tuple(matrix if _lies(matrix, torch.float32) else matrix.contiguous() for matrix in (left, factor))

@@ -1,8 +1,8 @@
 // LoRA's own products where dropout stands between x and them, for float32 on CPUs with AVX-512. What for is said in
 // low_rank.py, which compiles this file and calls the functions at its end.
 //
-// `count` projections share x; what they have of their own lies side by side. A mask is a function of a seed and a place, made where it is needed: no mask and no masked x lies in memory
-// but for the rows that are in use.
+// `count` projections share x; what they have of their own lies side by side. A mask is a function of a seed and a place,
+// made where it is needed: no mask and no masked x lies in memory but for the rows that are in use.
 
 #include <algorithm>
 #include <cstdint>
@@ -34,7 +34,7 @@ struct Row {
   uint32_t key, least;
 
   Row(const Mask& mask, long row)
-      : key(mixed(uint32_t(mask.seed) ^ mixed(uint32_t(mask.seed >> 32) + uint32_t(row)))), least(mask.least) {}
+      : key(mixed(uint32_t(mask.seed) ^ mixed(mixed(uint32_t(mask.seed >> 32)) + uint32_t(row)))), least(mask.least) {}
 
   floats kept(floats x, long column) const {
     const uints place = uint32_t(column) + uints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};

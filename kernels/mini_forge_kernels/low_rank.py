@@ -46,7 +46,7 @@ def down(x: torch.Tensor, As: Sequence[torch.Tensor], seeds: Sequence[Seed]) -> 
     (N, K), x = x.shape, _in_rows(x)
     factors = torch.cat([_padded(A) for A in As]).t().contiguous()
     lows = fresh((N, len(As), factors.shape[1] // len(As)), x.dtype, x.device)
-    room = torch.empty(torch.get_num_threads(), 8 * K)
+    room = torch.empty(torch.get_num_threads(), 8 * K, dtype=x.dtype, device=x.device)
     _call("down", (x, factors, lows, room), seeds, N, K, len(As), x.stride(0), lows.shape[2])
     return lows
 
@@ -55,7 +55,7 @@ def outer(grad_lows: torch.Tensor, x: torch.Tensor, seeds: Sequence[Seed]) -> li
     if not (any(seeds) and len(x) and _serves(x, grad_lows)):
         return IN_TORCH.outer(grad_lows, x, seeds)
     (N, count, R), K, x = grad_lows.shape, x.shape[1], _in_rows(x)
-    grad_As = torch.empty(count * R, K)
+    grad_As = torch.empty(count * R, K, dtype=x.dtype, device=x.device)
     _call("outer", (grad_lows.contiguous(), x, grad_As), seeds, N, K, count, x.stride(0), R)
     return list(grad_As.split(R))
 

@@ -56,6 +56,7 @@ class _Rotation(torch.autograd.Function):
         return _rotate(x, cos, sin, 1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return _rotate(grad, *ctx.saved_tensors, -1), None, None
 

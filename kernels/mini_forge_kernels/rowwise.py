@@ -6,6 +6,7 @@ tensors of the MLP's width by them, 9 here. rowwise.cpp beside this file is comp
 """
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from math import inf
 from pathlib import Path
@@ -47,8 +48,9 @@ def _library() -> ctypes.CDLL:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """x (…, D), weight (D,) → y (…, D) and r (N,)."""
+    _must_be("weight", weight, x.shape[-1:])
     rows, y = as_rows(x), _like(x)
-    r = torch.empty(len(rows), dtype=x.dtype)
+    r = torch.empty(len(rows), dtype=x.dtype, device=x.device)
     _call("rms_norm", (rows, weight.contiguous(), y, r), *rows.shape, rows.stride(0), eps)
     return y, r
 
@@ -57,6 +59,8 @@ def rms_norm_gradient(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, r: torch.Tensor, overwrites: bool = False
 ) -> torch.Tensor:
     """dx (…, D) for dy (…, D). overwrites: in the memory of dy where that is one row after another."""
+    _must_be("grad", grad, x.shape)
+    _must_be("weight", weight, x.shape[-1:])
     upstream, rows = as_rows(grad), as_rows(x)
     dx = _over(grad, overwrites)
     _call("rms_norm_gradient", (upstream, rows, weight.contiguous(), r, dx), *rows.shape, upstream.stride(0),
@@ -66,6 +70,7 @@ def rms_norm_gradient(
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, limit=inf, slope=1.0, offset=0.0) -> torch.Tensor:
     """g σ(slope g) (u + offset) with g ≤ limit and u within ± limit. All (…, F)."""
+    _must_be("up", up, gate.shape)
     g, u, h = as_rows(gate), as_rows(up), _like(gate)
     _call("swiglu", (g, u, h), *g.shape, g.stride(0), u.stride(0), limit, slope, offset)
     return h
@@ -75,6 +80,8 @@ def swiglu_gradient(
     grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, limit=inf, slope=1.0, offset=0.0, overwrites=False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dgate and dup for dh, all (…, F). overwrites: dgate in the memory of dh where that is one row after another."""
+    _must_be("up", up, gate.shape)
+    _must_be("grad", grad, gate.shape)
     dh, g, u = as_rows(grad), as_rows(gate), as_rows(up)
     dgate, dup = _over(grad, overwrites), _like(up)
     _call("swiglu_gradient", (dh, g, u, dgate, dup), *g.shape, dh.stride(0), g.stride(0), u.stride(0), limit, slope,
@@ -84,10 +91,19 @@ def swiglu_gradient(
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
     """x (N, H, C) turned by the angles of cos and sin (N, C), or the other way with sign −1."""
+    _must_be("cos", cos, (len(x), x.shape[-1] // 2 * 2))
+    _must_be("sin", sin, cos.shape)
+    _must_be("x", x, (len(x), x.shape[1], cos.shape[1]))
     x = x if x.stride(-1) == 1 else x.contiguous()
     y = _like(x)
     _call("rotate", (x, cos.contiguous(), sin.contiguous(), y), *x.shape, *x.stride()[:2], sign)
     return y
+
+
+def _must_be(name: str, x: torch.Tensor, shape: Sequence[int]):
+    """Nothing is broadcast here: C++ would read on behind it."""
+    if x.shape != tuple(shape):
+        raise ValueError(f"{name}: {tuple(x.shape)}, not {tuple(shape)}")
 
 
 def _like(x: torch.Tensor) -> torch.Tensor:

@@ -70,6 +70,7 @@ class _SwiGLU(torch.autograd.Function):
         return rowwise.swiglu(gate, up) if rowwise.serves(gate, up) else _silu(gate).mul_(up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
         if rowwise.serves(grad, gate, up):
@@ -88,6 +89,7 @@ class _ClampedSwiGLU(torch.autograd.Function):
         return torch.sigmoid(g * slope).mul_(g).mul_(up.clamp(-limit, limit).add_(1))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         (gate, up), limit, slope = ctx.saved_tensors, ctx.limit, ctx.slope
         if rowwise.serves(grad, gate, up):

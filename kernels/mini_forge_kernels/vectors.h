@@ -58,9 +58,9 @@ floats exp(floats x) {
   return (floats)((ints)sum + (__builtin_convertvector(n, ints) << 23));
 }
 
-// 1 / (1 + e⁻ˣ)
+// 1 / (1 + e⁻ˣ), 0 below -87
 floats sigmoid(floats x) {
-  const floats e = exp(x > 0 ? -x : x);
+  const floats e = x < -87 ? floats{} : exp(x > 0 ? -x : x);
   return (x > 0 ? all(1) : e) / (1 + e);
 }
 

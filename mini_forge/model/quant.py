@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from mini_forge.errors import CheckpointError, UserError
 from mini_forge.model.fourbit import (
@@ -324,6 +325,7 @@ class _FrozenProduct(torch.autograd.Function):
         return frozen_products(x.reshape(-1, x.shape[-1]), [layer])[0].view(*x.shape[:-1], layer.out_features)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
