@@ -2,18 +2,21 @@
 
     o_i = Σ_j p_ij v_j,  p_ij = softmax_j(s·q_i·k_j),   j over the ancestors' tokens and, up to i, the segment's own
 
-Attention (1706.03762) Eq. 1, done in one of two ways that save q, k, v and nothing of the size of p:
+Attention (1706.03762) Eq. 1, done in one of three ways that save q, k, v and nothing of the size of p.
 
-Short documents, in blocks of queries. A block's p is made whole, and again in the backward:
+In blocks of queries, by torch's ops. A block's p is made whole, and again in the backward:
 
     dv = pᵀdo       dp = do·vᵀ       ds = p ⊙ (dp − Σ_j p_j dp_j)       dq = s·ds·k       dk = s·dsᵀq
 
 With a few hundred keys p stays in the cache, and large products beat the flash kernel's small ones (forward and
-backward of documents of 150 to 250 tokens take 0.73 of its time, of 1,024 0.8, of 2,048 1.1). In float32, attention.cpp
-beside this file does it head by head, compiled on this machine (`compiled`): p stays in a core's own cache, and
-nothing is copied or called from Python (0.65 to 0.72 of the time of torch's ops).
+backward of documents of 150 to 250 tokens take 0.73 of its time, of 1,024 0.8, of 2,048 1.1).
 
-Long ones, and 16-bit numbers, in pieces by torch's flash kernel (2205.14135). The keys of a query lie in several
+Compiled: the same formulas in attention.cpp beside this file, for float32 and heads of a multiple of 16 channels. The
+query heads of a key head go together, p stays in a core's own cache, and nothing is copied or called from Python: 0.65
+to 0.72 of the time of torch's ops for short documents, and 0.76 of the flash kernel's for 1,024 tokens, 0.96 for 4,096,
+1.1 for 8,192.
+
+In pieces by torch's flash kernel (2205.14135): long documents, and 16-bit numbers. The keys of a query lie in several
 segments. The kernel gives each piece's output o_p and log-sum ℓ_p; together
 
     ℓ = log Σ_p exp(ℓ_p)          o = Σ_p exp(ℓ_p − ℓ) o_p
