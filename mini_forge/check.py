@@ -121,6 +121,7 @@ def _folder_notes(prepared: Prepared, resume: bool, overwrite: bool) -> list[str
     folder, problems = RunFolder(prepared.config.output_dir), []
     try:
         folder.check_usable(resume=resume, overwrite=overwrite)
+        folder.check_free()
         problems = resume_problems(folder, prepared) if resume else []
     except ConfigError as error:
         problems = error.problems

@@ -5,6 +5,7 @@ Exit codes: 0 done; 2 the user's input is wrong, one line `error: …` on stderr
 """
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -121,6 +122,12 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise  # our own mistake, as above
+        print(f"error: {error.filename or 'standard output'}: {error.strerror}; make room", file=sys.stderr)
+        sys.stdout = None  # what could not be written is not tried again at exit
+        return 1
 
 
 def spin_briefly():

@@ -81,6 +81,11 @@ def train(
     anything is written, TrainingError when training fails, Interrupted after a signal."""
     folder = RunFolder(config.output_dir)
     folder.check_usable(resume=resume, overwrite=overwrite)
+    with folder.held():
+        return _train(config, folder, resume, report, on_metrics, on_step)
+
+
+def _train(config: TrainingConfig, folder: RunFolder, resume: bool, report, on_metrics, on_step) -> RunResult:
     if resume and folder.is_finished():
         report(f"{folder.path}: this run is finished; nothing to do")
         return RunResult(folder.path, folder.metrics())

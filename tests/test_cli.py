@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import torch
@@ -340,6 +341,23 @@ def damage_state(config, run):
     state.write_bytes(state.read_bytes()[:1000])
 
 
+def cut_adapter(config, run):
+    adapter = run / "checkpoints" / "step-2" / "adapter_model.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-1000])
+
+
+def flip_adapter(config, run):
+    """One byte of a number: still a whole file."""
+    adapter = run / "checkpoints" / "step-2" / "adapter_model.safetensors"
+    content = bytearray(adapter.read_bytes())
+    content[-200] ^= 255
+    adapter.write_bytes(content)
+
+
+def remove_adapter(config, run):
+    (run / "checkpoints" / "step-2" / "adapter_model.safetensors").unlink()
+
+
 def change_rows(config, run):
     rows = Path(json.loads(config.read_text())["dataset"])
     rows.write_text("".join(reversed(rows.read_text().splitlines(keepends=True))))
@@ -349,6 +367,9 @@ def change_rows(config, run):
     (None, [], None),
     (None, ["--set", "seed=7"], "seed: 7 differs from"),
     (damage_state, [], "unreadable checkpoint"),
+    (cut_adapter, [], "damaged, not what was saved"),
+    (flip_adapter, [], "damaged, not what was saved"),
+    (remove_adapter, [], "damaged, not what was saved"),
     (change_rows, [], "has changed since"),
 ])  # fmt: skip
 def test_check_tells_why_a_run_cannot_be_resumed_in_the_words_of_train(config, begun, capsys, harm, arguments, words):
@@ -363,6 +384,51 @@ def test_check_tells_why_a_run_cannot_be_resumed_in_the_words_of_train(config, b
     refused = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert [line.split("refuse: ")[1] for line in told] == [line.removeprefix("error: ") for line in refused]
     assert code == (2 if words else 0) and (words is None or words in told[0])
+
+
+def test_one_process_trains_in_a_folder(config, begun, capsys):
+    holder = """if True:
+        import sys
+        from mini_forge.io.runs import RunFolder
+        with RunFolder(sys.argv[1]).held():
+            print("held", flush=True)
+            input()
+    """
+    other = subprocess.Popen([sys.executable, "-c", holder, str(begun)], stdin=PIPE, stdout=PIPE, text=True)
+    try:
+        other.stdout.readline()
+        before = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()}
+        capsys.readouterr()
+        for arguments in (["--resume"], ["--overwrite"]):
+            assert main(["train", str(config), *arguments]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith("error: output_dir: another process is training in ")
+        assert main(["check", str(config), "--resume"]) == 0
+        assert "train will refuse: output_dir: another process" in capsys.readouterr().out
+        assert {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()} == before
+    finally:
+        other.kill()
+        other.communicate()
+    assert main(["train", str(config), "--resume"]) == 0  # the other is gone, however it went
+
+
+def test_an_adapter_with_a_number_that_is_none_is_refused(begun, tmp_path, capsys):
+    adapter = begun / "adapter_model.safetensors"
+    content = bytearray(adapter.read_bytes())
+    content[-4:] = b"\xff" * 4
+    adapter.write_bytes(content)
+    for command in (["merge", str(begun), str(tmp_path / "merged")], ["generate", str(begun), "--prompt", "a"]):
+        assert main(command) == 2
+        assert "holds NaN or infinity" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_standard_output_is_one_line():
+    with open("/dev/full", "w") as full:
+        run = subprocess.run([sys.executable, "-m", "mini_forge", "schema"], stdout=full, stderr=PIPE, text=True)
+    assert run.returncode == 1
+    assert run.stderr == "error: standard output: No space left on device; make room\n"
 
 
 def test_a_user_that_is_not_there_is_a_folders_name(config, tmp_path, monkeypatch):

@@ -665,6 +665,16 @@ def test_a_disk_that_is_full_at_the_start_harms_nothing(settings, monkeypatch, t
     assert before == {p: p.read_bytes() for p in first.output_dir.rglob("*") if p.is_file()} and not new.exists()
 
 
+def test_a_disk_that_is_full_at_a_checkpoint_is_not_kept_full_by_its_half(settings, monkeypatch):
+    def full(path, state):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("mini_forge.run.save_state", full)
+    with pytest.raises(TrainingError, match=r"No space left on device.*trainer_state.pt.*no checkpoint was saved yet"):
+        run(settings, save_strategy="steps", save_steps=1)
+    assert list(Path(settings["output_dir"], "checkpoints").iterdir()) == []
+
+
 def test_what_a_killed_start_leaves_blocks_no_folder(settings, tmp_path):
     folder = Path(settings["output_dir"])
     (folder / "checkpoints").mkdir(parents=True)

@@ -142,11 +142,12 @@ def load_adapter(model: Decoder, folder: Path, spec: LoraSpec | None = None) -> 
 
 
 def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The adapter's tensors by PEFT's names. Raises CheckpointError for an absent or broken file."""
+    """The adapter's tensors by PEFT's names. Raises CheckpointError for an absent or broken file, or a
+    number that is none."""
     path = folder / WEIGHTS_FILE
     try:
         path.open("rb").close()  # of any file that it may not read, load_file says that there is none
-        return load_file(path)
+        tensors = load_file(path)
     except FileNotFoundError:
         raise CheckpointError(
             f"{path}: file not found; an adapter folder needs it (pickled adapters are refused)"
@@ -154,7 +155,11 @@ def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({reason_of(error)}); give a folder that can be read") from None
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: broken safetensors file ({error})") from None
+        raise CheckpointError(f"{path}: broken safetensors file ({error}); fetch or train it again") from None
+    for name, tensor in tensors.items():
+        if not bool(tensor.float().isfinite().all()):
+            raise CheckpointError(f"{path}: {name} holds NaN or infinity; the file is damaged, fetch or train it again")
+    return tensors
 
 
 def fill_adapter(model: Decoder, folder: Path):

@@ -6,6 +6,8 @@ away by the next run.
 """
 
 import errno
+import fcntl
+import hashlib
 import io
 import json
 import os
@@ -15,7 +17,8 @@ import shutil
 import struct
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +40,7 @@ RUN_FILES = (  # what a run and its evaluation write, but for the configuration,
     "predictions.jsonl", REFERENCE_FILE,
 )  # fmt: skip
 
+ADAPTER_FILE = "adapter_model.safetensors"
 ROOM = 100  # bytes of a path that the names within a run's folder may need
 
 
@@ -92,6 +96,44 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(os.path.expanduser(path))  # a user that is not there is a name like another
         self.checkpoints = self.path / "checkpoints"
+        self._lock: int | None = None  # a file descriptor, in `held`
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While this lasts no other process trains in this folder, which may still be made. Raises ConfigError where
+        one does."""
+        try:
+            self._take()
+            yield
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
+
+    def check_free(self):
+        """Raise ConfigError if another process trains here."""
+        with self.held():
+            pass
+
+    def _take(self):
+        """A lock on the folder itself, which leaves nothing behind and ends with the process, however that ends."""
+        if self._lock is not None or not self.path.is_dir():
+            return
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ConfigError(
+                f"output_dir: another process is training in {str(self.path)!r}; wait for its end or stop it, or name "
+                "another folder"
+            ) from None
+        except OSError as error:  # some network file systems have no locks
+            os.close(descriptor)
+            raise ConfigError(
+                f"output_dir: {str(self.path)!r} cannot be locked ({error.strerror}); name a folder on another disk"
+            ) from None
+        self._lock = descriptor
 
     def check_possible(self):
         """Raise ConfigError if no run can be here, with whichever arguments; leaves nothing."""
@@ -151,6 +193,7 @@ class RunFolder:
         is_new, place = not self.path.exists(), self.path / CONFIG_FILE
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._take()
             self.sweep()
             staged = _staged(place, json_text(config))
             self._remove_old(config)
@@ -203,8 +246,12 @@ class RunFolder:
         temporary = self.checkpoints / f"{TEMPORARY}step-{step}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        write(temporary)
-        publish_folder(temporary, self.checkpoint(step))
+        try:
+            write(temporary)
+            publish_folder(temporary, self.checkpoint(step))
+        except OSError as error:  # as a full disk, which what is there of this checkpoint must not keep full
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise type(error)(error.errno, error.strerror, error.filename or str(temporary)) from None
         old = self.steps()[:-keep] if keep else []
         for other in old:
             if other != protected:  # renamed first: a kill half-way must not leave half a checkpoint under its name
@@ -289,9 +336,11 @@ def set_rng_state(state: dict):
 
 
 def save_state(path: Path, state: dict):
-    """Write a `trainer_state.pt`. By our own hand: torch.save tells of a full disk as a bare RuntimeError."""
+    """Write a `trainer_state.pt`, with the digest of the adapter beside it, by which `load_state` knows a damaged one.
+    By our own hand: torch.save tells of a full disk as a bare RuntimeError."""
+    adapter = path.with_name(ADAPTER_FILE)
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(state | ({"adapter": _digest(adapter)} if adapter.exists() else {}), buffer)
     path.write_bytes(buffer.getbuffer())
 
 
@@ -316,4 +365,12 @@ def load_state(path: Path, parts: tuple[str, ...] = ("data",)) -> dict:
     is_ours = isinstance(state, dict) and all(part in state for part in (*parts, *STATE_PARTS))
     if not is_ours or not all(isinstance(state[part], dict) for part in STATE_PARTS):
         raise CheckpointError(f"{path}: not the state of a training of ours; delete its folder to resume before it")
+    adapter = path.with_name(ADAPTER_FILE)
+    if "adapter" in state and not (adapter.is_file() and _digest(adapter) == state["adapter"]):
+        raise CheckpointError(f"{adapter}: damaged, not what was saved with {path.name}; delete its folder to resume "
+                              "before it")  # fmt: skip
     return state
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
