@@ -1,11 +1,12 @@
 """Going on with a run: whether there is one, whether it is the same, and its last checkpoint."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from mini_forge.config import TrainingConfig
 from mini_forge.errors import ConfigError, UserError
 from mini_forge.io.adapters import fill_adapter
-from mini_forge.io.runs import CONFIG_FILE, RunFolder, load_state, set_rng_state
+from mini_forge.io.runs import CONFIG_FILE, RunFolder, check_same_data, load_state, set_rng_state
 from mini_forge.model.decoder import Decoder
 from mini_forge.prepare import Prepared
 from mini_forge.stages import has_begun
@@ -30,12 +31,11 @@ def is_to_resume(folder: RunFolder, config: TrainingConfig, report: Callable[[st
 def restore(folder: RunFolder, loop: Loop, model: Decoder, prepared: Prepared, report: Callable[[str], None]):
     """Put model and loop where the last checkpoint was saved. Raises UserError where that is damaged, or of other
     data."""
-    state = _last_state(folder, prepared)
-    source = folder.checkpoint(folder.steps()[-1])
+    step, source, state = _last(folder, prepared)
     fill_adapter(model, source)
     load_optimizer_state(loop.optimizer, state["optimizer"])
     loop.restore(state["loop"])
-    folder.truncate_metrics(folder.steps()[-1])
+    folder.truncate_metrics(step)
     set_rng_state(state["rng"])
     report(f"resuming from {source}")
 
@@ -47,7 +47,7 @@ def resume_problems(folder: RunFolder, prepared: Prepared) -> list[str]:
     try:
         _check_same(folder, prepared.config)
         if prepared.config.strategy != "rlhf":  # whose checkpoints are of its stages
-            _last_state(folder, prepared)
+            _last(folder, prepared)
     except UserError as error:
         return list(error.problems)
     return []
@@ -63,12 +63,10 @@ def _check_same(folder: RunFolder, config: TrainingConfig):
         )  # fmt: skip
 
 
-def _last_state(folder: RunFolder, prepared: Prepared) -> dict:
-    source = folder.checkpoint(folder.steps()[-1])
+def _last(folder: RunFolder, prepared: Prepared) -> tuple[int, Path, dict]:
+    """The last checkpoint: its step, its folder and its state."""
+    step = folder.steps()[-1]
+    source = folder.checkpoint(step)
     state = load_state(source / "trainer_state.pt")
-    if state["data"] != prepared.fingerprint():
-        raise ConfigError(
-            f"dataset: {prepared.config.dataset!r} (or the tokenizer) has changed since {source} was saved, so its "
-            "place in the data means nothing; put it back, or start another run with init_adapter"
-        )
-    return state
+    check_same_data(state, prepared.fingerprint(), prepared.config.dataset, source)
+    return step, source, state

@@ -19,7 +19,6 @@ from mini_forge.config import Plan, TrainingConfig
 from mini_forge.data.chat import Template
 from mini_forge.data.pairs import collate_pairs, data_fingerprint
 from mini_forge.data.tokenizer import Tokenizer
-from mini_forge.errors import ConfigError
 from mini_forge.inference.evaluate import evaluate_pairs
 from mini_forge.inference.generate import spelled_end, until
 from mini_forge.io.adapters import fill_adapter, save_adapter
@@ -28,6 +27,7 @@ from mini_forge.io.runs import (
     CONFIG_FILE,
     REWARD_FOLDER,
     RunFolder,
+    check_same_data,
     load_state,
     read_records,
     rng_state,
@@ -105,11 +105,7 @@ class Stages:
             return
         source = self.folder.checkpoint(steps[-1])
         state = load_state(source / STATE_FILE, ("data", "value_head"))
-        if state["data"] != self._fingerprint():
-            raise ConfigError(
-                f"dataset: {self.prepared.config.dataset!r} (or the tokenizer) has changed since {source} was saved, "
-                "so its place in the data means nothing; put it back, or start another run with init_adapter"
-            )
+        check_same_data(state, self._fingerprint(), self.prepared.config.dataset, source)
         fill_adapter(self.model, source)
         if self.ppo.value_head is not None:
             self.ppo.value_head.load_state_dict(state["value_head"])

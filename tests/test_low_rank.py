@@ -89,7 +89,7 @@ def test_a_mask_has_the_rate_and_knows_nothing_of_its_neighbours(rate):
         assert 0.85 < spread < 1.15
 
 
-def test_the_default_dtype_is_another(monkeypatch):
+def test_the_default_dtype_is_another():
     seeds, x, As = seeds_of(1), drawn(40, 100), [drawn(4, 100, seed=1)]
     expected = [IN_CPP.down(x, As, seeds), *IN_CPP.outer(drawn(40, 1, 4), x, seeds)]
     torch.set_default_dtype(torch.bfloat16)

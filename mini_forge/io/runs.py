@@ -26,6 +26,7 @@ import torch
 
 from mini_forge.data.tokenizer import FILES as TOKENIZER_FILES
 from mini_forge.errors import CheckpointError, ConfigError, TrainingError, is_out_of_memory
+from mini_forge.io.adapters import WEIGHTS_FILE
 from mini_forge.io.weights import read_json
 
 TEMPORARY, REPLACED = ".tmp-", ".old-"
@@ -36,11 +37,10 @@ FOREIGN = (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, TypeEr
 STATE_PARTS = ("loop", "optimizer", "rng")  # the records in every trainer_state.pt
 REFERENCE_FILE, REWARD_FOLDER = "reference_logps.json", "reward"
 RUN_FILES = (  # what a run and its evaluation write, but for the configuration, which the next run replaces
-    SUMMARY_FILE, METRICS_FILE, "adapter_model.safetensors", "adapter_config.json", "README.md", "eval.json",
+    SUMMARY_FILE, METRICS_FILE, WEIGHTS_FILE, "adapter_config.json", "README.md", "eval.json",
     "predictions.jsonl", REFERENCE_FILE,
 )  # fmt: skip
 
-ADAPTER_FILE = "adapter_model.safetensors"
 ROOM = 100  # bytes of a path that the names within a run's folder may need
 
 
@@ -251,7 +251,8 @@ class RunFolder:
             publish_folder(temporary, self.checkpoint(step))
         except OSError as error:  # as a full disk, which what is there of this checkpoint must not keep full
             shutil.rmtree(temporary, ignore_errors=True)
-            raise type(error)(error.errno, error.strerror, error.filename or str(temporary)) from None
+            error.filename = error.filename or str(temporary)
+            raise
         old = self.steps()[:-keep] if keep else []
         for other in old:
             if other != protected:  # renamed first: a kill half-way must not leave half a checkpoint under its name
@@ -338,7 +339,7 @@ def set_rng_state(state: dict):
 def save_state(path: Path, state: dict):
     """Write a `trainer_state.pt`, with the digest of the adapter beside it, by which `load_state` knows a damaged one.
     By our own hand: torch.save tells of a full disk as a bare RuntimeError."""
-    adapter = path.with_name(ADAPTER_FILE)
+    adapter = path.with_name(WEIGHTS_FILE)
     buffer = io.BytesIO()
     torch.save(state | ({"adapter": _digest(adapter)} if adapter.exists() else {}), buffer)
     path.write_bytes(buffer.getbuffer())
@@ -365,11 +366,20 @@ def load_state(path: Path, parts: tuple[str, ...] = ("data",)) -> dict:
     is_ours = isinstance(state, dict) and all(part in state for part in (*parts, *STATE_PARTS))
     if not is_ours or not all(isinstance(state[part], dict) for part in STATE_PARTS):
         raise CheckpointError(f"{path}: not the state of a training of ours; delete its folder to resume before it")
-    adapter = path.with_name(ADAPTER_FILE)
+    adapter = path.with_name(WEIGHTS_FILE)
     if "adapter" in state and not (adapter.is_file() and _digest(adapter) == state["adapter"]):
         raise CheckpointError(f"{adapter}: damaged, not what was saved with {path.name}; delete its folder to resume "
                               "before it")  # fmt: skip
     return state
+
+
+def check_same_data(state: dict, fingerprint: str, dataset: str, source: Path):
+    """Raise ConfigError if the checkpoint `source` was saved over other data than has `fingerprint`."""
+    if state["data"] != fingerprint:
+        raise ConfigError(
+            f"dataset: {dataset!r} (or the tokenizer) has changed since {source} was saved, so its place in the data "
+            "means nothing; put it back, or start another run with init_adapter"
+        )
 
 
 def _digest(path: Path) -> str:
