@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from mini_forge.config_keys import show
-from mini_forge.errors import ConfigError
+from mini_forge.errors import ConfigError, json_fault
 
 
 def read_object(path: str | Path) -> dict:
@@ -13,12 +13,9 @@ def read_object(path: str | Path) -> dict:
     problems = []
     try:
         value = json.loads(text, object_pairs_hook=lambda pairs: unique(pairs, str(path), problems))
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{path}:{error.lineno}: not JSON: {error.msg} (column {error.colno}){_hint(text, error.pos)}"
-        ) from None
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, thousands of brackets
-        raise ConfigError(f"{path}: not readable as JSON: {str(error).splitlines()[0]}") from None
+    except (ValueError, RecursionError) as error:
+        where = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else path
+        raise ConfigError(f"{where}: {json_fault(error)}") from None
     if problems:
         raise ConfigError(*problems)
     if not isinstance(value, dict):
@@ -34,7 +31,7 @@ def read_value(key: str, text: str):
     except json.JSONDecodeError:
         return text
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{key}: not readable as JSON: {str(error).splitlines()[0]}; give another value") from None
+        raise ConfigError(f"{key}: {json_fault(error)}") from None
     if problems:
         raise ConfigError(*problems)
     return value
@@ -62,17 +59,3 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise ConfigError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from None
-
-
-def _hint(text: str, position: int) -> str:
-    """The remedy for the usual slips."""
-    if not text.strip():
-        return "; the file is empty"
-    before, here = text[:position].rstrip(), text[position : position + 1]
-    if before.endswith(",") and here in "}]" or here == ",":
-        return "; remove the comma before the closing bracket"
-    if here in "#/":
-        return '; JSON has no comments, use the key "comment"'
-    if here == "'":
-        return '; JSON strings take double quotes (")'
-    return ""

@@ -24,8 +24,8 @@ from mini_forge.data.token_store import inputs_of
 from mini_forge.io.adapters import PREFIX, read_adapter_tensors
 from mini_forge.io.hub import resolve_model
 from mini_forge.io.models import is_adapter
+from mini_forge.io.records import read_json, read_spec
 from mini_forge.io.rewards import read_reward_config
-from mini_forge.io.weights import read_json
 from mini_forge.memory_items import (
     Job,
     Rollouts,
@@ -47,7 +47,6 @@ from mini_forge.memory_items import (
     working_bytes,
 )
 from mini_forge.model.decoder import Decoder
-from mini_forge.model.families import decoder_spec
 from mini_forge.prepare import Prepared, adapter_spec, has_reference, in_bfloat16, trains_reward
 from mini_forge.training.windows import Windows
 from mini_forge_kernels import amx_product, frozen_product
@@ -241,7 +240,7 @@ def _notes(config: TrainingConfig, job: Job) -> list[str]:
 
 def _sizes_in(folder: Path, targets: tuple[str, ...] | None) -> Sizes:
     with torch.device("meta"):
-        return sizes_of(Decoder(decoder_spec(read_json(folder / "config.json"))), targets)
+        return sizes_of(Decoder(read_spec(folder)), targets)
 
 
 def _with_microbatch(job: Job, documents: Sequence, batch) -> Job:

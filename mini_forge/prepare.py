@@ -29,11 +29,11 @@ from mini_forge.io.adapters import read_adapter_config, read_adapter_tensors
 from mini_forge.io.expert_adapters import stack_targets
 from mini_forge.io.fitting import check_weights
 from mini_forge.io.hub import resolve_model
+from mini_forge.io.records import read_json, read_spec
 from mini_forge.io.rewards import load_function
 from mini_forge.io.storage import multiplies_stored
-from mini_forge.io.weights import bfloat16_matrices, other_parts, read_json, weight_files
+from mini_forge.io.weights import bfloat16_matrices, other_parts, weight_files
 from mini_forge.model.decoder import Decoder, DecoderSpec
-from mini_forge.model.families import decoder_spec
 from mini_forge.model.lora import LoraSpec, target_names
 from mini_forge.providers import PROVIDERS
 from mini_forge.training.rollouts import Prompt, encode_prompts, prompt_document
@@ -122,6 +122,7 @@ def shares_prefixes(config: TrainingConfig, spec: DecoderSpec) -> bool:
 
 def prepare(config: TrainingConfig) -> Prepared:
     """Read and check everything `config` names. Raises the UserErrors of all parts that can be checked, together."""
+    TrainingConfig.from_dict(config.to_dict())  # one made by hand, or changed, has not been checked
     problems: list[str] = []
 
     def attempt(part, *arguments):
@@ -190,7 +191,7 @@ def in_bfloat16(prepared: Prepared, folder: Path) -> frozenset[str]:
     ):
         return frozenset()
     with torch.device("meta"):
-        return bfloat16_matrices(folder, Decoder(decoder_spec(read_json(folder / "config.json"))))
+        return bfloat16_matrices(folder, Decoder(read_spec(folder)))
 
 
 def model_identity(prepared: Prepared) -> str:
@@ -203,14 +204,13 @@ def model_identity(prepared: Prepared) -> str:
 
 def _open_model(config: TrainingConfig):
     folder = resolve_model(config.model_name)
-    record = read_json(folder / "config.json")
-    spec = decoder_spec(record)
+    spec = read_spec(folder)
     tokenizer = load_tokenizer(folder)
     weight_files(folder)
     with torch.device("meta"):  # the names of the layers, without their weights
         target_names(Decoder(spec), adapter_spec(config).targets)
     template = choose_template(config.chat_template, config.model_name, tokenizer, config.task)
-    if "text_config" in record and (other := other_parts(folder)):
+    if "text_config" in read_json(folder / "config.json") and (other := other_parts(folder)):
         template.notes.append(
             f"{config.model_name}: only its text model is read; {other} tensors of other parts are not"
         )
@@ -258,7 +258,7 @@ def with_init_adapter(config: TrainingConfig) -> TrainingConfig:
 def _name_the_same(config: TrainingConfig, *targets: str | Sequence[str]) -> bool:
     """Whether values of `target_modules` name the same layers of the model, be it in another order or in full."""
     with torch.device("meta"):
-        model = Decoder(decoder_spec(read_json(resolve_model(config.model_name) / "config.json")))
+        model = Decoder(read_spec(resolve_model(config.model_name)))
     first, second = (target_names(model, None if t == "all-linear" else tuple(t)) for t in targets)
     return first == second
 

@@ -3,6 +3,8 @@ from datetime import datetime
 
 import pytest
 
+from mini_forge.data import sandbox
+from mini_forge.data.batches import encode_rows
 from mini_forge.data.chat import FORMATS, choose_template
 from mini_forge.data.tasks import Example, load_examples
 from mini_forge.errors import CheckpointError, DataError
@@ -315,6 +317,28 @@ def test_a_template_that_hides_or_refuses_a_response_is_an_error_naming_the_row(
         spell(tmp_path, STRICT, turns("u", "a", system="s"))
     with pytest.raises(DataError, match="roles must alternate"):
         template(tmp_path, special=HARMONY, chat_template=STRICT).render_prompt(turns("u", system="s"))
+
+
+def test_a_template_that_does_not_end_is_asked_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(sandbox, "LIMIT_SECONDS", 0.2)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(CheckpointError, match=r"chat template: stopped: it ran longer than 0.2 s \(line 1 .*; mend it"):
+        template(tmp_path, special=HARMONY, chat_template=endless)
+    on_long_rows = (
+        "{% for m in messages %}{% if m.content == 'long' %}"
+        + endless
+        + "{% endif %}<|start|>{{ m.content }}<|end|>{% endfor %}"
+    )
+    chosen = template(tmp_path, special=HARMONY, chat_template=on_long_rows)
+    rows, asked = (Example(turns("long", "x"), line=line, file="rows.jsonl") for line in (1, 2)), []
+
+    def render(row):
+        asked.append(row.line)
+        return [chosen.render(row)]
+
+    with pytest.raises(CheckpointError, match=r"rows.jsonl:1: the .* chat template: stopped: it ran longer than 0.2 s"):
+        list(encode_rows(rows, render, toy_tokenizer.byte_level(tmp_path)))
+    assert asked == [1]
 
 
 def test_stop_ids_are_the_checkpoints_eos_and_the_templates_end_token(tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mini_forge.config import TrainingConfig
-from mini_forge.errors import ConfigError
+from mini_forge.errors import ConfigError, json_fault
 
 FIRST = {"task": "text-generation", "model_name": "m", "dataset": "d.jsonl", "compute_specs": "low_end"}
 
@@ -17,12 +17,12 @@ FIRST = {"task": "text-generation", "model_name": "m", "dataset": "d.jsonl", "co
         (b'{\n "task": "x",\n}', "{path}:"),
         (b'{"a": 1\n,, "b": 2}', "{path}:2: not JSON"),
         (b"{'a': 1}", "JSON strings take double quotes"),
-        (b'{\n# no\n"a": 1}', 'use the key "comment"'),
+        (b'{\n# no\n"a": 1}', 'the key "comment"'),
         (b"", "the file is empty"),
         (b'{\n"a": "\xff"}', "{path}:2: not UTF-8"),
         (b'{"lora_r": 1, "lora_r": 2}', "lora_r: given twice in {path}, as 1 and as 2"),
-        (b"[" * 100_000, "{path}: not readable as JSON"),
-        (b'{"seed": ' + b"9" * 5000 + b"}", "{path}: not readable as JSON"),
+        (b"[" * 100_000, "{path}: not JSON: "),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "{path}: not JSON: "),
     ],
 )
 def test_a_broken_file_is_reported_with_file_and_line(tmp_path, text, message):
@@ -31,6 +31,28 @@ def test_a_broken_file_is_reported_with_file_and_line(tmp_path, text, message):
     with pytest.raises(ConfigError) as caught:
         TrainingConfig.from_file(path)
     assert len(caught.value.problems) == 1 and message.format(path=path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("{", "close every { and ["),
+        ('{"a": [1', "close every { and ["),
+        ('{"a": "b', 'end the string with "'),
+        ('{"a": 1,}', "remove the comma before the closing bracket"),
+        ('{"a": 1 "b": 2}', "put a comma before it"),
+        ('{"a": 1} x', "remove what follows the closing bracket"),
+        ('{"a": True}', "JSON writes true, false and null"),
+        ('{"a": "b\nc"}', r"write a line break in a string as \n"),
+        ('{"a": "C:\\new\\dir"}', r"write a backslash in a string as \\"),
+        ('{"a": 1 // x\n}', "JSON has no comments"),
+        ("{a: 1}", 'write strings and keys in double quotes (")'),
+    ],
+)
+def test_the_usual_slips_are_told_their_remedy(text, remedy):
+    with pytest.raises(json.JSONDecodeError) as caught:
+        json.loads(text)
+    assert json_fault(caught.value).endswith(remedy) or f"; {remedy}" in json_fault(caught.value)
 
 
 def test_a_file_that_cannot_be_read_is_reported(tmp_path):

@@ -62,6 +62,19 @@ def test_an_unknown_model_type_lists_the_supported_ones():
     )
 
 
+def test_two_records_of_a_rope_must_agree():
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    new = {**yarn, "rope_theta": 5e5}
+    both = spec("llama", rope_parameters=new, rope_scaling={**yarn, "type": "yarn"})
+    assert both.rope == spec("llama", rope_parameters=new).rope
+    plain = {"rope_type": "default", "rope_theta": 5e5}
+    with pytest.raises(CheckpointError, match="rope_scaling differ in factor, original.*, rope_type; keep one"):
+        spec("llama", rope_parameters=plain, rope_scaling=yarn)
+    kinds = {"full_attention": plain, "sliding_attention": plain}
+    with pytest.raises(CheckpointError, match="rope_parameters and rope_scaling differ"):
+        spec("gemma3_text", rope_parameters=kinds, rope_scaling=yarn)
+
+
 @pytest.mark.parametrize("kind, key", [
     ("qwen3_moe", "num_experts"), ("qwen3_moe", "moe_intermediate_size"), ("gpt_oss", "sliding_window"),
     ("gpt_oss", "num_local_experts"), ("llama4_text", "num_experts_per_tok"), ("mixtral", "num_local_experts"),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -562,6 +563,12 @@ def test_a_finished_run_needs_no_base_to_be_resumed(settings, tmp_path, tiny):
     shutil.rmtree(base)
     _, lines = run(settings, resume=True, model_name=str(base))
     assert any("nothing to do" in line for line in lines)
+
+
+def test_a_configuration_changed_by_hand_is_checked_again(settings):
+    config = mini_forge.TrainingConfig.from_dict(settings)
+    with pytest.raises(ConfigError, match="lora_r: Must be between 1 and 256"):
+        mini_forge.train(replace(config, lora_r=-1))
 
 
 def test_a_recorded_config_trains_again(settings, tmp_path):

@@ -27,14 +27,23 @@ def test_a_template_that_does_not_end_is_stopped_in_any_thread(source, monkeypat
     def work():
         try:
             compile_template(source)()
-        except TemplateFailure as failure:
-            messages.append(str(failure))
+        except sandbox.TemplateTimeout as timeout:
+            messages.append(str(timeout))
 
     began = time.monotonic()
     thread = threading.Thread(target=work)
     thread.start()
     thread.join(10)
     assert time.monotonic() - began < 5 and "longer than 0.2 s" in messages[0]
+
+
+def test_what_may_be_spelled_grows_with_what_is_given(monkeypatch):
+    monkeypatch.setattr(sandbox, "LIMIT_CHARACTERS", 100)
+    spell = compile_template("{% for m in messages %}{{ m['content'] }}{{ m['content'] + '' }}{% endfor %}")
+    long = [{"role": "user", "content": "x" * 1000}]
+    assert spell(messages=long) == "x" * 2000
+    with pytest.raises(TemplateFailure, match="spells more than"):
+        compile_template("{{ messages[0]['content'] * 9 }}")(messages=long)
 
 
 @pytest.mark.parametrize(

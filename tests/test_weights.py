@@ -337,3 +337,15 @@ def test_headers_alone_leave_a_decoder_without_memory(folder, monkeypatch):
     monkeypatch.setattr("mini_forge.io.reading.read_tensor", None)
     model = load_base(folder, quantization="nf4", headers_only=True)
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ({"dtype": "float32"}, "dtype: 'float32' must be a floating-point torch.dtype"),
+    ({"dtype": torch.int8}, "dtype: torch.int8 must be a floating-point"),
+    ({"device": "zz"}, "device: 'zz' cannot be used"),
+    ({"device": 1.5}, "device: 1.5 cannot be used"),
+    ({"quantization": "int7"}, "quantization: 'int7' must be one of"),
+])  # fmt: skip
+def test_load_model_refuses_what_is_no_dtype_device_or_quantization(tmp_path, wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        mini_forge.load_model(tmp_path, **wrong)

@@ -32,7 +32,7 @@ from os.path import commonprefix
 from pathlib import Path
 
 from mini_forge.data.formats import FORMAT_TOKENS, FORMATS, NAME_RULE, PLAIN
-from mini_forge.data.sandbox import TemplateFailure, compile_template
+from mini_forge.data.sandbox import TemplateFailure, TemplateTimeout, compile_template
 from mini_forge.data.tasks import Example
 from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.errors import CheckpointError, DataError
@@ -75,8 +75,9 @@ class Template:
             spans = [self._response(text, messages, i, example.tools) for i in turns]
             if any(later[0] < earlier[1] for earlier, later in pairwise(spans)):
                 raise TemplateFailure("cannot tell one response from the next in what it spells")
-        except TemplateFailure as failure:
-            raise DataError(f"{example.file}:{example.line}: the {self.name} chat template: {failure}") from failure
+        except (TemplateFailure, TemplateTimeout) as failure:
+            kind = DataError if isinstance(failure, TemplateFailure) else CheckpointError
+            raise kind(f"{example.file}:{example.line}: the {self.name} chat template: {failure}") from failure
         start, end = spans[-1]
         text, prompt = text[:end], text[:start]
         if not text.endswith(self._ends()):
@@ -265,6 +266,8 @@ def _template(name: str, source: str, notes: list[str], tokenizer: Tokenizer, no
     try:
         plain, cue = spell(ask, None, False), spell(ask, None, True)
         before, after = template._around((*ask, {"role": "assistant", "content": ""}), 1, None)
+    except TemplateTimeout as timeout:
+        raise CheckpointError(f"{tokenizer.path}: its chat template: {timeout}") from timeout
     except TemplateFailure as failure:
         notes.append(f"the chat template refuses a plain question and answer: {failure}")
         return template

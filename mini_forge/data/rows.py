@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
-from mini_forge.errors import DataError
+from mini_forge.errors import DataError, json_fault
 
 SHOWN_PROBLEMS = 100
 
@@ -48,7 +48,7 @@ def scan(path, problems: list[tuple[int, str]]) -> Iterator[Row]:
             is_empty = False
             yield Row(line, value)
         else:
-            problems.append((line, f"a row must be a JSON object {{…}}, this is {kind(value)}"))
+            problems.append((line, f"a row must be a JSON object {{…}}, this is {kind(value)}; write one a line"))
     if is_empty and not problems:
         raise DataError(f"{path}: no rows; write one JSON object a line")
 
@@ -123,7 +123,7 @@ def _line_values(lines: Iterator[str], problems: list[tuple[int, str]]) -> Itera
             is_spread = text.strip() == "{"  # surely: one problem, where it is, for the whole object
             if is_spread:
                 fault, faulty = error, number + getattr(error, "lineno", 1) - 1
-            problems.append((faulty, _json_fault(fault)))
+            problems.append((faulty, json_fault(fault)))
             if not is_spread:
                 continue
         number += more
@@ -153,7 +153,7 @@ def _array_values(text: str, problems: list[tuple[int, str]]) -> Iterator[tuple[
         try:
             value, end = _DECODER.raw_decode(text, place)
         except _BAD_JSON as error:
-            problems.append((getattr(error, "lineno", line), _json_fault(error)))
+            problems.append((getattr(error, "lineno", line), json_fault(error)))
             return
         yield line, value
         is_first, place = False, _skip(text, end)
@@ -161,12 +161,13 @@ def _array_values(text: str, problems: list[tuple[int, str]]) -> Iterator[tuple[
             break
         if not text.startswith(",", place):
             line += text.count("\n", counted, place)
-            problems.append((line, "not JSON: expected ',' or ']' after an element of the array"))
+            problems.append((line, "not JSON: expected ',' or ']' after an element of the array; put one there"))
             return
         place = _skip(text, place + 1)
     rest = text[place + 1 :].strip()
     if rest:
-        problems.append((1 + text.count("\n", 0, _skip(text, place + 1)), f"text after the array's end: {rest[:40]!r}"))
+        line = 1 + text.count("\n", 0, _skip(text, place + 1))
+        problems.append((line, f"text after the array's end: {rest[:40]!r}; remove it"))
 
 
 def _skip(text: str, place: int) -> int:
@@ -181,7 +182,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} appears twice in one object")
+        raise ValueError(f"the key {twice!r} appears twice in one object; keep one of them")
     return fields
 
 
@@ -191,9 +192,3 @@ def _no_constant(name: str):
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 _BAD_JSON = (ValueError, RecursionError)  # ValueError: JSONDecodeError, the hooks' own, integers of 5000 digits
-
-
-def _json_fault(error: BaseException) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"not JSON: {error.msg} at column {error.colno}"
-    return "not JSON: nested too deeply" if isinstance(error, RecursionError) else f"not JSON: {error}"

@@ -1,9 +1,10 @@
 """Run a checkpoint's Jinja chat template as Hugging Face does, without trusting it.
 
 The environment is Jinja's immutable sandbox: no file, no import, no private attribute, nothing handed in is changed.
-Beyond that a template may take `LIMIT_SECONDS` and spell `LIMIT_CHARACTERS`. The clock is read in every turn of a
-loop, call and filter (Jinja repeats work in no other way), so it holds in any thread and under any debugger. What can
-grow in a single step (operators, filters, calls, joined and captured text) is checked at that step.
+Beyond that a template may take `LIMIT_SECONDS`, and spell `LIMIT_CHARACTERS` and a few times what it is given. The
+clock is read in every turn of a loop, call and filter (Jinja repeats work in no other way), so it holds in any thread
+and under any debugger. What can grow in a single step (operators, filters, calls, joined and captured text) is checked
+at that step.
 """
 
 import json
@@ -21,8 +22,11 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from mini_forge.errors import CheckpointError
+
 LIMIT_SECONDS = 10.0
 LIMIT_CHARACTERS = 4_000_000
+LIMIT_REPEATS = 4
 LIMIT_INTEGER_BITS = 4096
 
 FILE_NAME = "<chat template>"
@@ -31,14 +35,20 @@ FAILURES = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, Value
             MemoryError)  # fmt: skip
 
 _deadline: ContextVar[float] = ContextVar("deadline", default=float("inf"))
+_most_characters: ContextVar[int] = ContextVar("most_characters", default=LIMIT_CHARACTERS)
 
 
 class TemplateFailure(ValueError):
     """A template did not compile or would not render; the message is its reason, with the template's line."""
 
 
+class TemplateTimeout(CheckpointError):
+    """A template ran too long. No `TemplateFailure`: whatever it is asked next, it would most likely do so again."""
+
+
 def compile_template(source: str, now: datetime | None = None) -> Callable[..., str]:
-    """`render(**variables) -> str` of a Jinja chat template. Compiling and rendering raise TemplateFailure.
+    """`render(**variables) -> str` of a Jinja chat template. Compiling and rendering raise TemplateFailure, rendering
+    for too long TemplateTimeout.
 
     `now` is what `strftime_now` tells, fixed here so that a template spells the same text throughout a run."""
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
@@ -57,20 +67,28 @@ def compile_template(source: str, now: datetime | None = None) -> Callable[..., 
     template = environment.template_class.from_code(environment, code, environment.make_globals(None))
 
     def render(**variables) -> str:
-        previous = _deadline.set(time.monotonic() + LIMIT_SECONDS)
+        until = _deadline.set(time.monotonic() + LIMIT_SECONDS)
+        most = _most_characters.set(LIMIT_CHARACTERS + LIMIT_REPEATS * _characters(variables))
         pieces, length = [], 0
         try:
             for piece in template.generate(**variables):
                 pieces.append(piece)
                 length += len(piece)
                 _check_length(length)
+        except _OutOfTime as error:
+            raise TemplateTimeout(f"{_reason(error)}; mend it there, or set chat_template to another") from error
         except FAILURES as error:
             raise TemplateFailure(_reason(error)) from error
         finally:
-            _deadline.reset(previous)
+            _deadline.reset(until)
+            _most_characters.reset(most)
         return "".join(pieces)
 
     return render
+
+
+class _OutOfTime(SecurityError):
+    pass
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
@@ -79,7 +97,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def tick(self) -> None:
         """Raises once the time is over; `_with_checks` calls it in every loop."""
         if time.monotonic() > _deadline.get():
-            raise SecurityError(f"stopped: it ran longer than {LIMIT_SECONDS:g} s")
+            raise _OutOfTime(f"stopped: it ran longer than {LIMIT_SECONDS:g} s")
 
     def call_binop(self, context, operator, left, right):
         if isinstance(left, int) and isinstance(right, int):
@@ -178,8 +196,16 @@ def _check_name(name) -> None:
 
 
 def _check_length(length) -> None:
-    if length > LIMIT_CHARACTERS:
-        raise SecurityError(f"stopped: it spells more than {LIMIT_CHARACTERS} characters")
+    most = _most_characters.get()
+    if length > most:
+        raise SecurityError(f"stopped: it spells more than {most} characters")
+
+
+def _characters(value) -> int:
+    """Of all texts in it."""
+    if isinstance(value, dict):
+        return _characters(list(value.values())) + _characters(list(value))
+    return sum(map(_characters, value)) if isinstance(value, (list, tuple)) else _size(value)
 
 
 def _check_arguments(*values) -> None:

@@ -19,9 +19,10 @@ from mini_forge.errors import CheckpointError, ConfigError
 from mini_forge.io.adapters import PREFIX, read_adapter_config, read_adapter_tensors
 from mini_forge.io.expert_adapters import fuse, stack_targets
 from mini_forge.io.models import base_of, is_adapter
+from mini_forge.io.records import read_json, spec_of
 from mini_forge.io.runs import TEMPORARY, publish_folder
-from mini_forge.io.weights import BNB_SUFFIXES, Checkpoint, Loader, read_json, weight_files, write_safetensors
-from mini_forge.model.families import decoder_spec, expert_layout
+from mini_forge.io.weights import BNB_SUFFIXES, Checkpoint, Loader, weight_files, write_safetensors
+from mini_forge.model.families import expert_layout
 from mini_forge.model.families.layout import PACKED, Place, text_name
 from mini_forge.model.lora import STACK_NAMES, LoraSpec, inject
 from mini_forge.model.mxfp4 import dequantize_mxfp4
@@ -93,7 +94,8 @@ class Merger:
 
     def __init__(self, run: Path):
         self.checkpoint = Checkpoint(base_of(run))
-        self.spec, self.layout = decoder_spec(self.checkpoint.config), expert_layout(self.checkpoint.config)
+        self.spec = spec_of(self.checkpoint.config, self.checkpoint.folder)
+        self.layout = expert_layout(self.checkpoint.config)
         self.own = {name: text_name(name, self.layout) for name in self.checkpoint.entries}
         self.updates = adapter_updates(run, read_adapter_config(run)[0], self)
         embedding = next(n for n, own in self.own.items() if own == "model.embed_tokens.weight")

@@ -53,7 +53,15 @@ def load_model(
     """A decoder ready to use, in eval mode; with its LoRA layers in place if `path` is a run or adapter folder.
 
     dtype: of the weights that are not quantized (None: as stored). quantization: None, "nf4", "fp4" or "int8" for the
-    base's linear layers. Raises CheckpointError for an unsound folder, ConfigError for another quantization."""
+    base's linear layers. Raises CheckpointError for an unsound folder, ConfigError for another dtype, device or
+    quantization."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"dtype: {dtype!r} must be a floating-point torch.dtype, or None; give torch.float32")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError) as error:  # the last where torch is built without CUDA
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device: {device!r} cannot be used ({reason}); give another, as 'cpu'") from error
     if quantization not in QUANTIZATIONS:
         raise ConfigError(f"quantization: {quantization!r} must be one of {', '.join(map(repr, QUANTIZATIONS))}")
     options = {"nested": nested, "compute_dtype": compute_dtype, "ops": ops}

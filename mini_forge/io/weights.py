@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from mini_forge.errors import CheckpointError, reason_of
+from mini_forge.errors import CheckpointError
 from mini_forge.io.expert_weights import StackLoader
 from mini_forge.io.reading import Piece, ReadAhead, TensorEntry, read_tensor
+from mini_forge.io.records import read_json, spec_of
 from mini_forge.io.storage import Storage, multiplies_stored
 from mini_forge.model.decoder import Decoder
-from mini_forge.model.families import decoder_spec, expert_layout
+from mini_forge.model.families import expert_layout
 from mini_forge.model.families.layout import text_name
 from mini_forge.model.ops import PLAIN, Ops
 from mini_forge.model.quant import Linear16bit
@@ -33,6 +34,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+ONE_SOURCE = "take the weights, all of them, and config.json from one source"
 HEADER_LIMIT_BYTES = 100_000_000  # the format's own bound
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # old checkpoints store these derived values
 HEAD = "lm_head.weight"
@@ -41,23 +43,6 @@ MATRICES = (nn.Linear, nn.Embedding)
 QUANT_STATE = ".quant_state.bitsandbytes__"
 QUANT_STATES = (f"{QUANT_STATE}nf4", f"{QUANT_STATE}fp4")
 BNB_SUFFIXES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", *QUANT_STATES)
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; CheckpointError names the file when it is absent, unreadable, broken or no object."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: file not found; a model folder needs it") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({reason_of(error)}); give a folder that can be read") from None
-    try:
-        value = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); copy the file again from its source") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, not {type(value).__name__}")
-    return value
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -84,17 +69,20 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def _entry(path: Path, name: str, record: dict, data_start: int, file_bytes: int) -> TensorEntry:
+    def refuse(what: str):
+        raise CheckpointError(f"{path}: tensor {name!r} {what}; fetch it again") from None
+
     try:
         dtype, shape, (first, last) = DTYPES[record["dtype"]], tuple(record["shape"]), record["data_offsets"]
     except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{path}: tensor {name!r} has an unreadable header entry {record!r}") from None
+        refuse(f"has an unreadable header entry {record!r}")
     if not all(type(number) is int and number >= 0 for number in (first, last, *shape)):
-        raise CheckpointError(f"{path}: tensor {name!r} has an unreadable header entry {record!r}")
+        refuse(f"has an unreadable header entry {record!r}")
     size = last - first
     if data_start + last > file_bytes:
-        raise CheckpointError(f"{path}: tensor {name!r} ends past the end of the file; fetch it again")
+        refuse("ends past the end of the file")
     if size != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
-        raise CheckpointError(f"{path}: tensor {name!r} of shape {list(shape)} cannot have {size} bytes")
+        refuse(f"of shape {list(shape)} cannot have {size} bytes")
     return TensorEntry(path, data_start + first, size, dtype, shape)
 
 
@@ -183,7 +171,7 @@ class Loader:
 
     def __init__(self, folder, dtype, device="cpu", quantization=None, nested=False, compute_dtype=None, ops=PLAIN):
         self.checkpoint = checkpoint = Checkpoint(folder)
-        spec, layout = decoder_spec(checkpoint.config), expert_layout(checkpoint.config)
+        spec, layout = spec_of(checkpoint.config, checkpoint.folder), expert_layout(checkpoint.config)
         checkpoint.entries = text_entries(checkpoint.entries, layout)
         dtype = dtype or _stored_dtype(checkpoint)
         with torch.device("meta"):
@@ -244,13 +232,16 @@ class Loader:
             if entry.shape != tuple(self.model.head_weight.shape):
                 raise self._untied()
             return []
-        raise CheckpointError(f"{entry.file}: unexpected tensor {name!r} for this model_type")
+        raise CheckpointError(
+            f"{entry.file}: unexpected tensor {name!r} for this model_type; take it and config.json from one source"
+        )
 
     def _dense_pieces(self, name: str, entry: TensorEntry) -> list[Piece]:
         shape = tuple(self.model.get_parameter(name).shape)
         if entry.shape != shape:
             raise CheckpointError(
-                f"{entry.file}: tensor {name!r} has shape {list(entry.shape)}, config.json asks for {list(shape)}"
+                f"{entry.file}: tensor {name!r} has shape {list(entry.shape)}, config.json asks for {list(shape)}; "
+                f"{ONE_SOURCE}"
             )
         if not entry.dtype.is_floating_point:
             raise CheckpointError(f"{name}: stored as {entry.dtype} in a form that is not known here")
@@ -338,7 +329,9 @@ class Loader:
         missing = sorted(self.missing) + self.stacks.unfinished()
         if missing:
             few = ", ".join(missing[:5])
-            raise CheckpointError(f"{self.checkpoint.folder}: {len(missing)} tensors are missing, among them {few}")
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: {len(missing)} tensors are missing, among them {few}; {ONE_SOURCE}"
+            )
 
 
 class StoredLayers:

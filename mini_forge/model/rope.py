@@ -90,7 +90,7 @@ _REQUIRED = {
 
 def rope_spec(config: dict, default_theta: float = 10000.0) -> RopeSpec:
     """From a Hugging Face config: `rope_parameters` (new) or `rope_theta` with `rope_scaling` (old)."""
-    record = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    record = _record(config)
     if any(isinstance(value, dict) for value in record.values()):
         raise CheckpointError("config.json: rope_parameters by kind of layer are not supported for this model_type")
     theta = record.get("rope_theta", config.get("rope_theta", default_theta))
@@ -106,6 +106,20 @@ def rope_spec(config: dict, default_theta: float = 10000.0) -> RopeSpec:
     if missing:
         raise CheckpointError(f"config.json: rope type {kind!r} needs {', '.join(missing)}")
     return RopeSpec(float(theta), kind, tuple(sorted(scaling.items())))
+
+
+def _record(config: dict) -> dict:
+    """`rope_parameters`, or `rope_scaling` where it stands alone. Where both do they must agree: which of two counts is
+    not the same in all versions of transformers."""
+    new, old = (config.get(key) or {} for key in ("rope_parameters", "rope_scaling"))
+    if new and old:
+        here, there = ({"rope_type": record.get("type", "default"), **record} for record in (new, old))
+        differing = sorted(key for key in there.keys() - {"type"} if here.get(key) != there[key])
+        if differing:
+            raise CheckpointError(
+                f"config.json: rope_parameters and rope_scaling differ in {', '.join(differing)}; keep one of the two"
+            )
+    return new or old
 
 
 class Rope(torch.nn.Module):
