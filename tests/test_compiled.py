@@ -1,5 +1,6 @@
 """C++ files compiled on the user's machine: kept, made anew where that is needed, and named reasons where it fails."""
 
+import ctypes
 import shutil
 from pathlib import Path
 
@@ -41,6 +42,18 @@ def test_it_is_compiled_once_for_what_it_says(source, monkeypatch):
     assert library(source).answer() == 43 and len(compiles) == 1
     assert library(source, "-DNAME").answer() == 43 and len(compiles) == 2
     assert len(kept()) == 3 and file in kept()
+
+
+@needs_compiler
+def test_a_structure_must_have_its_size_in_cpp(source):
+    class Pair(ctypes.Structure):
+        _fields_ = [("a", ctypes.c_long), ("b", ctypes.c_int)]
+
+    source.write_text(
+        'struct Pair { long a; int b, c[2]; }; extern "C" { extern const long size_of_Pair = sizeof(Pair); }'
+    )
+    with pytest.raises(AssertionError, match="Pair: 16 bytes in Python, 24 in C"):
+        compiled.declared(library(source), {}, Pair=Pair)
 
 
 @needs_compiler

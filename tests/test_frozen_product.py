@@ -59,7 +59,7 @@ def emulate_tiles(monkeypatch):
     digest = crc32(header.read_bytes())  # else one of old would be kept
     flags = ("-mavx512bf16", "-include", str(header), f"-DHEADER={digest}")
     loaded = compiled.library(Path(amx_product.__file__).with_suffix(".cpp"), flags)
-    amx_product._declare(loaded)
+    compiled.declared(loaded, amx_product.FUNCTIONS)
     monkeypatch.setattr(amx_product, "_library", lambda: loaded)
     monkeypatch.setattr(amx_product, "reason_not", lambda: None)
 

@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 
 from mini_forge.model.memory import fresh
-from mini_forge_kernels.compiled import CannotCompile, library
+from mini_forge_kernels.compiled import CannotCompile, declared, library
 
 __all__ = ["multiply", "reason_not", "split"]
 
 FLAGS = ("-mavx512bf16", "-mamx-tile", "-mamx-bf16")
+FUNCTIONS = {"split": "pnnnpi", "product": "pppnnnnniii"}
 
 
 @cache
@@ -42,15 +43,7 @@ def reason_not() -> str | None:
 
 @cache
 def _library() -> ctypes.CDLL:
-    return _declare(library(Path(__file__).with_suffix(".cpp"), FLAGS))
-
-
-def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
-    pointer, size, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-    loaded.split.argtypes = [pointer, size, size, size, pointer, number]
-    loaded.product.argtypes = [pointer, pointer, pointer, *[size] * 5, *[number] * 3]
-    loaded.split.restype = loaded.product.restype = None
-    return loaded
+    return declared(library(Path(__file__).with_suffix(".cpp"), FLAGS), FUNCTIONS)
 
 
 def split(x: torch.Tensor) -> torch.Tensor:

@@ -156,6 +156,8 @@ struct Task {
 
 extern "C" {
 
+extern const long size_of_Work = sizeof(Work), size_of_View = sizeof(View);
+
 // query, out (rows, heads, channels); key, value (rows, key_heads, channels); room: `per_thread` numbers for each thread.
 void attend(const Work* work, float* room, const View* query, const View* key, const View* value, const View* out) {
 #pragma omp parallel for num_threads(work->threads) schedule(dynamic)

@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from mini_forge.model.functional import attention as reference
 from mini_forge.model.memory import fresh
-from mini_forge_kernels.compiled import CannotCompile, library, named
+from mini_forge_kernels.compiled import declared, library, named, why_not
 
 __all__ = ["attention", "reason_not_compiled", "reference"]
 
@@ -81,20 +81,13 @@ def _own_rows(documents) -> list[slice]:
 @cache
 def reason_not_compiled() -> str | None:
     """Why attention is made by torch's ops; None where it is compiled."""
-    try:
-        _library()
-    except CannotCompile as err:
-        return str(err)
-    return None
+    return why_not(_library)
 
 
 @cache
 def _library() -> ctypes.CDLL:
-    loaded = library(Path(__file__).with_suffix(".cpp"))
-    for name, arguments in (("attend", 6), ("attend_backward", 9), ("sum_parts", 3)):
-        function = getattr(loaded, name)
-        function.argtypes, function.restype = [ctypes.c_void_p] * arguments, None
-    return loaded
+    functions = {"attend": 6 * "p", "attend_backward": 9 * "p", "sum_parts": 3 * "p"}
+    return declared(library(Path(__file__).with_suffix(".cpp")), functions, Work=_Work, View=_View)
 
 
 class _Work(ctypes.Structure):

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import cache
 from pathlib import Path
@@ -18,10 +19,12 @@ from pathlib import Path
 import torch
 from torch.profiler import record_function
 
-__all__ = ["CannotCompile", "library", "named"]
+__all__ = ["CannotCompile", "declared", "library", "named", "why_not"]
 
 FLAGS = ("-O2", "-std=gnu++17", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi",
          "-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma")  # fmt: skip
+
+KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_long, "f": ctypes.c_float, "i": ctypes.c_int}
 
 
 class CannotCompile(Exception):
@@ -45,6 +48,27 @@ def library(source: Path, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
         return _compile_and_keep(source, flags, kept)
     except OSError as err:  # a full disk; or what g++ made cannot be loaded
         raise CannotCompile(f"{source.name}: {err}") from None
+
+
+def declared(loaded: ctypes.CDLL, functions: dict[str, str], **structures: type) -> ctypes.CDLL:
+    """The library with its functions' types. functions: of each the kinds of its arguments (`KINDS`); they return
+    nothing. structures: of NAME the class here, which must be as large as the library's `size_of_NAME` says."""
+    for name, arguments in functions.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = [KINDS[kind] for kind in arguments], None
+    for name, here in structures.items():
+        there = ctypes.c_long.in_dll(loaded, f"size_of_{name}").value
+        assert ctypes.sizeof(here) == there, f"{name}: {ctypes.sizeof(here)} bytes in Python, {there} in C++"
+    return loaded
+
+
+def why_not(load: Callable[[], ctypes.CDLL]) -> str | None:
+    """Why `load` gives no library, None where it does."""
+    try:
+        load()
+    except CannotCompile as err:
+        return str(err)
+    return None
 
 
 def named(name: str):

@@ -224,6 +224,8 @@ struct Product {
 
 extern "C" {
 
+extern const long size_of_Job = sizeof(Job);
+
 void product(const Job* job) {
   const auto run = [&](auto w) { Product<decltype(w)>{*job, w}.run(); };
   if (job->bits == 16) run(Bfloat16{(const uint16_t*)job->w, job->w_stride});

@@ -27,7 +27,7 @@ from mini_forge.model.functional import LeftSide, low_product
 from mini_forge.model.memory import fresh
 from mini_forge.model.quant import Quantized8bit
 from mini_forge_kernels import amx_product
-from mini_forge_kernels.compiled import CannotCompile, library, named
+from mini_forge_kernels.compiled import declared, library, named, why_not
 
 __all__ = ["FEW", "NAME", "StoredLeftSide", "reason_not"]
 
@@ -45,11 +45,7 @@ def reason_not(device: torch.device) -> str | None:
 
 @cache
 def _reason_not_here() -> str | None:
-    try:
-        _library()
-    except CannotCompile as err:
-        return str(err)
-    return None
+    return why_not(_library)
 
 
 class StoredLeftSide(LeftSide):
@@ -109,9 +105,7 @@ class _Job(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL:
-    loaded = library(Path(__file__).with_suffix(".cpp"))
-    loaded.product.argtypes, loaded.product.restype = [ctypes.c_void_p], None
-    return loaded
+    return declared(library(Path(__file__).with_suffix(".cpp")), {"product": "p"}, Job=_Job)
 
 
 def _product(x: torch.Tensor, weight: Stored, is_transposed: bool, out: torch.Tensor, adds: bool, low: tuple | None):

@@ -57,6 +57,8 @@ struct Share {
 
 extern "C" {
 
+extern const long size_of_Mask = sizeof(Mask);
+
 // lows (rows, count * group) = x̃ factors; x (rows, terms), factors (terms, count * group), of each projection `group`
 // columns, a multiple of WIDTH, zeros behind its rank; room for 8 rows of x a thread.
 void down(const float* x, const float* factors, float* lows, float* room, const Mask* masks, long rows, long terms,

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from mini_forge.model.low_rank import IN_TORCH, LowRank, Seed
 from mini_forge.model.memory import fresh
-from mini_forge_kernels.compiled import CannotCompile, library, named
+from mini_forge_kernels.compiled import declared, library, named, why_not
 
 __all__ = ["IN_CPP", "reason_not"]
 
@@ -33,11 +33,7 @@ WIDTH = 16  # numbers, as in vectors.h
 @cache
 def reason_not() -> str | None:
     """Why these are not used on this machine; None where they are."""
-    try:
-        _library()
-    except CannotCompile as err:
-        return str(err)
-    return None
+    return why_not(_library)
 
 
 def down(x: torch.Tensor, As: Sequence[torch.Tensor], seeds: Sequence[Seed]) -> torch.Tensor:
@@ -81,12 +77,8 @@ class _Mask(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL:
-    loaded = library(Path(__file__).with_suffix(".cpp"))
-    kinds = {"p": ctypes.c_void_p, "n": ctypes.c_long, "i": ctypes.c_int}
-    for name, arguments in {"down": "pppppnnnnni", "outer": "ppppnnnnni", "up": "ppppnnnnni"}.items():
-        function = getattr(loaded, name)
-        function.argtypes, function.restype = [kinds[kind] for kind in arguments], None
-    return loaded
+    functions = {"down": "pppppnnnnni", "outer": "ppppnnnnni", "up": "ppppnnnnni"}
+    return declared(library(Path(__file__).with_suffix(".cpp")), functions, Mask=_Mask)
 
 
 def _serves(*tensors: torch.Tensor) -> bool:

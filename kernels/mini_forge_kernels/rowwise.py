@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from mini_forge.model.memory import fresh
-from mini_forge_kernels.compiled import CannotCompile, library, named
+from mini_forge_kernels.compiled import declared, library, named, why_not
 from mini_forge_kernels.triton_support import as_rows
 
 __all__ = ["reason_not", "rms_norm", "rms_norm_gradient", "rotate", "serves", "swiglu", "swiglu_gradient"]
@@ -23,11 +23,7 @@ __all__ = ["reason_not", "rms_norm", "rms_norm_gradient", "rotate", "serves", "s
 @cache
 def reason_not() -> str | None:
     """Why these are not used on this machine; None where they are."""
-    try:
-        _library()
-    except CannotCompile as err:
-        return str(err)
-    return None
+    return why_not(_library)
 
 
 def serves(*tensors: torch.Tensor) -> bool:
@@ -37,13 +33,10 @@ def serves(*tensors: torch.Tensor) -> bool:
 
 @cache
 def _library() -> ctypes.CDLL:
-    loaded = library(Path(__file__).with_suffix(".cpp"))
-    kinds = {"p": ctypes.c_void_p, "n": ctypes.c_long, "f": ctypes.c_float, "i": ctypes.c_int}
-    for name, arguments in {"rms_norm": "ppppnnnfi", "rms_norm_gradient": "pppppnnnni", "rotate": "ppppnnnnnfi",
-                            "swiglu": "pppnnnnfffi", "swiglu_gradient": "pppppnnnnnfffi"}.items():  # fmt: skip
-        function = getattr(loaded, name)
-        function.argtypes, function.restype = [kinds[kind] for kind in arguments], None
-    return loaded
+    return declared(library(Path(__file__).with_suffix(".cpp")), {
+        "rms_norm": "ppppnnnfi", "rms_norm_gradient": "pppppnnnni", "rotate": "ppppnnnnnfi",
+        "swiglu": "pppnnnnfffi", "swiglu_gradient": "pppppnnnnnfffi",
+    })  # fmt: skip
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
