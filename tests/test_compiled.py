@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from mini_forge.user_cache import cache_folder
 from mini_forge_kernels import compiled
-from mini_forge_kernels.compiled import CannotCompile, cache_folder
+from mini_forge_kernels.compiled import CannotCompile
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
 ANSWER = 'extern "C" int answer() { return %d; }\n'

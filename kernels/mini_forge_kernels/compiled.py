@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from torch.profiler import record_function
 
+from mini_forge.user_cache import cache_folder
+
 __all__ = ["CannotCompile", "declared", "library", "named", "why_not"]
 
 FLAGS = ("-O2", "-std=gnu++17", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi",
@@ -87,14 +89,6 @@ def _compile_and_keep(source: Path, flags: tuple[str, ...], kept: Path) -> ctype
         if keeps:
             os.replace(made, kept)  # whole, whoever compiles it at the same time
         return loaded
-
-
-def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/mini_forge, or ~/.cache/mini_forge. Of a user without a home a name that can be no folder: what
-    is compiled is not kept then, and nothing is loaded from wherever the process happens to work."""
-    asked = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    folder = asked if asked.is_absolute() else Path(os.path.expanduser("~/.cache"))
-    return (folder if folder.is_absolute() else Path(os.devnull)) / "mini_forge"
 
 
 def _compile(source: Path, flags: tuple[str, ...], made: Path):

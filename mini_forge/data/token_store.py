@@ -42,6 +42,7 @@ from mini_forge.data.chat import Template
 from mini_forge.data.pairs import flatten
 from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.errors import DataError
+from mini_forge.user_cache import cache_folder
 
 FORMAT = 1  # to be raised when the files' form, or what rows become, changes
 LARGE_BYTES = 16 * 2**20  # of a dataset file: from here on, keeping all of it takes 0.4 GB, and tokenising it 10 s
@@ -145,7 +146,7 @@ class TokenCache:
         self.path, self._seen = Path(path), _stamp(path)
         self._key = json.loads(json.dumps({"file": _digest(path), **recipe}))  # as it is read back
         digest = hashlib.sha256(json.dumps(self._key, sort_keys=True).encode()).hexdigest()
-        self.folder = _root() / digest[:32]
+        self.folder = cache_folder() / "tokens" / digest[:32]
         self.notes: list[str] = []
         self._is_damaged = False
         self.stored = self._find()
@@ -287,12 +288,6 @@ def _sync_folder(folder: Path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _root() -> Path:
-    """The folder of all stores. The XDG rules have it that a path which is not absolute is ignored."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache"), "mini_forge", "tokens")
 
 
 def _stamp(path) -> tuple[int, ...] | None:

@@ -1,0 +1,12 @@
+"""Where this user's files that can be made again are kept: tokens of large datasets, compiled ops."""
+
+import os
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/mini_forge, or ~/.cache/mini_forge. Of a user without a home a name that can be no folder:
+    nothing is kept then, and nothing is loaded from wherever the process happens to work."""
+    asked = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    folder = asked if asked.is_absolute() else Path(os.path.expanduser("~/.cache"))
+    return (folder if folder.is_absolute() else Path(os.devnull)) / "mini_forge"
