@@ -69,9 +69,9 @@ def write_checkpoint(folder: Path, gigabytes: float) -> int:
     from mini_forge.model.families import decoder_spec
 
     with torch.device("meta"):
-        none, one = (Decoder(decoder_spec({**CONFIG, "num_hidden_layers": count})) for count in (0, 1))
-    fixed, both = (2 * sum(p.numel() for p in model.parameters()) for model in (none, one))
-    config = {**CONFIG, "num_hidden_layers": max(1, round((gigabytes * 1e9 - fixed) / (both - fixed)))}
+        models = [Decoder(decoder_spec({**CONFIG, "num_hidden_layers": count})) for count in (1, 2)]
+    one, two = (2 * sum(p.numel() for p in model.parameters()) for model in models)
+    config = {**CONFIG, "num_hidden_layers": 1 + max(0, round((gigabytes * 1e9 - one) / (two - one)))}
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Decoder(decoder_spec(config)).named_parameters()}
     folder.mkdir(parents=True, exist_ok=True)

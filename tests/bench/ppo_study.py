@@ -176,6 +176,8 @@ def census(model_name: str) -> dict:
     storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in alive if tensor.device.type == "cpu"}
     decoders = [thing for thing in gc.get_objects() if issubclass(type(thing), Decoder)]
     frozen = [p for decoder in decoders for p in decoder.parameters() if not p.requires_grad]
+    # matrices that stay as stored are buffers
+    frozen += [x for decoder in decoders for name, x in decoder.named_buffers() if name.endswith(".weight")]
     backbone = {p.untyped_storage().data_ptr(): p for p in frozen}
     others = {address: tensor for address, tensor in storages.items() if address not in backbone}
     copies = sum(is_copy(other, p) for p in backbone.values() if p.dim() > 1 for other in others.values())
@@ -183,7 +185,8 @@ def census(model_name: str) -> dict:
         expected = Decoder(decoder_spec(json.loads((Path(model_name) / "config.json").read_text())))
     return {
         "decoders": len(decoders), "backbone": total(backbone.values()), "copies": copies,
-        "expected": sum(4 * p.numel() for p in expected.parameters()), "others": total(others.values()),
+        "numbers": sum(p.numel() for p in backbone.values()),
+        "expected": sum(p.numel() for p in expected.parameters()), "others": total(others.values()),
         "largest_other": max((tensor.untyped_storage().nbytes() for tensor in others.values()), default=0),
     }  # fmt: skip
 
@@ -230,18 +233,18 @@ def show_memory(runs: dict[str, dict]):
         print(f"{side:6} peak {run['peak'] / MIB:6.0f} MiB, {run['peak'] / runs['sft']['peak']:.3f} of sft's")
         if side == "stages":
             print(f"       of which reached by the reward stage: {run['reward_stage_peak'] / MIB:.0f} MiB")
-        if run["census"]:
-            found = {name: value / MIB for name, value in run["census"].items()}
-            print(f"       {run['census']['decoders']} decoder; frozen parameters {found['backbone']:.1f} MiB (the "
-                  f"model has {found['expected']:.1f} in float32), copies of a matrix: {run['census']['copies']}; all "
-                  f"other tensors {found['others']:.1f} MiB, the largest {found['largest_other']:.1f}")  # fmt: skip
+        if counts := run["census"]:
+            mib = {name: f"{counts[name] / MIB:.1f} MiB" for name in ("backbone", "others", "largest_other")}
+            print(f"       {counts['decoders']} decoder; {counts['numbers']:,} frozen numbers (the model has "
+                  f"{counts['expected']:,}) in {mib['backbone']}, copies of a matrix: {counts['copies']}; all other "
+                  f"tensors {mib['others']}, the largest {mib['largest_other']}")  # fmt: skip
 
 
 def is_sound(runs: dict[str, dict]) -> bool:
     rewards = [record["eval_reward_mean"] for record in evaluations(runs["ppo"])]
     kl = [record["kl"] for run in (runs["ppo"], runs["stages"]) for record in updates(run)]
     counts = [run["census"] for run in (runs["ppo"], runs["stages"])]
-    is_one = all(c["decoders"] == 1 and c["backbone"] == c["expected"] and not c["copies"] for c in counts)
+    is_one = all(c["decoders"] == 1 and c["numbers"] == c["expected"] and not c["copies"] for c in counts)
     return rewards[-1] > rewards[0] and all(map(math.isfinite, kl)) and sum(kl) >= 0 and is_one
 
 
