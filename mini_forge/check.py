@@ -24,6 +24,7 @@ from mini_forge.run import loop_settings, windows
 
 def check(config: TrainingConfig, *, resume: bool = False, overwrite: bool = False) -> dict:
     """The report of what `train` with the same arguments would do; raises UserError with every problem found."""
+    config = config.checked()
     prepared = _prepared(config)
     window = windows(prepared)
     settings = loop_settings(config, window.steps_per_epoch, has_eval=bool(prepared.eval))

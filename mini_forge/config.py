@@ -12,7 +12,7 @@ hardware profile `compute_specs` names, by the default. `provenance` says which.
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mini_forge.config_json import read_object
@@ -205,6 +205,11 @@ class TrainingConfig:
         path = Path(path).expanduser()
         document = {name: _located(name, value, path.parent) for name, value in read_object(path).items()}
         return cls.from_dict(document, name=path.stem, **overrides)
+
+    def checked(self) -> "TrainingConfig":
+        """The same by its rules, which one made by hand or by `dataclasses.replace` may break. Raises ConfigError."""
+        again = self.from_dict(self.to_dict())
+        return replace(again, provenance=self.provenance, warnings=self.warnings)
 
     def to_dict(self) -> dict:
         """Every key with its value: JSON, and itself a valid configuration that means the same."""

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from mini_forge.config_keys import show
-from mini_forge.errors import ConfigError, json_fault
+from mini_forge.errors import ConfigError
+from mini_forge.json_faults import json_fault
 
 
 def read_object(path: str | Path) -> dict:

@@ -29,7 +29,7 @@ from mini_forge.io.adapters import read_adapter_config, read_adapter_tensors
 from mini_forge.io.expert_adapters import stack_targets
 from mini_forge.io.fitting import check_weights
 from mini_forge.io.hub import resolve_model
-from mini_forge.io.records import read_json, read_spec
+from mini_forge.io.records import read_json, read_spec, spec_of
 from mini_forge.io.rewards import load_function
 from mini_forge.io.storage import multiplies_stored
 from mini_forge.io.weights import bfloat16_matrices, other_parts, weight_files
@@ -122,7 +122,6 @@ def shares_prefixes(config: TrainingConfig, spec: DecoderSpec) -> bool:
 
 def prepare(config: TrainingConfig) -> Prepared:
     """Read and check everything `config` names. Raises the UserErrors of all parts that can be checked, together."""
-    TrainingConfig.from_dict(config.to_dict())  # one made by hand, or changed, has not been checked
     problems: list[str] = []
 
     def attempt(part, *arguments):
@@ -204,13 +203,14 @@ def model_identity(prepared: Prepared) -> str:
 
 def _open_model(config: TrainingConfig):
     folder = resolve_model(config.model_name)
-    spec = read_spec(folder)
+    record = read_json(folder / "config.json")
+    spec = spec_of(record, folder)
     tokenizer = load_tokenizer(folder)
     weight_files(folder)
     with torch.device("meta"):  # the names of the layers, without their weights
         target_names(Decoder(spec), adapter_spec(config).targets)
     template = choose_template(config.chat_template, config.model_name, tokenizer, config.task)
-    if "text_config" in read_json(folder / "config.json") and (other := other_parts(folder)):
+    if "text_config" in record and (other := other_parts(folder)):
         template.notes.append(
             f"{config.model_name}: only its text model is read; {other} tensors of other parts are not"
         )

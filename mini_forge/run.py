@@ -79,6 +79,7 @@ def train(
     resume: go on from the run's last checkpoint. overwrite: replace a run that is there. `report` takes lines for a
     person, `on_step` steps done and all, `on_metrics` each record of metrics.jsonl. Raises UserError before
     anything is written, TrainingError when training fails, Interrupted after a signal."""
+    config = config.checked()
     folder = RunFolder(config.output_dir)
     folder.check_usable(resume=resume, overwrite=overwrite)
     with folder.held():

@@ -6,8 +6,9 @@ import pytest
 from mini_forge.data import sandbox
 from mini_forge.data.batches import encode_rows
 from mini_forge.data.chat import FORMATS, choose_template
-from mini_forge.data.tasks import Example, load_examples
+from mini_forge.data.tasks import Example, Pair, load_examples
 from mini_forge.errors import CheckpointError, DataError
+from mini_forge.training.rollouts import encode_prompts
 from tests import toy_tokenizer
 
 QA = "extractive-question-answering"
@@ -322,7 +323,9 @@ def test_a_template_that_hides_or_refuses_a_response_is_an_error_naming_the_row(
 def test_a_template_that_does_not_end_is_asked_once(tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox, "LIMIT_SECONDS", 0.2)
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(CheckpointError, match=r"chat template: stopped: it ran longer than 0.2 s \(line 1 .*; mend it"):
+    with pytest.raises(
+        CheckpointError, match=r"chat template: stopped: it ran longer than 0.2 s \(line 1 .*; set chat"
+    ):
         template(tmp_path, special=HARMONY, chat_template=endless)
     on_long_rows = (
         "{% for m in messages %}{% if m.content == 'long' %}"
@@ -336,9 +339,28 @@ def test_a_template_that_does_not_end_is_asked_once(tmp_path, monkeypatch):
         asked.append(row.line)
         return [chosen.render(row)]
 
-    with pytest.raises(CheckpointError, match=r"rows.jsonl:1: the .* chat template: stopped: it ran longer than 0.2 s"):
+    with pytest.raises(CheckpointError, match=r"rows.jsonl:1: .* chat template: stopped: it ran longer than 0.2 s"):
         list(encode_rows(rows, render, toy_tokenizer.byte_level(tmp_path)))
     assert asked == [1]
+
+
+def test_where_a_template_does_not_end_is_told(tmp_path, monkeypatch):
+    """After a conversation of more than two turns, and where it is asked what it begins responses with."""
+    monkeypatch.setattr(sandbox, "LIMIT_SECONDS", 0.2)
+    turn = "<|start|>{% if m.role == 'assistant' %}OPENING{% endif %}{{ m.content }}<|end|>"
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    turns_and_cue = "{% for m in messages %}" + turn + "{% endfor %}{% if add_generation_prompt %}<|start|>{% endif %}"
+    source = turns_and_cue + "{% if messages | length > 2 %}" + endless + "{% endif %}"
+    where = r"the .* chat template: stopped: it ran longer than 0.2 s \(line 1 of the template\); set chat_template"
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}.*: {where}"):
+        template(tmp_path, special=HARMONY, chat_template=source)
+    chosen = template(tmp_path, special=HARMONY, chat_template=source.replace("OPENING", ""))
+    with pytest.raises(CheckpointError, match=where):
+        chosen.render_prompt(turns("a", "b", "c"))
+    tokenizer = toy_tokenizer.byte_level(tmp_path)
+    pair = Pair(turns("a", "b", "c"), line=7, file="rows.jsonl")
+    with pytest.raises(CheckpointError, match=rf"rows.jsonl:7: .*{where}"):
+        encode_prompts([pair], {7: {}}, chosen, tokenizer, 100)
 
 
 def test_stop_ids_are_the_checkpoints_eos_and_the_templates_end_token(tmp_path):

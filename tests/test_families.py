@@ -62,17 +62,29 @@ def test_an_unknown_model_type_lists_the_supported_ones():
     )
 
 
-def test_two_records_of_a_rope_must_agree():
+DIFFERENT = "rope_parameters and rope_scaling mean different rotations; keep one"
+
+
+def test_two_records_of_a_rope_must_mean_the_same():
+    """Of transformers 4 rope_parameters are no concern, and 5 would take rope_scaling."""
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     new = {**yarn, "rope_theta": 5e5}
-    both = spec("llama", rope_parameters=new, rope_scaling={**yarn, "type": "yarn"})
-    assert both.rope == spec("llama", rope_parameters=new).rope
+    alone = spec("llama", rope_parameters=new).rope
+    for old in ({**yarn, "type": "yarn"}, {**yarn, "beta_fast": 32.0}, {**new, "rope_type": None, "type": "yarn"}):
+        assert spec("llama", rope_parameters=new, rope_scaling=old, rope_theta=5e5).rope == alone
     plain = {"rope_type": "default", "rope_theta": 5e5}
-    with pytest.raises(CheckpointError, match="rope_scaling differ in factor, original.*, rope_type; keep one"):
-        spec("llama", rope_parameters=plain, rope_scaling=yarn)
+    for parameters, beside in (
+        (plain, {"rope_theta": 5e5}), (new, {}), ({**new, "attention_factor": 2.0}, {"rope_theta": 5e5}),
+        ({**new, "partial_rotary_factor": 0.5}, {"rope_theta": 5e5}), ({**new, "beta_slow": 2}, {"rope_theta": 5e5}),
+    ):  # fmt: skip
+        with pytest.raises(CheckpointError, match=DIFFERENT):
+            spec("llama", rope_parameters=parameters, rope_scaling=yarn, **beside)
     kinds = {"full_attention": plain, "sliding_attention": plain}
-    with pytest.raises(CheckpointError, match="rope_parameters and rope_scaling differ"):
+    assert spec("gemma3_text", rope_parameters=kinds, rope_scaling=kinds) == spec("gemma3_text", rope_parameters=kinds)
+    with pytest.raises(CheckpointError, match=DIFFERENT):
         spec("gemma3_text", rope_parameters=kinds, rope_scaling=yarn)
+    with pytest.raises(CheckpointError, match="by kind of layer"):
+        spec("llama", rope_parameters=kinds, rope_scaling=yarn)
 
 
 @pytest.mark.parametrize("kind, key", [

@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mini_forge"
 # A module imports only from its own room and from those to the left of it.
-ROOMS = ["errors", "user_cache", "config", "model", "data", "io", "inference", "training", "providers", "prepare",
-         "stages", "resume", "run", "use", "memory_items", "memory_plan", "check", "bench", "progress", "cli",
-         "__main__"]  # fmt: skip
+ROOMS = ["errors", "json_faults", "user_cache", "config", "model", "data", "io", "inference", "training",
+         "providers", "prepare", "stages", "resume", "run", "use", "memory_items", "memory_plan", "check", "bench",
+         "progress", "cli", "__main__"]  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mini_forge
+from mini_forge.bench.measure import bench
+from mini_forge.check import check
 from mini_forge.cli import main
 from mini_forge.errors import CheckpointError, ConfigError, TrainingError, UserError
 from mini_forge.io.runs import RunFolder, load_state, save_state
@@ -565,10 +567,20 @@ def test_a_finished_run_needs_no_base_to_be_resumed(settings, tmp_path, tiny):
     assert any("nothing to do" in line for line in lines)
 
 
-def test_a_configuration_changed_by_hand_is_checked_again(settings):
+def test_a_configuration_changed_by_hand_is_checked_again(settings, tmp_path):
     config = mini_forge.TrainingConfig.from_dict(settings)
-    with pytest.raises(ConfigError, match="lora_r: Must be between 1 and 256"):
-        mini_forge.train(replace(config, lora_r=-1))
+    for function in (mini_forge.train, check, bench):
+        for changes, message in (
+            ({"lora_r": -1}, "lora_r: Must be"),
+            ({"output_dir": None}, "output_dir: Cannot be empty"),
+        ):
+            with pytest.raises(ConfigError, match=message):
+                function(replace(config, **changes))
+    report = check(replace(config, max_seq_length=-1))  # which means: no limit
+    assert report["dataset"] == check(replace(config, max_seq_length=None))["dataset"]
+    assert report["config"]["lora_r"]["from"] == config.provenance["lora_r"]
+    result = mini_forge.train(replace(config, output_dir=tmp_path / "folder"), report=lambda line: None)
+    assert result.output_dir == tmp_path / "folder"
 
 
 def test_a_recorded_config_trains_again(settings, tmp_path):

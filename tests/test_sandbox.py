@@ -1,5 +1,6 @@
 """Chat templates run as they do elsewhere, and cannot do more: not end, grow, or reach out."""
 
+import json
 import threading
 import time
 
@@ -35,6 +36,11 @@ def test_a_template_that_does_not_end_is_stopped_in_any_thread(source, monkeypat
     thread.start()
     thread.join(10)
     assert time.monotonic() - began < 5 and "longer than 0.2 s" in messages[0]
+
+
+def test_a_row_may_nest_as_deeply_as_json_does():
+    deep = json.loads('{"k":' * 900 + "1" + "}" * 900)
+    assert compile_template("{{ messages | length }}")(messages=[{"tools": deep}]) == "1"
 
 
 def test_what_may_be_spelled_grows_with_what_is_given(monkeypatch):

@@ -340,10 +340,11 @@ def test_headers_alone_leave_a_decoder_without_memory(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong, message", [
-    ({"dtype": "float32"}, "dtype: 'float32' must be a floating-point torch.dtype"),
-    ({"dtype": torch.int8}, "dtype: torch.int8 must be a floating-point"),
-    ({"device": "zz"}, "device: 'zz' cannot be used"),
-    ({"device": 1.5}, "device: 1.5 cannot be used"),
+    ({"dtype": "float32"}, "dtype: 'float32' must be one of None, torch.float32"),
+    ({"dtype": torch.int8}, "dtype: torch.int8 must be"),
+    ({"dtype": torch.float8_e4m3fn}, "dtype: torch.float8_e4m3fn must be"),
+    *(({"device": device}, f"device: {device!r} cannot be used") for device in ("zz", "hpu", 1.5, None, 2**70)),
+    ({"device": "meta"}, "device: 'meta' holds no numbers"),
     ({"quantization": "int7"}, "quantization: 'int7' must be one of"),
 ])  # fmt: skip
 def test_load_model_refuses_what_is_no_dtype_device_or_quantization(tmp_path, wrong, message):

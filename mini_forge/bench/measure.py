@@ -68,6 +68,7 @@ def bench(
     `report` takes what is known before the steps run. Raises UserError for wrong input, TrainingError when training
     fails."""
     called = time.perf_counter() if called is None else called
+    config = config.checked()
     check_options(config, steps, shape, length)
     with TemporaryDirectory() as folder:
         is_random = shape is not None

@@ -65,7 +65,8 @@ class Template:
     _tokenizer: Tokenizer = field(repr=False)
 
     def render(self, example: Example, system_prompt: str | None = None) -> Rendered:
-        """The whole example and its response spans. Raises DataError, naming the row, if the template refuses it."""
+        """The whole example and its response spans. Raises DataError, naming the row, if the template refuses it, and
+        CheckpointError if it does not come to an end."""
         if example.text is not None:
             return self._render_text(example.text)
         messages = _with_system(example.messages, system_prompt)
@@ -75,9 +76,10 @@ class Template:
             spans = [self._response(text, messages, i, example.tools) for i in turns]
             if any(later[0] < earlier[1] for earlier, later in pairwise(spans)):
                 raise TemplateFailure("cannot tell one response from the next in what it spells")
-        except (TemplateFailure, TemplateTimeout) as failure:
-            kind = DataError if isinstance(failure, TemplateFailure) else CheckpointError
-            raise kind(f"{example.file}:{example.line}: the {self.name} chat template: {failure}") from failure
+        except TemplateTimeout as timeout:
+            raise TemplateTimeout(f"{example.file}:{example.line}: {timeout}") from timeout
+        except TemplateFailure as failure:
+            raise DataError(f"{example.file}:{example.line}: the {self.name} chat template: {failure}") from failure
         start, end = spans[-1]
         text, prompt = text[:end], text[:start]
         if not text.endswith(self._ends()):
@@ -258,7 +260,7 @@ def choose_template(
 def _template(name: str, source: str, notes: list[str], tokenizer: Tokenizer, now: datetime | None) -> Template:
     """Compiles the source and asks it, with a short conversation, what it puts around a response."""
     try:
-        spell = partial(_spell, compile_template(source, now), tokenizer)
+        spell = partial(_spell, compile_template(source, now), tokenizer, name)
     except TemplateFailure as failure:
         raise CheckpointError(f"{tokenizer.path}: its chat template does not compile: {failure}") from failure
     ask = ({"role": "user", "content": "x"},)
@@ -266,8 +268,6 @@ def _template(name: str, source: str, notes: list[str], tokenizer: Tokenizer, no
     try:
         plain, cue = spell(ask, None, False), spell(ask, None, True)
         before, after = template._around((*ask, {"role": "assistant", "content": ""}), 1, None)
-    except TemplateTimeout as timeout:
-        raise CheckpointError(f"{tokenizer.path}: its chat template: {timeout}") from timeout
     except TemplateFailure as failure:
         notes.append(f"the chat template refuses a plain question and answer: {failure}")
         return template
@@ -300,8 +300,9 @@ def _opening_note(template: Template, ask: tuple[dict, ...]) -> str:
 
 
 def _spell(
-    render: Callable[..., str], tokenizer: Tokenizer, messages: Sequence[dict], tools, add_generation_prompt: bool
-) -> str:
+    render: Callable[..., str], tokenizer: Tokenizer, name: str, messages: Sequence[dict], tools,
+    add_generation_prompt: bool,
+) -> str:  # fmt: skip
     """The template's text, given the variables that transformers gives it."""
     tokens = {key: getattr(tokenizer, key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
     variables = {key: token for key, token in tokens.items() if token is not None}
@@ -310,6 +311,8 @@ def _spell(
     messages = [_with_reasoning(_without_nulls(message)) for message in messages]
     try:
         return render(messages=messages, **variables)
+    except TemplateTimeout as timeout:
+        raise TemplateTimeout(f"{tokenizer.path}: the {name} chat template: {timeout}") from timeout
     except TemplateFailure:  # many cannot take the null content of a tool call; some (DeepSeek's) ask for it
         if all(message.get("content") is not None for message in messages):
             raise

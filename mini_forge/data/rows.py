@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
-from mini_forge.errors import DataError, json_fault
+from mini_forge.errors import DataError
+from mini_forge.json_faults import json_fault
 
 SHOWN_PROBLEMS = 100
 
@@ -48,7 +49,9 @@ def scan(path, problems: list[tuple[int, str]]) -> Iterator[Row]:
             is_empty = False
             yield Row(line, value)
         else:
-            problems.append((line, f"a row must be a JSON object {{…}}, this is {kind(value)}; write one a line"))
+            problems.append(
+                (line, f"a row must be a JSON object {{…}}, this is {kind(value)}; give each row its keys and values")
+            )
     if is_empty and not problems:
         raise DataError(f"{path}: no rows; write one JSON object a line")
 

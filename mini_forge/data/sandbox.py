@@ -26,7 +26,7 @@ from mini_forge.errors import CheckpointError
 
 LIMIT_SECONDS = 10.0
 LIMIT_CHARACTERS = 4_000_000
-LIMIT_REPEATS = 4
+LIMIT_REPEATS = 8
 LIMIT_INTEGER_BITS = 4096
 
 FILE_NAME = "<chat template>"
@@ -67,8 +67,8 @@ def compile_template(source: str, now: datetime | None = None) -> Callable[..., 
     template = environment.template_class.from_code(environment, code, environment.make_globals(None))
 
     def render(**variables) -> str:
-        until = _deadline.set(time.monotonic() + LIMIT_SECONDS)
-        most = _most_characters.set(LIMIT_CHARACTERS + LIMIT_REPEATS * _characters(variables))
+        most = LIMIT_CHARACTERS + LIMIT_REPEATS * _characters(variables)
+        before = _deadline.set(time.monotonic() + LIMIT_SECONDS), _most_characters.set(most)
         pieces, length = [], 0
         try:
             for piece in template.generate(**variables):
@@ -76,12 +76,12 @@ def compile_template(source: str, now: datetime | None = None) -> Callable[..., 
                 length += len(piece)
                 _check_length(length)
         except _OutOfTime as error:
-            raise TemplateTimeout(f"{_reason(error)}; mend it there, or set chat_template to another") from error
+            raise TemplateTimeout(f"{_reason(error)}; set chat_template to another") from error
         except FAILURES as error:
             raise TemplateFailure(_reason(error)) from error
         finally:
-            _deadline.reset(until)
-            _most_characters.reset(most)
+            _deadline.reset(before[0])
+            _most_characters.reset(before[1])
         return "".join(pieces)
 
     return render
@@ -201,11 +201,17 @@ def _check_length(length) -> None:
         raise SecurityError(f"stopped: it spells more than {most} characters")
 
 
-def _characters(value) -> int:
-    """Of all texts in it."""
-    if isinstance(value, dict):
-        return _characters(list(value.values())) + _characters(list(value))
-    return sum(map(_characters, value)) if isinstance(value, (list, tuple)) else _size(value)
+def _characters(variables: dict) -> int:
+    """About how many characters it takes to spell all that is in them once. No recursion: a row may nest deeply."""
+    count, rest = 0, [variables]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, dict):
+            rest += [*value, *value.values()]
+        elif isinstance(value, (list, tuple)):
+            rest += value
+        count += len(value) if isinstance(value, str) else 8
+    return count
 
 
 def _check_arguments(*values) -> None:

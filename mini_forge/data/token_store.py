@@ -173,7 +173,7 @@ class TokenCache:
         except OSError as error:
             raise DataError(
                 f"{self.path}: its tokens cannot be kept in {self.folder.parent} ({error.strerror}); make room there, "
-                "or set XDG_CACHE_HOME to a folder on another disk"
+                "or name another folder in XDG_CACHE_HOME"
             ) from error
         finally:
             if temporary is not None:

@@ -162,7 +162,7 @@ def _read_json(file: Path) -> dict:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not JSON ({error}); copy the file again from its source") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: must be a JSON object, is a {type(content).__name__}")
+        raise CheckpointError(f"{file}: must be a JSON object, is a {type(content).__name__}; copy it again")
     return content
 
 

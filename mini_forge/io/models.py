@@ -15,6 +15,9 @@ from mini_forge.model.decoder import Decoder
 from mini_forge.model.ops import PLAIN, Ops
 
 QUANTIZATIONS = (None, "nf4", "fp4", "int8")
+DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# What torch raises for a device: of another name, of no number, of a module or of a build of torch that is not here.
+_NO_DEVICE = (RuntimeError, TypeError, ValueError, OverflowError, ImportError, AssertionError)
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -55,13 +58,15 @@ def load_model(
     dtype: of the weights that are not quantized (None: as stored). quantization: None, "nf4", "fp4" or "int8" for the
     base's linear layers. Raises CheckpointError for an unsound folder, ConfigError for another dtype, device or
     quantization."""
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ConfigError(f"dtype: {dtype!r} must be a floating-point torch.dtype, or None; give torch.float32")
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype: {dtype!r} must be one of {', '.join(map(str, DTYPES))}")
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, TypeError, AssertionError) as error:  # the last where torch is built without CUDA
+        torch.empty(0, device=torch.device(device))
+    except _NO_DEVICE as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device: {device!r} cannot be used ({reason}); give another, as 'cpu'") from error
+    if torch.device(device).type == "meta":
+        raise ConfigError("device: 'meta' holds no numbers; give another, as 'cpu'")
     if quantization not in QUANTIZATIONS:
         raise ConfigError(f"quantization: {quantization!r} must be one of {', '.join(map(repr, QUANTIZATIONS))}")
     options = {"nested": nested, "compute_dtype": compute_dtype, "ops": ops}

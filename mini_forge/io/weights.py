@@ -232,9 +232,7 @@ class Loader:
             if entry.shape != tuple(self.model.head_weight.shape):
                 raise self._untied()
             return []
-        raise CheckpointError(
-            f"{entry.file}: unexpected tensor {name!r} for this model_type; take it and config.json from one source"
-        )
+        raise CheckpointError(f"{entry.file}: unexpected tensor {name!r} for this model_type; {ONE_SOURCE}")
 
     def _dense_pieces(self, name: str, entry: TensorEntry) -> list[Piece]:
         shape = tuple(self.model.get_parameter(name).shape)
@@ -244,7 +242,9 @@ class Loader:
                 f"{ONE_SOURCE}"
             )
         if not entry.dtype.is_floating_point:
-            raise CheckpointError(f"{name}: stored as {entry.dtype} in a form that is not known here")
+            raise CheckpointError(
+                f"{name}: stored as {entry.dtype} in a form that is not known here; take another copy of the model"
+            )
         if name in self.linears and self.storage.quantization is not None:
             return [Piece(name, entry, partial(self._put_quantized, name))]
         return self._in_rows(name, entry, self._put_rows)
@@ -302,7 +302,7 @@ class Loader:
         layer = self.storage.stored(weight, parts, self.checkpoint.folder)
         shape, expected = [layer.out_features, layer.in_features], list(self._owner(weight)[0].weight.shape)
         if shape != expected:
-            raise CheckpointError(f"{weight}: stored as {shape}, config.json asks for {expected}")
+            raise CheckpointError(f"{weight}: stored as {shape}, config.json asks for {expected}; {ONE_SOURCE}")
         return weight, layer
 
     def _put_stored(self, name: str, tensor: torch.Tensor):

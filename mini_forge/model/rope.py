@@ -89,12 +89,24 @@ _REQUIRED = {
 
 
 def rope_spec(config: dict, default_theta: float = 10000.0) -> RopeSpec:
-    """From a Hugging Face config: `rope_parameters` (new) or `rope_theta` with `rope_scaling` (old)."""
-    record = _record(config)
+    """From a Hugging Face config: `rope_parameters` (new) or `rope_theta` with `rope_scaling` (old).
+
+    Where both records stand they must mean the same: which of two counts is not the same in all versions of
+    transformers."""
+    records = [config.get(key) for key in ("rope_parameters", "rope_scaling")]
+    specs = [_spec(record, config, default_theta) for record in records if record] or [_spec({}, config, default_theta)]
+    if len(set(specs)) == 2 and not _same(*specs):
+        raise CheckpointError(
+            "config.json: rope_parameters and rope_scaling mean different rotations; keep one of them"
+        )
+    return specs[0]
+
+
+def _spec(record: dict, config: dict, default_theta: float) -> RopeSpec:
     if any(isinstance(value, dict) for value in record.values()):
         raise CheckpointError("config.json: rope_parameters by kind of layer are not supported for this model_type")
     theta = record.get("rope_theta", config.get("rope_theta", default_theta))
-    kind = record.get("rope_type", record.get("type", "default"))
+    kind = record.get("rope_type") or record.get("type") or "default"
     if kind not in SCALINGS:
         raise CheckpointError(f"config.json: rope type {kind!r} is not supported; supported: {', '.join(SCALINGS)}")
     record = {"partial_rotary_factor": config.get("partial_rotary_factor"), **record}
@@ -104,22 +116,19 @@ def rope_spec(config: dict, default_theta: float = 10000.0) -> RopeSpec:
         scaling[trained] = config.get(trained) or scaling.get(trained) or longest
     missing = [k for k in _REQUIRED.get(kind, ()) if scaling.get(k) is None]
     if missing:
-        raise CheckpointError(f"config.json: rope type {kind!r} needs {', '.join(missing)}")
+        raise CheckpointError(
+            f"config.json: rope type {kind!r} needs {', '.join(missing)}; write them beside rope_type"
+        )
     return RopeSpec(float(theta), kind, tuple(sorted(scaling.items())))
 
 
-def _record(config: dict) -> dict:
-    """`rope_parameters`, or `rope_scaling` where it stands alone. Where both do they must agree: which of two counts is
-    not the same in all versions of transformers."""
-    new, old = (config.get(key) or {} for key in ("rope_parameters", "rope_scaling"))
-    if new and old:
-        here, there = ({"rope_type": record.get("type", "default"), **record} for record in (new, old))
-        differing = sorted(key for key in there.keys() - {"type"} if here.get(key) != there[key])
-        if differing:
-            raise CheckpointError(
-                f"config.json: rope_parameters and rope_scaling differ in {', '.join(differing)}; keep one of the two"
-            )
-    return new or old
+def _same(one: RopeSpec, other: RopeSpec) -> bool:
+    """Whether they turn heads of usual widths alike, however they are written."""
+    if one.get("partial_rotary_factor", 1.0) != other.get("partial_rotary_factor", 1.0):
+        return False
+    with torch.device("cpu"):  # also while a model is made on meta
+        found = [[inverse_frequencies(spec, C) for spec in (one, other)] for C in (64, 96, 128, 256)]
+    return all(torch.equal(a, b) and scale == other_scale for (a, scale), (b, other_scale) in found)
 
 
 class Rope(torch.nn.Module):

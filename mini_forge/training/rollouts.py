@@ -18,7 +18,7 @@ from mini_forge.data.chat import Template
 from mini_forge.data.rows import first_problems
 from mini_forge.data.tasks import Pair
 from mini_forge.data.tokenizer import Tokenizer
-from mini_forge.errors import DataError, TrainingError
+from mini_forge.errors import CheckpointError, DataError, TrainingError
 from mini_forge.model.cache import KVCache, read_prompts
 from mini_forge.model.decoder import Decoder
 
@@ -67,11 +67,14 @@ def encode_prompts(
     system_prompt: str | None = None,
 ) -> tuple[list[Prompt], int]:
     """The pairs' prompts as the template spells them, each at most `room` tokens, and how many were cut: on the left,
-    but behind a BOS. `rows`: the dataset's, by line. Raises DataError for every row that the template refuses."""
+    but behind a BOS. `rows`: the dataset's, by line. Raises DataError for every row that the template refuses, and
+    CheckpointError for the first on which it does not end."""
     prompts, problems, cut = [], [], 0
     for pair in pairs:
         try:
             ids = tokenizer.encode(template.render_prompt(pair.prompt, system_prompt))
+        except CheckpointError as error:  # a template that does not end
+            raise CheckpointError(f"{pair.file}:{pair.line}: {error}") from error
         except DataError as error:
             problems += [f"{pair.file}:{pair.line}: {problem}" for problem in error.problems]
             continue

@@ -29,7 +29,8 @@ def spec(config):
     ropes = config.get("rope_parameters") or {}
     if "full_attention" in ropes:
         whole, local = ({"rope_parameters": ropes[kind]} for kind in ("full_attention", "sliding_attention"))
-        whole["rope_scaling"] = config.get("rope_scaling")
+        old = config.get("rope_scaling") or {}
+        whole["rope_scaling"] = old.get("full_attention", old)
     else:
         whole, local = config, {"rope_theta": config.get("rope_local_base_freq", 10000.0)}
     bias = config.get("attention_bias", False)

@@ -1,0 +1,55 @@
+"""What is wrong with a text that is no JSON, and what to do about it: json's own words are a programmer's."""
+
+import json
+import re
+
+
+def json_fault(error: ValueError | RecursionError) -> str:
+    """Why a text is no JSON, as json's decoder or a hook of it says, where in its line, and what to do about it."""
+    if isinstance(error, RecursionError):
+        return "not JSON: nested too deeply; write fewer brackets within brackets"
+    if not isinstance(error, json.JSONDecodeError):
+        is_long = "integer string conversion" in str(error)  # Python's own, whose remedy is a programmer's
+        return f"not JSON: {'a number of thousands of digits; write a shorter one' if is_long else error}"
+    what = error.msg.removesuffix(" at")
+    return f"not JSON: {what} at column {error.colno}; {_json_remedy(error.doc, error.pos, error.msg)}"
+
+
+def _json_remedy(text: str, position: int, fault: str) -> str:
+    """What to do about the usual slips: the first of them that fits `fault` (json's words) at `position`."""
+    before, behind = text[:position].rstrip(), text[position:]
+    here, next_ = behind[:1], behind[1:].lstrip()[:1]
+    closes = "]}"
+    slips = {
+        "the file is empty, write {…} with keys and values": not text.strip(),
+        'end the string with ", and write a line break in it as \\n': fault.startswith("Invalid control"),
+        'end the string with "': fault.startswith("Unterminated string"),
+        "write a backslash in a string as \\\\": fault.startswith("Invalid \\"),
+        "the text ends too soon, close every { and [": not behind.strip(),
+        'JSON strings take double quotes (")': here == "'",
+        'JSON has no comments, remove it (a configuration may have the key "comment")':
+            behind.startswith(("//", "/*", "#")),
+        "remove the byte-order mark (U+FEFF)": here == "\ufeff",
+        "write one object {…} a line, with nothing between them": fault.startswith("Extra data") and here in "{[,",
+        "put { and } around the whole": fault.startswith("Extra data") and here == ":",
+        "remove what follows the closing bracket": fault.startswith("Extra data"),
+        "put a colon between a key and its value": fault.startswith("Expecting ':'"),
+        "remove the comma before the closing bracket":
+            before.endswith(",") and here in closes or here == "," and next_ in closes,
+        "remove this comma, or write what is missing before it": here == ",",
+        "close first what was opened last, { with } and [ with ]": here in closes,
+        "JSON writes true, false and null":
+            fault == "Expecting value" and re.match(r"(True|False|None)\b", behind) is not None,
+        "write a number as 0.5, 10 or 1e-4": behind != "" and _is_in_number(text, position, fault),
+        'put a comma before it; within a string write \\" for "': fault.startswith("Expecting ','"),
+    }  # fmt: skip
+    usual = 'write strings and keys in double quotes ("), and numbers, true, false or null without'
+    return next((remedy for remedy, fits in slips.items() if fits), usual)
+
+
+def _is_in_number(text: str, position: int, fault: str) -> bool:
+    """Whether a number stands there that JSON writes in another way: 01, 1., .5, +1, 1_000."""
+    if fault == "Expecting value":
+        return text[position] in "+-."
+    between = text[position - 1 : position + 1]
+    return fault.startswith("Expecting ','") and re.fullmatch(r"\d[\w.]", between) is not None
