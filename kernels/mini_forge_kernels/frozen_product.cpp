@@ -20,6 +20,7 @@ constexpr long MOST_TERMS = 1536;         // of a panel
 constexpr long MOST_SUMMED = 320;         // terms that are summed up before the sum is added to `out`: as many roundings
 constexpr long MOST_RANK = 128;           // and of `low` beside them
 constexpr long PACKED = 96 * (MOST_TERMS + MOST_RANK);  // numbers of panels that are made at a time, 640 KB
+constexpr long AHEAD = 16;                // terms of a panel
 constexpr long FEW = 4;                   // rows of x for which making panels takes longer than it saves
 constexpr long LEAST = 1 << 16;           // multiplications for which a second thread is woken up
 
@@ -182,23 +183,35 @@ struct Product {
     }
   }
 
-  // A side's numbers for a panel's columns, term after term, zeros beyond its end.
+  // A side's numbers for a panel's columns, term after term, zeros beyond its end. What is written to is on its way from
+  // the second cache meanwhile.
   template <class Side>
   void pack(const Side& side, long column, long first, long now, float* panel) const {
-    for (long v = 0; v < PANEL; v += WIDTH) {
-      const long here = std::clamp(job.columns - column - v, 0L, WIDTH);
-      if (!job.is_transposed) {
-        for (long k = 0; k < now; k++) store(panel + k * PANEL + v, side.row(first + k, column + v, here));
-        continue;
-      }
-      for (long k = 0; k < now; k += WIDTH) {
-        floats a[WIDTH];
-        const long count = std::min(WIDTH, now - k);
-        for (long i = 0; i < WIDTH; i++) a[i] = side.row(column + v + i, first + k, i < here ? count : 0);
-        transpose(a);
-        for (long i = 0; i < count; i++) store(panel + (k + i) * PANEL + v, a[i]);
-      }
+    long here[VECTORS];  // columns there are, of each vector
+    for (long v = 0; v < VECTORS; v++) here[v] = std::clamp(job.columns - column - v * WIDTH, 0L, WIDTH);
+    if (!job.is_transposed) {
+      for (long k = 0; k < now; k++, panel += PANEL)
+        UNROLL for (long v = 0; v < VECTORS; v++) {
+          __builtin_prefetch(panel + AHEAD * PANEL + v * WIDTH, 1);
+          store(panel + v * WIDTH, side.row(first + k, column + v * WIDTH, here[v]));
+        }
+      return;
     }
+    for (long k = 0; k < now; k += WIDTH, panel += WIDTH * PANEL)
+      for (long v = 0; v < VECTORS; v++) {
+        floats a[WIDTH];
+        const long row = column + v * WIDTH, count = std::min(WIDTH, now - k);
+        if (count == WIDTH && here[v] == WIDTH) {  // which stays in registers
+          UNROLL for (long i = 0; i < WIDTH; i++) a[i] = side.row(row + i, first + k, WIDTH);
+        } else {
+          for (long i = 0; i < WIDTH; i++) a[i] = side.row(row + i, first + k, i < here[v] ? count : 0);
+        }
+        transpose(a);
+        for (long i = 0; i < count; i++) {
+          __builtin_prefetch(panel + (i + AHEAD) * PANEL + v * WIDTH, 1);
+          store(panel + i * PANEL + v * WIDTH, a[i]);
+        }
+      }
   }
 
   // Of few rows of x: w is read as it is, once, and its numbers are used at once, for FEW rows even if there are fewer.

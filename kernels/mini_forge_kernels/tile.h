@@ -36,8 +36,8 @@ template <long ROWS, long VECTORS>
 // a, 16 rows of 16 numbers, transposed.
 void transpose(floats* a) {
   const ints place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  for (int by = 1; by < WIDTH; by *= 2)
-    for (int i = 0; i < WIDTH; i++)
+  UNROLL for (int by = 1; by < WIDTH; by *= 2)
+    UNROLL for (int i = 0; i < WIDTH; i++)
       if (!(i & by)) {
         const floats first = a[i], second = a[i + by];
         a[i] = __builtin_shuffle(first, second, (place & by) != 0 ? place - by + int(WIDTH) : place);
