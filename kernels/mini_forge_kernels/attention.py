@@ -87,7 +87,8 @@ def reason_not_compiled() -> str | None:
 @cache
 def _library() -> ctypes.CDLL:
     functions = {"attend": 6 * "p", "attend_backward": 9 * "p", "sum_parts": 3 * "p"}
-    return declared(library(Path(__file__).with_suffix(".cpp")), functions, Work=_Work, View=_View)
+    loaded = library(Path(__file__).with_suffix(".cpp"), ("-O3",))  # a fifth faster than with -O2
+    return declared(loaded, functions, Work=_Work, View=_View)
 
 
 class _Work(ctypes.Structure):

@@ -23,7 +23,7 @@ from mini_forge.user_cache import cache_folder
 
 __all__ = ["CannotCompile", "declared", "library", "named", "why_not"]
 
-FLAGS = ("-O3", "-std=gnu++17", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi",
+FLAGS = ("-O2", "-std=gnu++17", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi",
          "-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma")  # fmt: skip
 
 KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_long, "f": ctypes.c_float, "i": ctypes.c_int}
