@@ -22,6 +22,7 @@ def _json_remedy(text: str, position: int, fault: str) -> str:
     closes = "]}"
     slips = {
         "the file is empty, write {…} with keys and values": not text.strip(),
+        "write a tab in a string as \\t": fault.startswith("Invalid control") and here == "\t",
         'end the string with ", and write a line break in it as \\n': fault.startswith("Invalid control"),
         'end the string with "': fault.startswith("Unterminated string"),
         "write a backslash in a string as \\\\": fault.startswith("Invalid \\"),
@@ -30,17 +31,19 @@ def _json_remedy(text: str, position: int, fault: str) -> str:
         'JSON has no comments, remove it (a configuration may have the key "comment")':
             behind.startswith(("//", "/*", "#")),
         "remove the byte-order mark (U+FEFF)": here == "\ufeff",
+        'write a number as 0.5, 10 or 1e-4, and what is a string in double quotes (")':
+            _is_in_number(text, position, fault),
         "write one object {…} a line, with nothing between them": fault.startswith("Extra data") and here in "{[,",
         "put { and } around the whole": fault.startswith("Extra data") and here == ":",
         "remove what follows the closing bracket": fault.startswith("Extra data"),
         "put a colon between a key and its value": fault.startswith("Expecting ':'"),
         "remove the comma before the closing bracket":
-            before.endswith(",") and here in closes or here == "," and next_ in closes,
+            before.endswith(",") and here in closes or here == "," and next_ != "" and next_ in closes,
+        "write the value behind the colon": before.endswith(":") and here in "]},",
         "remove this comma, or write what is missing before it": here == ",",
         "close first what was opened last, { with } and [ with ]": here in closes,
         "JSON writes true, false and null":
             fault == "Expecting value" and re.match(r"(True|False|None)\b", behind) is not None,
-        "write a number as 0.5, 10 or 1e-4": behind != "" and _is_in_number(text, position, fault),
         'put a comma before it; within a string write \\" for "': fault.startswith("Expecting ','"),
     }  # fmt: skip
     usual = 'write strings and keys in double quotes ("), and numbers, true, false or null without'
@@ -48,8 +51,8 @@ def _json_remedy(text: str, position: int, fault: str) -> str:
 
 
 def _is_in_number(text: str, position: int, fault: str) -> bool:
-    """Whether a number stands there that JSON writes in another way: 01, 1., .5, +1, 1_000."""
+    """Whether a number stands there that JSON writes in another way, or a string without quotes: 01, 1., .5, +1, 7B."""
     if fault == "Expecting value":
-        return text[position] in "+-."
-    between = text[position - 1 : position + 1]
-    return fault.startswith("Expecting ','") and re.fullmatch(r"\d[\w.]", between) is not None
+        return re.match(r"[+-]?\.?\d", text[position:]) is not None
+    between = text[max(position - 1, 0) : position + 1]
+    return fault.startswith(("Expecting ','", "Extra data")) and re.fullmatch(r"\d[\w.-]", between) is not None

@@ -39,7 +39,11 @@ def test_a_broken_file_is_reported_with_file_and_line(tmp_path, text, message):
 
 @pytest.mark.parametrize("text, remedy", [
     ("", "the file is empty"), ("{", "the text ends too soon, close"), ('{"a": [1', "the text ends too soon"),
-    ('{"a": "b', 'end the string with "'), ('{"a": "b\n', 'end the string with ", and write a line break in it as \\n'),
+    ('{"a": "b', 'end the string with "\n'), ('{"a": "b\tc"}', "write a tab in a string as \\t"),
+    ('{"a": }', "write the value behind the colon"), ('{"a": 7B}', "write a number as 0.5"),
+    ('{"a": 2024-01-01}', "write a number as 0.5"), ('{"a": ./b}', "write strings and keys in double quotes"),
+    ("01", "write a number as 0.5"), ('{"a": 1,, ', "remove this comma"),
+    ('{"a": "b\n', 'end the string with ", and write a line break in it as \\n'),
     ('{"a": "b,\n "c": 1}', 'end the string with ", and'),
     ('{"a": "C:\\data"}', "write a backslash in a string as \\\\"),
     ("{'a': 1}", "JSON strings take double quotes"), ("{a: 1}", "write strings and keys in double quotes"),
@@ -59,7 +63,7 @@ def test_a_broken_file_is_reported_with_file_and_line(tmp_path, text, message):
 def test_the_usual_slips_are_told_their_remedy(text, remedy):
     with pytest.raises(json.JSONDecodeError) as caught:
         json.loads(text)
-    assert f"; {remedy}" in json_fault(caught.value)
+    assert f"; {remedy}" in json_fault(caught.value) + "\n"
 
 
 def test_a_file_that_cannot_be_read_is_reported(tmp_path):

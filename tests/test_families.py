@@ -83,8 +83,15 @@ def test_two_records_of_a_rope_must_mean_the_same():
     assert spec("gemma3_text", rope_parameters=kinds, rope_scaling=kinds) == spec("gemma3_text", rope_parameters=kinds)
     with pytest.raises(CheckpointError, match=DIFFERENT):
         spec("gemma3_text", rope_parameters=kinds, rope_scaling=yarn)
+    with pytest.raises(CheckpointError, match=DIFFERENT):
+        spec("gemma3_text", rope_parameters=kinds, rope_scaling={**kinds, "sliding_attention": {"rope_theta": 7.0}})
+    linear = {"rope_type": "linear", "factor": 8.0}
+    both = {"full_attention": {**linear, "rope_theta": 5e5}, "sliding_attention": plain}
+    assert spec("gemma3_text", rope_parameters=both, rope_scaling=linear, rope_theta=5e5).rope.theta == 5e5
     with pytest.raises(CheckpointError, match="by kind of layer"):
         spec("llama", rope_parameters=kinds, rope_scaling=yarn)
+    sections = {"rope_type": "default", "mrope_section": [1, 2]}  # a list in a record is no fault
+    assert spec("llama", rope_scaling=sections).rope.kind == "default"
 
 
 @pytest.mark.parametrize("kind, key", [

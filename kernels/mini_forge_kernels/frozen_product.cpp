@@ -20,7 +20,7 @@ constexpr long MOST_TERMS = 1536;         // of a panel
 constexpr long MOST_SUMMED = 320;         // terms that are summed up before the sum is added to `out`: as many roundings
 constexpr long MOST_RANK = 128;           // and of `low` beside them
 constexpr long PACKED = 96 * (MOST_TERMS + MOST_RANK);  // numbers of panels that are made at a time, 640 KB
-constexpr long AHEAD = 16;                // terms of a panel
+constexpr long AHEAD = 16;                // terms of a panel that are fetched before they are written to
 constexpr long FEW = 4;                   // rows of x for which making panels takes longer than it saves
 constexpr long LEAST = 1 << 16;           // multiplications for which a second thread is woken up
 
@@ -201,7 +201,7 @@ struct Product {
       for (long v = 0; v < VECTORS; v++) {
         floats a[WIDTH];
         const long row = column + v * WIDTH, count = std::min(WIDTH, now - k);
-        if (count == WIDTH && here[v] == WIDTH) {  // which stays in registers
+        if (count == WIDTH && here[v] == WIDTH) {
           UNROLL for (long i = 0; i < WIDTH; i++) a[i] = side.row(row + i, first + k, WIDTH);
         } else {
           for (long i = 0; i < WIDTH; i++) a[i] = side.row(row + i, first + k, i < here[v] ? count : 0);

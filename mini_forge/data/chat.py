@@ -310,13 +310,15 @@ def _spell(
     variables["add_generation_prompt"] = add_generation_prompt
     messages = [_with_reasoning(_without_nulls(message)) for message in messages]
     try:
-        return render(messages=messages, **variables)
+        try:
+            return render(messages=messages, **variables)
+        except TemplateFailure:  # many cannot take the null content of a tool call; some (DeepSeek's) ask for it
+            if all(message.get("content") is not None for message in messages):
+                raise
+        filled = [message | {"content": message.get("content") or ""} for message in messages]
+        return render(messages=filled, **variables)
     except TemplateTimeout as timeout:
         raise TemplateTimeout(f"{tokenizer.path}: the {name} chat template: {timeout}") from timeout
-    except TemplateFailure:  # many cannot take the null content of a tool call; some (DeepSeek's) ask for it
-        if all(message.get("content") is not None for message in messages):
-            raise
-    return render(messages=[message | {"content": message.get("content") or ""} for message in messages], **variables)
 
 
 def _without_nulls(message: dict) -> dict:

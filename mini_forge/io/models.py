@@ -63,7 +63,7 @@ def load_model(
     try:
         torch.empty(0, device=torch.device(device))
     except _NO_DEVICE as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"device: {device!r} cannot be used ({reason}); give another, as 'cpu'") from error
     if torch.device(device).type == "meta":
         raise ConfigError("device: 'meta' holds no numbers; give another, as 'cpu'")

@@ -95,7 +95,7 @@ def rope_spec(config: dict, default_theta: float = 10000.0) -> RopeSpec:
     transformers."""
     records = [config.get(key) for key in ("rope_parameters", "rope_scaling")]
     specs = [_spec(record, config, default_theta) for record in records if record] or [_spec({}, config, default_theta)]
-    if len(set(specs)) == 2 and not _same(*specs):
+    if len(specs) == 2 and specs[0] != specs[1] and not _same(*specs):
         raise CheckpointError(
             "config.json: rope_parameters and rope_scaling mean different rotations; keep one of them"
         )

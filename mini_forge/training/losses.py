@@ -102,7 +102,7 @@ def _nll_in_tiles(hidden, weight, targets, wants_grad: bool, left_side: type[Lef
     own term is in neither sum keeps the digits of 1 − p_t, which softmax·W − W_t loses in 16 bits where p_t is near 1.
     Sums over tiles are float32."""
     N, width = len(targets), tile_width(len(targets), hidden.device)
-    index, left, is_wide = targets[:, None], left_side(hidden), hidden.dtype == torch.float32
+    index, left = targets[:, None], left_side(hidden)
     largest = hidden.new_full((N, 1), -torch.inf, dtype=torch.float32)
     others, wanted = torch.zeros_like(largest), torch.zeros_like(largest)
     grad = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if wants_grad else None
@@ -118,8 +118,7 @@ def _nll_in_tiles(hidden, weight, targets, wants_grad: bool, left_side: type[Lef
         exponentials.scatter_(-1, column, torch.where(is_here, 0, exponentials.gather(-1, column)))
         others.mul_(shrink).add_(exponentials.sum(-1, keepdim=True))
         if wants_grad:
-            products, grad = left_side(exponentials.to(hidden.dtype)), grad.mul_(shrink)
-            grad = products.product(tile, onto=grad) if is_wide else grad.add_(products.product(tile))
+            grad.mul_(shrink).add_(left_side(exponentials.to(hidden.dtype)).product(tile))
         del logits, exponentials  # before the next tile's are made
     normaliser = others + torch.exp(wanted - largest)
     nll = (normaliser.log() + largest - wanted).squeeze(-1)

@@ -28,9 +28,13 @@ def spec(config):
     ]
     ropes = config.get("rope_parameters") or {}
     if "full_attention" in ropes:
-        whole, local = ({"rope_parameters": ropes[kind]} for kind in ("full_attention", "sliding_attention"))
         old = config.get("rope_scaling") or {}
-        whole["rope_scaling"] = old.get("full_attention", old)
+        beside = old if ropes.keys() & set(old) else {"full_attention": old}
+        whole, local = (
+            {**config, "rope_parameters": ropes[kind], "rope_scaling": beside.get(kind)}
+            for kind in ("full_attention", "sliding_attention")
+        )
+        local["rope_theta"] = config.get("rope_local_base_freq", 10000.0)
     else:
         whole, local = config, {"rope_theta": config.get("rope_local_base_freq", 10000.0)}
     bias = config.get("attention_bias", False)
