@@ -13,6 +13,7 @@ from tests import toy_tokenizer
 
 QA = "extractive-question-answering"
 BARE = str.maketrans("", "", "⟦⟧")
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 HARMONY = ("<|endoftext|>", "<|start|>", "<|message|>", "<|end|>", "<|channel|>", "<|return|>")
 
 
@@ -322,14 +323,13 @@ def test_a_template_that_hides_or_refuses_a_response_is_an_error_naming_the_row(
 
 def test_a_template_that_does_not_end_is_asked_once(tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox, "LIMIT_SECONDS", 0.2)
-    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(
         CheckpointError, match=r"chat template: stopped: it ran longer than 0.2 s \(line 1 .*; set chat"
     ):
-        template(tmp_path, special=HARMONY, chat_template=endless)
+        template(tmp_path, special=HARMONY, chat_template=ENDLESS)
     on_long_rows = (
         "{% for m in messages %}{% if m.content == 'long' %}"
-        + endless
+        + ENDLESS
         + "{% endif %}<|start|>{{ m.content }}<|end|>{% endfor %}"
     )
     chosen = template(tmp_path, special=HARMONY, chat_template=on_long_rows)
@@ -348,9 +348,8 @@ def test_where_a_template_does_not_end_is_told(tmp_path, monkeypatch):
     """After a conversation of more than two turns, and where it is asked what it begins responses with."""
     monkeypatch.setattr(sandbox, "LIMIT_SECONDS", 0.2)
     turn = "<|start|>{% if m.role == 'assistant' %}OPENING{% endif %}{{ m.content }}<|end|>"
-    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     turns_and_cue = "{% for m in messages %}" + turn + "{% endfor %}{% if add_generation_prompt %}<|start|>{% endif %}"
-    source = turns_and_cue + "{% if messages | length > 2 %}" + endless + "{% endif %}"
+    source = turns_and_cue + "{% if messages | length > 2 %}" + ENDLESS + "{% endif %}"
     where = r"the .* chat template: stopped: it ran longer than 0.2 s \(line 1 of the template\); set chat_template"
     with pytest.raises(CheckpointError, match=rf"{tmp_path}.*: {where}"):
         template(tmp_path, special=HARMONY, chat_template=source)

@@ -21,12 +21,12 @@ FIRST = {"task": "text-generation", "model_name": "m", "dataset": "d.jsonl", "co
             "{path}:2: not JSON: Expecting property name enclosed in double quotes at column 2; remove this",
         ),
         (b"{'a': 1}", "JSON strings take double quotes"),
-        (b'{\n# no\n"a": 1}', 'the key "comment"'),
+        (b'{\n# no\n"a": 1}', 'JSON has no comments, remove it (a configuration may have the key "comment")'),
         (b"", "the file is empty"),
         (b'{\n"a": "\xff"}', "{path}:2: not UTF-8"),
         (b'{"lora_r": 1, "lora_r": 2}', "lora_r: given twice in {path}, as 1 and as 2"),
-        (b"[" * 100_000, "{path}: not JSON: "),
-        (b'{"seed": ' + b"9" * 5000 + b"}", "{path}: not JSON: "),
+        (b"[" * 100_000, "{path}: not JSON: nested too deeply; write fewer brackets"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "{path}: not JSON: a number of thousands of digits; write a shorter one"),
     ],
 )
 def test_a_broken_file_is_reported_with_file_and_line(tmp_path, text, message):

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from mini_forge.model.memory import fresh
-from mini_forge_kernels.compiled import CannotCompile, declared, library
+from mini_forge_kernels.compiled import declared, library, why_not
 
 __all__ = ["multiply", "reason_not", "split"]
 
@@ -33,12 +33,10 @@ def reason_not() -> str | None:
     """Why this is not used on this machine; None where it is."""
     if not torch.cpu._is_amx_tile_supported():
         return "this CPU has no AMX"
-    try:
-        if status := _library().allow_tiles():
-            return f"Linux lends no AMX tiles (arch_prctl gives {status})"
-    except CannotCompile as err:
-        return str(err)
-    return None
+    if reason := why_not(_library):
+        return reason
+    status = _library().allow_tiles()
+    return f"Linux lends no AMX tiles (arch_prctl gives {status})" if status else None
 
 
 @cache

@@ -167,8 +167,8 @@ def census(model_name: str) -> dict:
     """What the tensors alive in this process are: bytes of distinct storages, and copies of the backbone's matrices."""
     import torch
 
+    from mini_forge.io.records import read_spec
     from mini_forge.model.decoder import Decoder
-    from mini_forge.model.families import decoder_spec
 
     gc.collect()
     alive = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
@@ -182,7 +182,7 @@ def census(model_name: str) -> dict:
     others = {address: tensor for address, tensor in storages.items() if address not in backbone}
     copies = sum(is_copy(other, p) for p in backbone.values() if p.dim() > 1 for other in others.values())
     with torch.device("meta"):
-        expected = Decoder(decoder_spec(json.loads((Path(model_name) / "config.json").read_text())))
+        expected = Decoder(read_spec(Path(model_name)))
     return {
         "decoders": len(decoders), "backbone": total(backbone.values()), "copies": copies,
         "numbers": sum(p.numel() for p in backbone.values()),
