@@ -9,6 +9,8 @@ Names are imported on first use, so `import mini_forge` costs no torch.
 
 from importlib import import_module
 
+from mini_forge.quick_imports import quick_imports
+
 __version__ = "0.1.0"
 
 _WHERE = {
@@ -51,11 +53,11 @@ __all__ = ["__version__", *_WHERE, *_MODULES]  # noqa: PLE0604
 
 
 def __getattr__(name: str):
-    if name in _MODULES:
-        return import_module(f"mini_forge.{_MODULES[name]}")
-    if name not in _WHERE:
+    if name not in _MODULES and name not in _WHERE:
         raise AttributeError(f"module 'mini_forge' has no attribute {name!r}")
-    return getattr(import_module(f"mini_forge.{_WHERE[name]}"), name)
+    with quick_imports():
+        module = import_module(f"mini_forge.{_MODULES.get(name) or _WHERE[name]}")
+    return module if name in _MODULES else getattr(module, name)
 
 
 def __dir__():

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mini_forge import __version__
 from mini_forge.errors import ConfigError, TrainingError, UserError, is_out_of_memory
+from mini_forge.quick_imports import quick_imports
 
 
 class _Parser(argparse.ArgumentParser):
@@ -169,9 +170,10 @@ def refuse_contradiction(options):
 
 
 def _train(options):
-    from mini_forge.progress import ProgressDisplay
-    from mini_forge.run import train
-    from mini_forge.training.loop import Interrupted, stop_signals
+    with quick_imports():
+        from mini_forge.progress import ProgressDisplay
+        from mini_forge.run import train
+        from mini_forge.training.loop import Interrupted, stop_signals
 
     refuse_contradiction(options)
     config = load_config(options)
@@ -186,7 +188,8 @@ def _train(options):
 
 
 def _check(options):
-    from mini_forge.check import check, dataset_problems, format_report
+    with quick_imports():
+        from mini_forge.check import check, dataset_problems, format_report
 
     refuse_contradiction(options)
     keys = overrides(options)
@@ -200,8 +203,9 @@ def _check(options):
 
 def _bench(options):
     called = time.perf_counter()
-    from mini_forge.bench.measure import bench, format_results
-    from mini_forge.training.loop import Interrupted
+    with quick_imports():
+        from mini_forge.bench.measure import bench, format_results
+        from mini_forge.training.loop import Interrupted
 
     # in place of what the file names, if it names any
     replaced = {"model_name": options.shape, "dataset": "random tokens"} if options.shape else {}
@@ -216,8 +220,9 @@ def _bench(options):
 
 
 def _eval(options):
-    from mini_forge.inference.evaluate import format_table, write_eval
-    from mini_forge.use import evaluate_run
+    with quick_imports():
+        from mini_forge.inference.evaluate import format_table, write_eval
+        from mini_forge.use import evaluate_run
 
     if not os.path.isdir(os.path.expanduser(options.run)):
         raise ConfigError(f"arguments: {options.run!r} is not a folder; eval takes a run, adapter or model folder")
@@ -230,7 +235,8 @@ def _eval(options):
 
 
 def _generate(options):
-    from mini_forge.use import Session
+    with quick_imports():
+        from mini_forge.use import Session
 
     session = Session.open(options.model, system_prompt=options.system)
     for prompt in options.prompt:
@@ -238,8 +244,9 @@ def _generate(options):
 
 
 def _chat(options):
-    from mini_forge.inference.chat import chat_loop
-    from mini_forge.use import Session
+    with quick_imports():
+        from mini_forge.inference.chat import chat_loop
+        from mini_forge.use import Session
 
     session = Session.open(options.model, system_prompt=options.system)
     chat_loop(session.model, session.tokenizer, session.template, session.system_prompt, input, **_sampling(options))
@@ -258,7 +265,8 @@ def _sampling(options) -> dict:
 
 
 def _merge(options):
-    from mini_forge.io.merge import largest_difference, merge_adapter
+    with quick_imports():
+        from mini_forge.io.merge import largest_difference, merge_adapter
 
     out = merge_adapter(options.run, options.out)
     print(f"merged model saved in {out}")

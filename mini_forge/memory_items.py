@@ -324,17 +324,17 @@ def working_bytes(sizes: Sizes, index: int, job: Job) -> int:
 
 def backward_per_token(spec: DecoderSpec, layer: LayerSpec, job: Job) -> int:
     """Bytes a token that the MLP's backward makes: the unit's result and its gradient, those of gate and up, of which
-    the compiled unit writes one over its own; and what the plain unit keeps between, or where dropout is drawn again a
-    mask, the masked input and, of experts, its gradient. When gate's is split for a bfloat16 weight, the unit's are
-    gone."""
+    the compiled unit writes one over its own, and what the plain unit keeps between; then, where dropout is drawn
+    again, a mask, that as numbers, and the masked result. Of experts all of that at a time, and the masked result's
+    gradient. When gate's is split for a bfloat16 weight, the unit's are gone."""
     b, (dense, routed) = job.width, widths(spec, layer)
     between = 0 if job.is_fused and spec.activation in FUSED_UNITS else UNIT_TENSORS[spec.activation] - 2
-    dropped, dropped_of_experts = (1 + b, 1 + 2 * b) if job.dropout else (0, 0)
-    dropped = 0 if job.is_compiled else dropped  # masks and what they leave are made a few rows at a time
-    made = max(dense * max(between * b, dropped), routed * max(between * b, dropped_of_experts))
-    permuted = 2 * b * spec.hidden_size * spec.experts.top_k if routed else 0
     is_over = job.is_compiled and spec.activation == "silu"
-    return max(dense * (3 if is_over else 4), routed * 4) * b + made + permuted
+    dropped = 2 * b + 1 if job.dropout and not job.is_compiled else 0  # compiled: a few rows at a time
+    of_dense = max((3 if is_over else 4) * b + between * b, 3 * b + dropped)
+    of_experts = 4 * b + max(between * b, 1 + 2 * b if job.dropout else 0)
+    permuted = 2 * b * spec.hidden_size * spec.experts.top_k if routed else 0
+    return max(dense * of_dense, routed * of_experts) + permuted
 
 
 def attention_bytes(spec: DecoderSpec, layer: LayerSpec, job: Job) -> int:

@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mini_forge"
 # A module imports only from its own room and from those to the left of it.
-ROOMS = ["errors", "json_faults", "user_cache", "config", "model", "data", "io", "inference", "training",
-         "providers", "prepare", "stages", "resume", "run", "use", "memory_items", "memory_plan", "check", "bench",
-         "progress", "cli", "__main__"]  # fmt: skip
+ROOMS = ["quick_imports", "errors", "json_faults", "user_cache", "config", "model", "data", "io", "inference",
+         "training", "providers", "prepare", "stages", "resume", "run", "use", "memory_items", "memory_plan", "check",
+         "bench", "progress", "cli", "__main__"]  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -66,6 +66,23 @@ def test_kernels_is_not_an_importable_package():
 def test_importing_mini_forge_loads_no_torch():
     code = "import sys, mini_forge; mini_forge.ConfigError; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("before", "is_frozen", "collects"), [
+    ("", True, True), ("import torch", False, True), ("import gc; gc.disable()", True, False),
+])  # fmt: skip
+def test_imports_collect_no_garbage_and_set_aside_only_what_they_bring(before, is_frozen, collects):
+    code = f"""
+import gc
+{before}
+started = []
+gc.callbacks.append(lambda phase, info: started.append(info["generation"]) if phase == "start" else None)
+import mini_forge
+mini_forge.train
+print(gc.get_freeze_count() > 10_000, gc.isenabled(), max(started, default=0))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout == f"{is_frozen} {collects} 0\n"  # of the youngest alone, once they are allowed again
 
 
 def test_every_public_name_resolves():

@@ -250,6 +250,9 @@ def test_in_cpp_nothing_is_broadcast():
         ("up", lambda: rowwise.swiglu(x, x[:1])),
         ("up", lambda: rowwise.swiglu_gradient(x, x, x[..., :1])),
         ("grad", lambda: rowwise.swiglu_gradient(x[:1], x, x)),
+        ("grad", lambda: rowwise.rms_norm_vjp(x[:1], x, torch.ones(6), 1e-6)),
+        ("weight", lambda: rowwise.rms_norm_vjp(x, x, torch.ones(1), 1e-6)),
+        ("up", lambda: rowwise.swiglu_vjp(x, x, x[..., :1])),
         ("cos", lambda: rowwise.rotate(x, torch.ones(1, 6), torch.ones(1, 6), 1)),
         ("sin", lambda: rowwise.rotate(x, torch.ones(4, 6), torch.ones(4, 3), 1)),
         ("cos", lambda: rowwise.rotate(x[..., :5], torch.ones(4, 5), torch.ones(4, 5), 1)),
@@ -383,9 +386,9 @@ def test_a_vjp_is_the_function_and_its_gradient(name, dtype):
     expected = getattr(plain, name)(*leaves, *more)
     expected.backward(upstream)
     for ops in (plain, fused):
-        out, pullback = getattr(ops, f"{name}_vjp")(*[x.clone().requires_grad_() for x in inputs], *more)
+        out, grads = getattr(ops, f"{name}_vjp")(upstream.clone(), *[x.clone().requires_grad_() for x in inputs], *more)
         # bfloat16 keeps 8 bits and is rounded in other places
         tolerance = {"rtol": 2e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 4e-2}
         torch.testing.assert_close(out.detach(), expected.detach(), **tolerance)
-        for found, leaf in zip(pullback(upstream.clone()), leaves, strict=True):
+        for found, leaf in zip(grads, leaves, strict=True):
             torch.testing.assert_close(found, leaf.grad, **tolerance)

@@ -173,8 +173,9 @@ def test_merging_into_quantized_weights_is_refused():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_shared_projections_have_the_gradients_of_finite_differences(dropout):
-    layers = [layer(dropout=dropout).train() for _ in range(2)]
+@pytest.mark.parametrize("alphas", [(6, 6), (6, 15)])
+def test_shared_projections_have_the_gradients_of_finite_differences(dropout, alphas):
+    layers = [layer(dropout=dropout, alpha=alpha).train() for alpha in alphas]
     x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     factors = [p.detach().clone().requires_grad_() for one in layers for p in (one.lora_A, one.lora_B)]
 
@@ -186,7 +187,7 @@ def test_shared_projections_have_the_gradients_of_finite_differences(dropout):
 
 
 def test_shared_projections_equal_separate_ones_and_respect_disabling():
-    layers = [layer().train() for _ in range(3)]
+    layers = [layer(alpha=alpha).train() for alpha in (6, 9, 6)]
     x = torch.randn(2, 4, 5, dtype=torch.float64)
     for together, alone in zip(project(x, *layers), [one(x) for one in layers], strict=True):
         torch.testing.assert_close(together, alone)

@@ -1,4 +1,4 @@
-"""LoRA's own products with dropout, in C++: equal to the formula with the masks it draws, and these are what they
+"""LoRA's own products, in C++: equal to the formula, with dropout under the masks it draws, and these are what they
 should be."""
 
 import math
@@ -53,6 +53,26 @@ def test_the_products_are_those_of_the_masked_input(N, K, outs, R, mixed):
     dx = IN_CPP.up(dl, As, seeds)
     expected = sum((dl[:, i].double() @ A.double()) * masks[i] for i, A in enumerate(As))
     torch.testing.assert_close(dx.double(), expected, rtol=1e-5, atol=1e-5 * math.sqrt(R))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 16])
+@pytest.mark.parametrize("is_padded", [False, True], ids=["lows as wide as the rank", "lows with zeros behind"])
+@pytest.mark.parametrize("N, K, outs, R", SHAPES)
+def test_a_gradient_is_pulled_back_in_one_pass(N, K, outs, R, is_padded, threads, monkeypatch):
+    """dY of odd widths, some of them parts of a wider tensor; more threads than there are pieces of rows."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    grads = [drawn(N, out + 3 * (i % 2), seed=i)[:, :out] for i, out in enumerate(outs)]
+    Bs = [drawn(R, out, seed=10 + i).t() if i % 2 else drawn(out, R, seed=10 + i) for i, out in enumerate(outs)]
+    lows = drawn(N, len(outs), R, seed=20)
+    given = torch.cat((lows, torch.zeros(N, len(outs), -R % 16)), 2) if is_padded else lows
+    dl, dBs = IN_CPP.pull_back(grads, Bs, given)
+    assert dl.shape == lows.shape and dl.is_contiguous()
+    for i, (dY, B, dB) in enumerate(zip(grads, Bs, dBs, strict=True)):
+        assert dB.shape == B.shape and dB.is_contiguous()
+        torch.testing.assert_close(dl[:, i].double(), dY.double() @ B.double(),
+                                   rtol=1e-5, atol=1e-5 * math.sqrt(outs[i]))  # fmt: skip
+        torch.testing.assert_close(dB.double(), dY.double().t() @ lows[:, i].double(),
+                                   rtol=1e-5, atol=1e-5 * max(1, math.sqrt(N)))  # fmt: skip
 
 
 @pytest.mark.parametrize("N", [1, 8, 37])
@@ -118,4 +138,6 @@ def test_other_types_and_no_dropout_are_torch_s(monkeypatch):
         assert torch.equal(lows, IN_TORCH.down(*args)) and lows.dtype == dtype
         assert torch.equal(IN_CPP.outer(lows, args[0], seeds)[0], IN_TORCH.outer(lows, args[0], seeds)[0])
         assert torch.equal(IN_CPP.up(lows, args[1], seeds), IN_TORCH.up(lows, args[1], seeds))
+        found, expected = (of.pull_back([args[0]], [args[1][0].t()], lows) for of in (IN_CPP, IN_TORCH))
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1][0], expected[1][0])
     assert not calls

@@ -1,5 +1,5 @@
-// LoRA's own products where dropout stands between x and them, for float32 on CPUs with AVX-512. What for is said in
-// low_rank.py, which compiles this file and calls the functions at its end.
+// LoRA's own products, for float32 on CPUs with AVX-512: those of dY, and, where dropout stands between x and them, those of
+// x. What for is said in low_rank.py, which compiles this file and calls the functions at its end.
 //
 // `count` projections share x; what they have of their own lies side by side. A mask is a function of a seed and a place,
 // made where it is needed: no mask and no masked x lies in memory but for the rows that are in use.
@@ -18,7 +18,7 @@ namespace {
 
 using uints = uint32_t __attribute__((vector_size(64)));
 
-constexpr long BLOCK = 128;       // rows of x that are masked at a time
+constexpr long BLOCK = 128;       // rows of x that are masked at a time, or of dY that stay in a core's own cache
 constexpr long SIDE = 3 * WIDTH;  // and columns beside these rows
 
 // The last step of MurmurHash3: each bit of the result depends on all of h.
@@ -53,6 +53,21 @@ struct Share {
   }
 };
 
+// SIZE rows of c = a b, of few columns: a is long, and what comes behind these rows of it is on its way meanwhile.
+template <long SIZE>
+void thin_product(const float* a, long a_row, const float* b, long b_row, long terms, float* c, long c_row, long columns,
+                  long made) {
+  const float* next = a + SIZE * a_row;
+  for (; columns > 0; columns -= WIDTH, b += WIDTH, c += WIDTH) {
+    floats sums[SIZE][1] = {};
+    for (long k = 0; k < terms; k += WIDTH) {
+      UNROLL for (long i = 0; i < SIZE; i++) __builtin_prefetch(next + i * a_row + k, 0, 2);
+      sum_up(sums, a + k, a_row, 1, b + k * b_row, b_row, std::min(WIDTH, terms - k));
+    }
+    put(sums, c, c_row, false, columns, made);
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -79,6 +94,40 @@ void down(const float* x, const float* factors, float* lows, float* room, const 
                       false, made);
       }
     });
+  }
+}
+
+// Of one projection dl (rows, rank) = dY B and dB (columns, rank) = dYᵀ l, in one pass over dY (rows, columns). Rows of B
+// (columns, rank) and l (rows, rank) are so long that whole vectors can be read. room: for a dB of each thread but the
+// first; their sum in the threads' order is dB.
+void pull_back(const float* dY, const float* B, const float* l, float* dl, float* dB, float* room, long rows, long columns,
+               long rank, long dY_row, long B_row, long l_row, long dl_row, int threads) {
+  const long size = columns * rank;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (long i = 0; i < threads; i++) {
+      const Share own(rows, WIDTH, i, threads);
+      float* const part = i ? room + (i - 1) * size : dB;
+      if (own.first == own.last) std::fill(part, part + size, 0.f);
+      for (long top = own.first; top < own.last; top += BLOCK) {
+        const long bottom = std::min(own.last, top + BLOCK);
+        tiles<WIDTH>(top, bottom, [&](long row, long made, auto height) {
+          thin_product<height>(dY + row * dY_row, dY_row, B, B_row, columns, dl + row * dl_row, dl_row, rank, made);
+        });
+        tiles<WIDTH>(0, columns, [&](long column, long made, auto height) {
+          product<height, 1>(dY + top * dY_row + column, 1, dY_row, l + top * l_row, l_row, bottom - top,
+                             part + column * rank, rank, rank, top > own.first, made);
+        });
+      }
+    }
+#pragma omp for schedule(static)
+    for (long column = 0; column < columns; column++)
+      for (long i = 1; i < threads; i++)
+        each(rank, [&](long r, long n) {
+          const long at = column * rank + r;
+          store(dB + at, load(dB + at, n) + load(room + (i - 1) * size + at, n), n);
+        });
   }
 }
 

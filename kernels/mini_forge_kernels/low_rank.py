@@ -1,14 +1,17 @@
-"""LoRA's own products where dropout stands between x and them, on the CPU: no mask and no masked x is ever stored.
+"""LoRA's own products on the CPU: those of dY in one pass over it; with dropout no mask and no masked x is ever stored.
 
-    l_i = x̃_i (s_i A_i)ᵀ      dA_i = s_i dl_iᵀ x̃_i      dx = Σ_i m_i ⊙ dl_i (s_i A_i)
+    dl_i = dY_i B_i      dB_i = dY_iᵀ l_i      l_i = x̃_i A_iᵀ      dA_i = dl_iᵀ x̃_i      dx = Σ_i m_i ⊙ dl_i A_i
 
-LoRA (2106.09685) Eq. 3 of projections i that share x (N, in); x̃_i = m_i ⊙ x, m_i the mask of dropout. A mask is a
-function of a seed, the row and the column (a hash of the three), so x̃ is made a few rows at a time, in the cache,
-wherever it is needed. PEFT's dropout, with masks of its own for each projection, then keeps nothing and costs 6 % of a
-step of SmolLM2, where torch's ops on masks and masked copies cost 35 % and a fifth more memory.
+LoRA (2106.09685) Eq. 3 of projections i that share x (N, in); x̃_i = m_i ⊙ x, m_i the mask of dropout. dY is far longer
+than what is made of it and comes from a cache that cores share: to read it once takes 0.65 to 0.9 of the time of two
+products of torch's. A mask is a function of a seed, the row and the column (a hash of the three), so x̃ is made a few
+rows at a time, in the cache, wherever it is needed. PEFT's dropout, with masks of its own for each projection, then
+keeps nothing and costs 6 % of a step of SmolLM2, where torch's ops on masks and masked copies cost 35 % and a fifth
+more memory.
 
-low_rank.cpp beside this file is compiled on this machine (`compiled`), for float32. Without dropout torch's products
-are as fast and are used. The masks are others than those of `mini_forge.model.low_rank`, of the same statistics.
+low_rank.cpp beside this file is compiled on this machine (`compiled`), for float32. Of x without dropout torch's
+products are as fast and are used. The masks are others than those of `mini_forge.model.low_rank`, of the same
+statistics.
 
 Reference: `mini_forge.model.low_rank.IN_TORCH`.
 """
@@ -40,11 +43,28 @@ def down(x: torch.Tensor, As: Sequence[torch.Tensor], seeds: Sequence[Seed]) -> 
     if not (any(seeds) and _serves(x, *As)):
         return IN_TORCH.down(x, As, seeds)
     (N, K), x = x.shape, _in_rows(x)
-    factors = torch.cat([_padded(A) for A in As]).t().contiguous()
+    factors = torch.cat([_padded(A.t(), len(A)) for A in As], dim=1)
     lows = fresh((N, len(As), factors.shape[1] // len(As)), x.dtype, x.device)
     room = torch.empty(torch.get_num_threads(), 8 * K, dtype=x.dtype, device=x.device)
     _call("down", (x, factors, lows, room), seeds, N, K, len(As), x.stride(0), lows.shape[2])
     return lows
+
+
+def pull_back(grads: Sequence[torch.Tensor], Bs: Sequence[torch.Tensor], lows: torch.Tensor):
+    if not _serves(lows, *grads, *Bs):
+        return IN_TORCH.pull_back(grads, Bs, lows)
+    R, threads = Bs[0].shape[1], torch.get_num_threads()
+    lows = _padded(lows, lows.shape[2])
+    grad_lows = torch.empty(*lows.shape[:2], R, dtype=lows.dtype, device=lows.device)
+    grad_Bs = [torch.empty(B.shape, dtype=B.dtype, device=B.device) for B in Bs]
+    for dY, B, low, dl, dB in zip(grads, Bs, lows.unbind(1), grad_lows.unbind(1), grad_Bs, strict=True):
+        dY, B, room = _in_rows(dY), _padded(B, R), B.new_empty((threads - 1) * B.numel())
+        with named("pull_back"):
+            _library().pull_back(
+                *(x.data_ptr() for x in (dY, B, low, dl, dB, room)), *dY.shape, R,
+                *(x.stride(0) for x in (dY, B, low, dl)), threads,
+            )  # fmt: skip
+    return grad_lows, grad_Bs
 
 
 def outer(grad_lows: torch.Tensor, x: torch.Tensor, seeds: Sequence[Seed]) -> list[torch.Tensor]:
@@ -66,7 +86,7 @@ def up(grad_lows: torch.Tensor, As: Sequence[torch.Tensor], seeds: Sequence[Seed
     return dx
 
 
-IN_CPP = LowRank(down, IN_TORCH.pull_back, outer, up)
+IN_CPP = LowRank(down, pull_back, outer, up)
 
 
 class _Mask(ctypes.Structure):
@@ -77,7 +97,7 @@ class _Mask(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL:
-    functions = {"down": "pppppnnnnni", "outer": "ppppnnnnni", "up": "ppppnnnnni"}
+    functions = {"down": "pppppnnnnni", "outer": "ppppnnnnni", "up": "ppppnnnnni", "pull_back": "ppppppnnnnnnni"}
     return declared(library(Path(__file__).with_suffix(".cpp")), functions, Mask=_Mask)
 
 
@@ -89,10 +109,10 @@ def _in_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _padded(A: torch.Tensor) -> torch.Tensor:
-    """A (R, in) with rows of zeros up to a multiple of WIDTH."""
-    more = -len(A) % WIDTH
-    return F.pad(A, (0, 0, 0, more)) if more else A
+def _padded(x: torch.Tensor, columns: int) -> torch.Tensor:
+    """x (…, columns) in rows, with zeros behind each up to a multiple of WIDTH."""
+    more = -columns % WIDTH
+    return F.pad(x, (0, more)) if more else x.contiguous()
 
 
 def _call(name: str, tensors: tuple[torch.Tensor, ...], seeds: Sequence[Seed], *numbers: int):

@@ -63,23 +63,25 @@ def _normed(x, weight, eps):
     return weight * (wide * rstd).to(x.dtype), rstd
 
 
-def _input_gradient(grad, x, weight, rstd, overwrites=False):
-    """dx for dy; overwrites: which is no longer needed."""
+def _input_gradient(grad, x, weight, rstd):
+    """dx for dy."""
     if rowwise.serves(grad, x, weight):
-        return rowwise.rms_norm_gradient(grad, x, weight, rstd, overwrites)
-    weighted = grad.mul_(weight) if overwrites else grad * weight
-    weighted, wide = weighted.to(rstd.dtype), x.to(rstd.dtype)
+        return rowwise.rms_norm_gradient(grad, x, weight, rstd)
+    weighted, wide = (grad * weight).to(rstd.dtype), x.to(rstd.dtype)
     shared = torch.linalg.vecdot(weighted, wide).unsqueeze(-1) * rstd.pow(3) / x.shape[-1]
     return weighted.mul_(rstd).addcmul_(wide, shared, value=-1).to(x.dtype)
 
 
 @torch.no_grad()
-def rms_norm_vjp(x: torch.Tensor, weight: torch.Tensor, eps: float):
+def rms_norm_vjp(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float):
     """`rms_norm` under a frozen weight and its vector-Jacobian product, as `functional.vjp` gives them."""
     if reason_not(x.device) is None:
-        return vjp(lambda x: rms_norm(x, weight, eps), x)
+        return vjp(lambda x: rms_norm(x, weight, eps), grad, x)
+    if rowwise.serves(grad, x, weight):
+        y, dx = rowwise.rms_norm_vjp(grad, x, weight, eps)
+        return y, [dx]
     y, rstd = _normed(x, weight, eps)
-    return y, lambda grad: [_input_gradient(grad, x, weight, rstd, overwrites=True)]
+    return y, [_input_gradient(grad, x, weight, rstd)]
 
 
 @jit

@@ -17,6 +17,33 @@ struct Unit {  // h = g σ(slope g) (u + offset), with g ≤ limit and u within 
   floats within(floats x) const { return x < -limit ? all(-limit) : below(x); }
 };
 
+// A row of `width` numbers under a norm.
+struct Normed {
+  const float *x, *w;
+  long width;
+
+  float r(float eps) const {
+    floats squares = {};
+    each(width, [&](long i, long count) {
+      const floats a = load(x + i, count);
+      squares += a * a;
+    });
+    return 1 / __builtin_sqrtf(sum(squares) / width + eps);
+  }
+  void write(float r, float* y) const {
+    each(width, [&](long i, long count) { store(y + i, load(x + i, count) * r * load(w + i, count), count); });
+  }
+  // dx = r (w dy - x r² mean(w dy x))
+  void gradient(float r, const float* dy, float* dx) const {
+    floats products = {};
+    each(width, [&](long i, long count) { products += load(w + i, count) * load(dy + i, count) * load(x + i, count); });
+    const float shared = r * r * sum(products) / width;
+    each(width, [&](long i, long count) {
+      store(dx + i, r * (load(w + i, count) * load(dy + i, count) - load(x + i, count) * shared), count);
+    });
+  }
+};
+
 }  // namespace
 
 extern "C" {
@@ -25,34 +52,26 @@ void rms_norm(const float* x, const float* w, float* y, float* r, long rows, lon
               int threads) {
 #pragma omp parallel for num_threads(threads) if (rows * width > LEAST)
   for (long row = 0; row < rows; row++) {
-    const float* from = x + row * x_stride;
-    floats squares = {};
-    each(width, [&](long i, long count) {
-      const floats a = load(from + i, count);
-      squares += a * a;
-    });
-    r[row] = 1 / __builtin_sqrtf(sum(squares) / width + eps);
-    each(width, [&](long i, long count) {
-      store(y + row * width + i, load(from + i, count) * r[row] * load(w + i, count), count);
-    });
+    const Normed normed = {x + row * x_stride, w, width};
+    normed.write(r[row] = normed.r(eps), y + row * width);
   }
 }
 
-// dx = r (w dy - x r² mean(w dy x))
 void rms_norm_gradient(const float* dy, const float* x, const float* w, const float* r, float* dx, long rows, long width,
                        long dy_stride, long x_stride, int threads) {
 #pragma omp parallel for num_threads(threads) if (rows * width > LEAST)
+  for (long row = 0; row < rows; row++)
+    Normed{x + row * x_stride, w, width}.gradient(r[row], dy + row * dy_stride, dx + row * width);
+}
+
+void rms_norm_vjp(const float* dy, const float* x, const float* w, float* y, float* dx, long rows, long width, long dy_stride,
+                  long x_stride, float eps, int threads) {
+#pragma omp parallel for num_threads(threads) if (rows * width > LEAST)
   for (long row = 0; row < rows; row++) {
-    const float *upstream = dy + row * dy_stride, *from = x + row * x_stride;
-    floats products = {};
-    each(width, [&](long i, long count) {
-      products += load(w + i, count) * load(upstream + i, count) * load(from + i, count);
-    });
-    const float shared = r[row] * r[row] * sum(products) / width;
-    each(width, [&](long i, long count) {
-      const floats weighted = load(w + i, count) * load(upstream + i, count);
-      store(dx + row * width + i, r[row] * (weighted - load(from + i, count) * shared), count);
-    });
+    const Normed normed = {x + row * x_stride, w, width};
+    const float r = normed.r(eps);
+    normed.write(r, y + row * width);
+    normed.gradient(r, dy + row * dy_stride, dx + row * width);
   }
 }
 
@@ -68,8 +87,9 @@ void swiglu(const float* gate, const float* up, float* h, long rows, long width,
     });
 }
 
-void swiglu_gradient(const float* dh, const float* gate, const float* up, float* dgate, float* dup, long rows, long width,
-                     long dh_stride, long gate_stride, long up_stride, float limit, float slope, float offset,
+// h is made again where there is a place for it.
+void swiglu_gradient(const float* dh, const float* gate, const float* up, float* h, float* dgate, float* dup, long rows,
+                     long width, long dh_stride, long gate_stride, long up_stride, float limit, float slope, float offset,
                      int threads) {
   const Unit unit = {limit, slope, offset};
 #pragma omp parallel for num_threads(threads) if (rows * width > LEAST)
@@ -78,6 +98,7 @@ void swiglu_gradient(const float* dh, const float* gate, const float* up, float*
       const floats gate_ = load(gate + row * gate_stride + i, count), up_ = load(up + row * up_stride + i, count);
       const floats g = unit.below(gate_), u = unit.within(up_), s = sigmoid(slope * g);
       const floats upstream = load(dh + row * dh_stride + i, count);
+      if (h) store(h + row * width + i, g * s * (u + offset), count);
       const floats dg = upstream * (u + offset) * s * (1 + slope * g * (1 - s)), du = upstream * g * s;
       store(dgate + row * width + i, gate_ > limit ? floats{} : dg, count);
       store(dup + row * width + i, up_ > limit || up_ < -limit ? floats{} : du, count);

@@ -17,7 +17,10 @@ from mini_forge.model.memory import fresh
 from mini_forge_kernels.compiled import declared, library, named, why_not
 from mini_forge_kernels.triton_support import as_rows
 
-__all__ = ["reason_not", "rms_norm", "rms_norm_gradient", "rotate", "serves", "swiglu", "swiglu_gradient"]
+__all__ = [
+    "reason_not", "rms_norm", "rms_norm_gradient", "rms_norm_vjp", "rotate", "serves", "swiglu", "swiglu_gradient",
+    "swiglu_vjp",
+]  # fmt: skip
 
 
 @cache
@@ -35,7 +38,7 @@ def serves(*tensors: torch.Tensor) -> bool:
 def _library() -> ctypes.CDLL:
     return declared(library(Path(__file__).with_suffix(".cpp")), {
         "rms_norm": "ppppnnnfi", "rms_norm_gradient": "pppppnnnni", "rotate": "ppppnnnnnfi",
-        "swiglu": "pppnnnnfffi", "swiglu_gradient": "pppppnnnnnfffi",
+        "rms_norm_vjp": "pppppnnnnfi", "swiglu": "pppnnnnfffi", "swiglu_gradient": "ppppppnnnnnfffi",
     })  # fmt: skip
 
 
@@ -48,17 +51,28 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.T
     return y, r
 
 
-def rms_norm_gradient(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, r: torch.Tensor, overwrites: bool = False
-) -> torch.Tensor:
-    """dx (…, D) for dy (…, D). overwrites: in the memory of dy where that is one row after another."""
+def rms_norm_gradient(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+    """dx (…, D) for dy (…, D)."""
     _must_be("grad", grad, x.shape)
     _must_be("weight", weight, x.shape[-1:])
     upstream, rows = as_rows(grad), as_rows(x)
-    dx = _over(grad, overwrites)
+    dx = _like(grad)
     _call("rms_norm_gradient", (upstream, rows, weight.contiguous(), r, dx), *rows.shape, upstream.stride(0),
           rows.stride(0))  # fmt: skip
     return dx
+
+
+def rms_norm_vjp(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y and, in the memory of dy where that is one row after another, dx: both at once. All (…, D)."""
+    _must_be("grad", grad, x.shape)
+    _must_be("weight", weight, x.shape[-1:])
+    upstream, rows = as_rows(grad), as_rows(x)
+    y, dx = _like(x), _over(grad)
+    _call("rms_norm_vjp", (upstream, rows, weight.contiguous(), y, dx), *rows.shape, upstream.stride(0),
+          rows.stride(0), eps)  # fmt: skip
+    return y, dx
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, limit=inf, slope=1.0, offset=0.0) -> torch.Tensor:
@@ -70,14 +84,23 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, limit=inf, slope=1.0, offset=0.
 
 
 def swiglu_gradient(
-    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, limit=inf, slope=1.0, offset=0.0, overwrites=False
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, limit=inf, slope=1.0, offset=0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dgate and dup for dh, all (…, F). overwrites: dgate in the memory of dh where that is one row after another."""
+    """dgate and dup for dh, all (…, F)."""
+    return _swiglu_gradient(None, grad, gate, up, _like(gate), limit, slope, offset)
+
+
+def swiglu_vjp(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """h and, in the memory of dh where that is one row after another, dgate, and dup: all at once. All (…, F)."""
+    h = _like(gate)
+    return h, *_swiglu_gradient(h, grad, gate, up, _over(grad), inf, 1.0, 0.0)
+
+
+def _swiglu_gradient(h, grad, gate, up, dgate, limit, slope, offset):
     _must_be("up", up, gate.shape)
     _must_be("grad", grad, gate.shape)
-    dh, g, u = as_rows(grad), as_rows(gate), as_rows(up)
-    dgate, dup = _over(grad, overwrites), _like(up)
-    _call("swiglu_gradient", (dh, g, u, dgate, dup), *g.shape, dh.stride(0), g.stride(0), u.stride(0), limit, slope,
+    dh, g, u, dup = as_rows(grad), as_rows(gate), as_rows(up), _like(up)
+    _call("swiglu_gradient", (dh, g, u, h, dgate, dup), *g.shape, dh.stride(0), g.stride(0), u.stride(0), limit, slope,
           offset)  # fmt: skip
     return dgate, dup
 
@@ -103,10 +126,11 @@ def _like(x: torch.Tensor) -> torch.Tensor:
     return fresh(x.shape, x.dtype, x.device)
 
 
-def _over(grad: torch.Tensor, overwrites: bool) -> torch.Tensor:
-    return grad if overwrites and grad.is_contiguous() else _like(grad)
+def _over(grad: torch.Tensor) -> torch.Tensor:
+    return grad if grad.is_contiguous() else _like(grad)
 
 
-def _call(name: str, tensors: tuple[torch.Tensor, ...], *numbers):
+def _call(name: str, tensors: tuple[torch.Tensor | None, ...], *numbers):
     with named(name):
-        getattr(_library(), name)(*(x.data_ptr() for x in tensors), *numbers, torch.get_num_threads())
+        pointers = (None if x is None else x.data_ptr() for x in tensors)
+        getattr(_library(), name)(*pointers, *numbers, torch.get_num_threads())

@@ -37,19 +37,17 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def swiglu_vjp(gate: torch.Tensor, up: torch.Tensor):
+def swiglu_vjp(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor):
     """`swiglu` and its vector-Jacobian product, as `functional.vjp` gives them; silu(gate) serves both."""
     if reason_not(gate.device) is None:
-        return vjp(swiglu, gate, up)
-    if rowwise.serves(gate, up):
-        return rowwise.swiglu(gate, up), lambda grad: rowwise.swiglu_gradient(grad, gate, up, overwrites=True)
+        return vjp(swiglu, grad, gate, up)
+    if rowwise.serves(grad, gate, up):
+        h, *grads = rowwise.swiglu_vjp(grad, gate, up)
+        return h, grads
     silu = _silu(gate)
-
-    def pullback(grad):
-        d_up = silu.mul_(grad)
-        return torch.ops.aten.silu_backward(grad.mul_(up), gate), d_up
-
-    return torch.mul(silu, up, out=fresh(gate.shape, gate.dtype, gate.device)), pullback
+    h = torch.mul(silu, up, out=fresh(gate.shape, gate.dtype, gate.device))
+    d_up = silu.mul_(grad)
+    return h, [torch.ops.aten.silu_backward(grad.mul_(up), gate), d_up]
 
 
 def _silu(gate: torch.Tensor) -> torch.Tensor:

@@ -46,17 +46,6 @@ def labelled(group: str, function: Callable) -> Callable:
     return run
 
 
-def labelled_vjp(group: str, vjp: Callable) -> Callable:
-    """`labelled`, of a function that gives its result and a function for its gradient."""
-
-    @wraps(vjp)
-    def run(*arguments):
-        out, pullback = labelled(group, vjp)(*arguments)
-        return out, labelled(group, pullback)
-
-    return run
-
-
 def label(model: nn.Module, optimizer):
     """Put ranges around the functions that the model's modules call and the optimizer's step, in place. They cost some
     microseconds each."""
@@ -64,17 +53,13 @@ def label(model: nn.Module, optimizer):
     for module in model.modules():
         if isinstance(getattr(module, "ops", None), Ops):
             there = {name: getattr(module.ops, name) for name in OPS}
-            named = {
-                name: (labelled_vjp if name.endswith("_vjp") else labelled)(OPS[name], function)
-                for name, function in there.items()
-                if function is not None
-            }
+            named = {name: labelled(OPS[name], function) for name, function in there.items() if function is not None}
             module.ops = replace(module.ops, **named)
         for name, group in OTHERS.items():
             function = getattr(module, name, None)
             if isinstance(function, Differentiable):
-                vjp = labelled_vjp(group, function.vjp)
-                setattr(module, name, Differentiable(labelled(group, function.function), vjp))
+                both = labelled(group, function.function), labelled(group, function.vjp)
+                setattr(module, name, Differentiable(*both))
             elif callable(function):
                 setattr(module, name, labelled(group, function))
 

@@ -42,11 +42,11 @@ class RMSNorm(nn.Module):
             return self.ops.rms_norm(x.float(), weight.float(), self.eps).to(x.dtype)
         return self.ops.rms_norm(x, weight, self.eps)
 
-    def vjp(self, x):
+    def vjp(self, grad, x):
         """This norm, its weight frozen, with its vector-Jacobian product: see `functional.vjp`."""
         if self.is_wide:
-            return functional.vjp(self, x)
-        return self.ops.rms_norm_vjp(x, self.weight, self.eps)
+            return functional.vjp(self, grad, x)
+        return self.ops.rms_norm_vjp(grad, x, self.weight, self.eps)
 
 
 class Attention(nn.Module):

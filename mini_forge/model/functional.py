@@ -13,22 +13,17 @@ from mini_forge.model.masks import Documents
 from mini_forge.model.memory import fresh
 
 
-def vjp(function: Callable, *inputs: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], list]]:
-    """function(*inputs), without a graph to the outside, and its vector-Jacobian product.
+def vjp(function: Callable, grad: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, list]:
+    """function(*inputs), without a graph to the outside, and its vector-Jacobian product with `grad`, the gradient of
+    that result: one of each input, None where it needs none.
 
-    The second, called once with the result's gradient, gives that of each input, None where the input needs none; it
-    may overwrite what it is given. This one differentiates by autograd; ops may have it written by hand."""
+    `grad` may be overwritten. This one differentiates by autograd; ops may have it written by hand."""
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
         out = function(*leaves)
-
-    def pullback(grad):
-        with torch.enable_grad():
-            last = _WithGradient.apply(out, grad)
-        found = iter(torch.autograd.grad(last, [leaf for leaf in leaves if leaf.requires_grad]))
-        return [next(found) if leaf.requires_grad else None for leaf in leaves]
-
-    return out.detach(), pullback
+        last = _WithGradient.apply(out, grad)
+    found = iter(torch.autograd.grad(last, [leaf for leaf in leaves if leaf.requires_grad]))
+    return out.detach(), [next(found) if leaf.requires_grad else None for leaf in leaves]
 
 
 class _WithGradient(torch.autograd.Function):

@@ -1,10 +1,10 @@
 """LoRA's own products: those with one thin side, and dropout between x and them.
 
-    l_i = x̃_i (s_i A_i)ᵀ      dB_i = dY_iᵀ l_i      dl_i = dY_i B_i      dA_i = s_i dl_iᵀ x̃_i
-    dx = Σ_i m_i ⊙ dl_i (s_i A_i)
+    l_i = x̃_i A_iᵀ      dB_i = dY_iᵀ l_i      dl_i = dY_i B_i      dA_i = dl_iᵀ x̃_i      dx = Σ_i m_i ⊙ dl_i A_i
 
-LoRA (2106.09685) Eq. 3 of projections i that share x; x̃_i = m_i ⊙ x, m_i the mask of dropout, drawn anew from its seed
-wherever it is needed. `IN_TORCH` is the reference; a provider may have another `LowRank` (`Ops.low_rank`).
+LoRA (2106.09685) Eq. 3 of projections i that share x, but for its scale, which products.py puts on l and dl;
+x̃_i = m_i ⊙ x, m_i the mask of dropout, drawn anew from its seed wherever it is needed. `IN_TORCH` is the reference; a
+provider may have another `LowRank` (`Ops.low_rank`).
 """
 
 from collections.abc import Callable, Sequence
@@ -20,9 +20,9 @@ Seed = tuple[float, int] | None  # rate and seed of one projection's dropout; No
 class LowRank:
     """Functions of `count` projections that share x (N, in), of rank R.
 
-    down(x, As, seeds): lows (N, count, G), G ≥ R, zeros from R on; of A (R, in), already scaled.
+    down(x, As, seeds): lows (N, count, G), G ≥ R, zeros from R on; of A (R, in).
     pull_back(grads, Bs, lows): dl (N, count, R), and each dB (out, R); of dY (N, out), B (out, R).
-    outer(dl, x, seeds): each dlᵀ x̃ (R, in), not scaled.
+    outer(dl, x, seeds): each dlᵀ x̃ (R, in).
     up(dl, As, seeds): the sum of all m ⊙ dl A, (N, in)."""
 
     down: Callable

@@ -72,7 +72,7 @@ def gated_unit(ops: Ops, activation: str, clamp: tuple[float, float]) -> Differe
 PLAIN = Ops(
     name="plain",
     rms_norm=functional.rms_norm,
-    rms_norm_vjp=lambda x, weight, eps: functional.vjp(lambda x: functional.rms_norm(x, weight, eps), x),
+    rms_norm_vjp=lambda grad, x, weight, eps: functional.vjp(lambda x: functional.rms_norm(x, weight, eps), grad, x),
     rope_qk=rope_qk,
     swiglu=functional.swiglu,
     swiglu_vjp=partial(functional.vjp, functional.swiglu),

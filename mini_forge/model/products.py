@@ -1,11 +1,11 @@
 """Products of one input with several adapted layers, and their gradients, written by hand.
 
-    y_i = x W_iᵀ + b_i + (x̃_i (s_i A_i)ᵀ) B_iᵀ                    x = make(sources), x̃_i = dropout(x)
+    y_i = x W_iᵀ + b_i + l_i B_iᵀ      l_i = s_i x̃_i A_iᵀ         x = make(sources), x̃_i = dropout(x)
 
-    dB = dYᵀ(x̃(sA)ᵀ)     dA = s · (dY B)ᵀ x̃     dX = dY W + mask ⊙ (dY B)(sA)
+    dB = dYᵀ l        dl = s dY B        dA = dlᵀ x̃        dX = dY W + mask ⊙ dl A
 
 LoRA (2106.09685) Eq. 3. Autograd on the plain formula would keep x and dropout(x) for every projection. This keeps the
-narrow x̃Aᵀ and neither: a dropout mask is drawn again from its seed, a 4-bit weight made again from its bits, and x
+narrow l and neither: a dropout mask is drawn again from its seed, a 4-bit weight made again from its bits, and x
 itself made again from what it was made of, which is kept anyway: the residual stream under a norm, gate and up under
 their product. Of a Llama layer's 8,400 numbers a token (SmolLM2) that leaves 5,800, for 1 % of a step's time.
 """
@@ -51,7 +51,7 @@ class _AdaptedProducts(torch.autograd.Function):
         rates = [seed[0] if seed else 0.0 for seed in seeds]
         ctx.scales = [layer.scaling * kept_scale(rate) for layer, rate in zip(layers, rates, strict=True)]
         ctx.bases = [layer.base for layer in layers]
-        lows = ctx.low_rank.down(flat, _scaled(factors[::2], ctx.scales, x.dtype), seeds)
+        lows = _scaled(ctx.low_rank.down(flat, [A.to(x.dtype) for A in factors[::2]], seeds), ctx.scales)
         ctx.save_for_backward(*tensors, lows)
         pairs = [(low[:, : B.shape[1]], B.to(x.dtype)) for low, B in zip(lows.unbind(1), factors[1::2], strict=True)]
         return tuple(out.view(*x.shape[:-1], out.shape[1]) for out in frozen_products(flat, ctx.bases, pairs))
@@ -61,24 +61,26 @@ class _AdaptedProducts(torch.autograd.Function):
     def backward(ctx, *grads):
         *tensors, lows = ctx.saved_tensors
         sources, As, Bs = tensors[: ctx.count], tensors[ctx.count :: 2], tensors[ctx.count + 1 :: 2]
-        needs = ctx.needs_input_grad[4:]
-        x, pullback = ctx.make.vjp(*sources) if ctx.make else (sources[0], lambda grad: [grad])
+        needs, shape, dtype = ctx.needs_input_grad[4:], grads[0].shape[:-1], grads[0].dtype
         grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        grad_lows, grad_Bs = ctx.low_rank.pull_back(grads, [B.to(x.dtype) for B in Bs], lows)
+        grad_lows, grad_Bs = ctx.low_rank.pull_back(grads, [B.to(dtype) for B in Bs], lows)
+        grad_lows, grad_sources = _scaled(grad_lows, ctx.scales), [None] * ctx.count
+        if any(needs[: ctx.count]):
+            vjp = ctx.make.vjp if ctx.make else lambda grad, x: (x, [grad])
+            x, grad_sources = vjp(_input_gradient(ctx, grads, grad_lows, As, dtype).view(*shape, -1), *sources)
+        else:
+            x = ctx.make(*sources) if ctx.make else sources[0]
         grad_factors = [None] * (2 * len(As))
         if any(needs[ctx.count :]):
             grad_As = ctx.low_rank.outer(grad_lows, x.reshape(-1, x.shape[-1]), ctx.seeds)
-            for i, (A, B, scale) in enumerate(zip(As, Bs, ctx.scales, strict=True)):
-                grad_factors[2 * i : 2 * i + 2] = grad_As[i].mul_(scale).to(A.dtype), grad_Bs[i].to(B.dtype)
-        grad_sources = [None] * ctx.count
-        if any(needs[: ctx.count]):
-            grad_x = _input_gradient(ctx, grads, grad_lows, _scaled(As, ctx.scales, x.dtype))
-            grad_sources = pullback(grad_x.view(x.shape))
+            grad_factors[::2] = [grad.to(A.dtype) for grad, A in zip(grad_As, As, strict=True)]
+            grad_factors[1::2] = [grad.to(B.dtype) for grad, B in zip(grad_Bs, Bs, strict=True)]
         return None, None, None, None, *grad_sources, *grad_factors
 
 
-def _input_gradient(ctx, grads, grad_lows, As) -> torch.Tensor:
+def _input_gradient(ctx, grads, grad_lows, As, dtype: torch.dtype) -> torch.Tensor:
     """dX of all layers together, (N, in), added up in one buffer."""
+    As = [A.to(dtype) for A in As]
     if any(ctx.seeds):
         grad_x = ctx.low_rank.up(grad_lows, As, ctx.seeds)
         for grad, base in zip(grads, ctx.bases, strict=True):
@@ -90,6 +92,8 @@ def _input_gradient(ctx, grads, grad_lows, As) -> torch.Tensor:
     return grad_x
 
 
-def _scaled(As: Sequence[torch.Tensor], scales: Sequence[float], dtype: torch.dtype) -> list[torch.Tensor]:
-    """s·A of each layer."""
-    return [(A * scale).to(dtype) for A, scale in zip(As, scales, strict=True)]
+def _scaled(lows: torch.Tensor, scales: Sequence[float]) -> torch.Tensor:
+    """Each layer's s times its part of lows (N, layers, R), in place."""
+    if len(set(scales)) == 1:
+        return lows.mul_(scales[0])
+    return lows.mul_(torch.tensor(scales, dtype=lows.dtype, device=lows.device)[:, None])
