@@ -170,7 +170,7 @@ def refuse_contradiction(options):
 
 
 def _train(options):
-    with quick_imports():
+    with quick_imports(is_own_process=True):
         from mini_forge.progress import ProgressDisplay
         from mini_forge.run import train
         from mini_forge.training.loop import Interrupted, stop_signals
@@ -188,7 +188,7 @@ def _train(options):
 
 
 def _check(options):
-    with quick_imports():
+    with quick_imports(is_own_process=True):
         from mini_forge.check import check, dataset_problems, format_report
 
     refuse_contradiction(options)
@@ -203,7 +203,7 @@ def _check(options):
 
 def _bench(options):
     called = time.perf_counter()
-    with quick_imports():
+    with quick_imports(is_own_process=True):
         from mini_forge.bench.measure import bench, format_results
         from mini_forge.training.loop import Interrupted
 
@@ -220,7 +220,7 @@ def _bench(options):
 
 
 def _eval(options):
-    with quick_imports():
+    with quick_imports(is_own_process=True):
         from mini_forge.inference.evaluate import format_table, write_eval
         from mini_forge.use import evaluate_run
 
@@ -235,7 +235,7 @@ def _eval(options):
 
 
 def _generate(options):
-    with quick_imports():
+    with quick_imports(is_own_process=True):
         from mini_forge.use import Session
 
     session = Session.open(options.model, system_prompt=options.system)
@@ -244,7 +244,7 @@ def _generate(options):
 
 
 def _chat(options):
-    with quick_imports():
+    with quick_imports(is_own_process=True):
         from mini_forge.inference.chat import chat_loop
         from mini_forge.use import Session
 
@@ -265,7 +265,7 @@ def _sampling(options) -> dict:
 
 
 def _merge(options):
-    with quick_imports():
+    with quick_imports(is_own_process=True):
         from mini_forge.io.merge import largest_difference, merge_adapter
 
     out = merge_adapter(options.run, options.out)

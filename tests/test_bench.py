@@ -27,7 +27,7 @@ from mini_forge.model.decoder import Decoder
 from mini_forge.model.families import decoder_spec
 from mini_forge.model.lora import LoraSpec, inject
 from mini_forge.model.ops import Ops
-from mini_forge.providers import PROVIDERS
+from mini_forge.providers import PROVIDERS, equip
 from mini_forge.training.loop import Interrupted
 from mini_forge_kernels import rowwise
 from tests.tiny import CONFIG, write_rows
@@ -243,6 +243,7 @@ def test_what_a_backward_makes_of_a_norm_or_a_unit_is_theirs(provider, recompute
         monkeypatch.setattr(rowwise, "reason_not", lambda: "a test of torch's ops")
     model = Decoder(TINY, PROVIDERS[provider]("cpu").ops).train()
     inject(model, LoraSpec(4, 8))
+    equip(model, PROVIDERS[provider]("cpu"))
     model.recompute = recompute
     label(model, torch.optim.SGD([torch.zeros(1)]))
     hidden = model(torch.arange(20)[None])
@@ -254,7 +255,10 @@ def test_what_a_backward_makes_of_a_norm_or_a_unit_is_theirs(provider, recompute
     for event, group in op_table._groups(profile.profile.events(), rank=4, vocab_size=272):
         found.setdefault(event.name, set()).add(group)
     if provider == "unsloth" and rowwise.reason_not() is None:
-        assert found["swiglu_gradient"] == {"gated unit"} and found["rms_norm_vjp"] == {"norms"}
+        own = {"swiglu_gradient", "rms_norm_vjp", "rotate", "attend_backward", "sum_parts", "pull_back"}
+        again = {None: set(), "selective": {"swiglu", "rms_norm"}, "full": {"swiglu", "rms_norm", "attend"}}[recompute]
+        compiled = {name: groups for name, groups in found.items() if name in op_table.COMPILED}
+        assert compiled == {name: {op_table.COMPILED[name]} for name in own | again}
         return
     assert found["aten::silu"] == found["aten::silu_backward"] == {"gated unit"}
     assert found["aten::rsqrt"] == {"norms"}

@@ -250,6 +250,7 @@ def test_in_cpp_nothing_is_broadcast():
         ("up", lambda: rowwise.swiglu(x, x[:1])),
         ("up", lambda: rowwise.swiglu_gradient(x, x, x[..., :1])),
         ("grad", lambda: rowwise.swiglu_gradient(x[:1], x, x)),
+        ("grad", lambda: rowwise.swiglu_vjp(x[:1], x, x)),
         ("grad", lambda: rowwise.rms_norm_vjp(x[:1], x, torch.ones(6), 1e-6)),
         ("weight", lambda: rowwise.rms_norm_vjp(x, x, torch.ones(1), 1e-6)),
         ("up", lambda: rowwise.swiglu_vjp(x, x, x[..., :1])),
@@ -373,11 +374,13 @@ print(fused().describe())
     assert "(triton is not installed: pip install 'mini-forge[kernels]')" in done.stdout
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(7, 34), (600, 34)], ids=["one thread", "more threads"])
+@pytest.mark.parametrize("is_part", [False, True], ids=["a gradient in rows", "part of a wider one"])
 @pytest.mark.parametrize("name", ["rms_norm", "swiglu"])
-def test_a_vjp_is_the_function_and_its_gradient(name, dtype):
+def test_a_vjp_is_the_function_and_its_gradient(name, is_part, shape, dtype):
     generator = torch.Generator().manual_seed(0)
-    first, second, upstream = (torch.randn(7, 34, generator=generator).to(dtype) for _ in range(3))
+    first, second, upstream = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
     weight = torch.randn(34, generator=generator).to(dtype)
     plain, fused = PROVIDERS["huggingface"]().ops, PROVIDERS["unsloth"]("cpu").ops
     inputs = [first] if name == "rms_norm" else [first, second]
@@ -385,10 +388,13 @@ def test_a_vjp_is_the_function_and_its_gradient(name, dtype):
     leaves = [x.clone().requires_grad_() for x in inputs]
     expected = getattr(plain, name)(*leaves, *more)
     expected.backward(upstream)
+    # bfloat16 keeps 8 bits and is rounded in other places
+    tolerance = {"rtol": 2e-2, "atol": 4e-2} if dtype == torch.bfloat16 else {"rtol": 2e-5, "atol": 2e-5}
     for ops in (plain, fused):
-        out, grads = getattr(ops, f"{name}_vjp")(upstream.clone(), *[x.clone().requires_grad_() for x in inputs], *more)
-        # bfloat16 keeps 8 bits and is rounded in other places
-        tolerance = {"rtol": 2e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 4e-2}
+        given = torch.cat((upstream, upstream), dim=1)[:, :34] if is_part else upstream.clone()
+        sources = [x.clone().requires_grad_() for x in inputs]
+        out, grads = getattr(ops, f"{name}_vjp")(given, *sources, *more)
         torch.testing.assert_close(out.detach(), expected.detach(), **tolerance)
         for found, leaf in zip(grads, leaves, strict=True):
             torch.testing.assert_close(found, leaf.grad, **tolerance)
+        assert all(map(torch.equal, sources, inputs))  # what may be overwritten is the gradient alone

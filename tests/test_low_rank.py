@@ -66,6 +66,8 @@ def test_a_gradient_is_pulled_back_in_one_pass(N, K, outs, R, is_padded, threads
     lows = drawn(N, len(outs), R, seed=20)
     given = torch.cat((lows, torch.zeros(N, len(outs), -R % 16)), 2) if is_padded else lows
     dl, dBs = IN_CPP.pull_back(grads, Bs, given)
+    again, dBs_again = IN_CPP.pull_back(grads, Bs, given)
+    assert torch.equal(dl, again) and all(map(torch.equal, dBs, dBs_again))
     assert dl.shape == lows.shape and dl.is_contiguous()
     for i, (dY, B, dB) in enumerate(zip(grads, Bs, dBs, strict=True)):
         assert dB.shape == B.shape and dB.is_contiguous()

@@ -61,7 +61,8 @@ void thin_product(const float* a, long a_row, const float* b, long b_row, long t
   for (; columns > 0; columns -= WIDTH, b += WIDTH, c += WIDTH) {
     floats sums[SIZE][1] = {};
     for (long k = 0; k < terms; k += WIDTH) {
-      UNROLL for (long i = 0; i < SIZE; i++) __builtin_prefetch(next + i * a_row + k, 0, 2);
+      if (columns <= WIDTH)  // the last ones: till then these rows are wanted again
+        UNROLL for (long i = 0; i < SIZE; i++) __builtin_prefetch(next + i * a_row + k, 0, 2);
       sum_up(sums, a + k, a_row, 1, b + k * b_row, b_row, std::min(WIDTH, terms - k));
     }
     put(sums, c, c_row, false, columns, made);
@@ -99,7 +100,7 @@ void down(const float* x, const float* factors, float* lows, float* room, const 
 
 // Of one projection dl (rows, rank) = dY B and dB (columns, rank) = dYᵀ l, in one pass over dY (rows, columns). Rows of B
 // (columns, rank) and l (rows, rank) are so long that whole vectors can be read. room: for a dB of each thread but the
-// first; their sum in the threads' order is dB.
+// first; their sum in the threads' order is dB, whose last bits so depend on how many these are.
 void pull_back(const float* dY, const float* B, const float* l, float* dl, float* dB, float* room, long rows, long columns,
                long rank, long dY_row, long B_row, long l_row, long dl_row, int threads) {
   const long size = columns * rank;

@@ -2,12 +2,12 @@
 
     dl_i = dY_i B_i      dB_i = dY_iᵀ l_i      l_i = x̃_i A_iᵀ      dA_i = dl_iᵀ x̃_i      dx = Σ_i m_i ⊙ dl_i A_i
 
-LoRA (2106.09685) Eq. 3 of projections i that share x (N, in); x̃_i = m_i ⊙ x, m_i the mask of dropout. dY is far longer
-than what is made of it and comes from a cache that cores share: to read it once takes 0.65 to 0.9 of the time of two
-products of torch's. A mask is a function of a seed, the row and the column (a hash of the three), so x̃ is made a few
-rows at a time, in the cache, wherever it is needed. PEFT's dropout, with masks of its own for each projection, then
-keeps nothing and costs 6 % of a step of SmolLM2, where torch's ops on masks and masked copies cost 35 % and a fifth
-more memory.
+LoRA (2106.09685) Eq. 3 of projections i that share x (N, in), but for its scale, which products.py puts on l and dl;
+x̃_i = m_i ⊙ x, m_i the mask of dropout. dY is far longer than what is made of it and comes from a cache that cores
+share: to read it once takes 0.65 to 0.9 of the time of two products of torch's. A mask is a function of a seed, the row
+and the column (a hash of the three), so x̃ is made a few rows at a time, in the cache, wherever it is needed. PEFT's
+dropout, with masks of its own for each projection, then keeps nothing and costs 6 % of a step of SmolLM2, where torch's
+ops on masks and masked copies cost 35 % and a fifth more memory.
 
 low_rank.cpp beside this file is compiled on this machine (`compiled`), for float32. Of x without dropout torch's
 products are as fast and are used. The masks are others than those of `mini_forge.model.low_rank`, of the same
@@ -53,12 +53,14 @@ def down(x: torch.Tensor, As: Sequence[torch.Tensor], seeds: Sequence[Seed]) -> 
 def pull_back(grads: Sequence[torch.Tensor], Bs: Sequence[torch.Tensor], lows: torch.Tensor):
     if not _serves(lows, *grads, *Bs):
         return IN_TORCH.pull_back(grads, Bs, lows)
-    R, threads = Bs[0].shape[1], torch.get_num_threads()
+    N, R = len(lows), Bs[0].shape[1]
+    threads = max(1, min(torch.get_num_threads(), N // R))  # else their parts of dB would be longer than dY
     lows = _padded(lows, lows.shape[2])
-    grad_lows = torch.empty(*lows.shape[:2], R, dtype=lows.dtype, device=lows.device)
+    grad_lows = lows.new_empty(N, len(Bs), R)
     grad_Bs = [torch.empty(B.shape, dtype=B.dtype, device=B.device) for B in Bs]
+    room = lows.new_empty((threads - 1) * max(B.numel() for B in Bs))
     for dY, B, low, dl, dB in zip(grads, Bs, lows.unbind(1), grad_lows.unbind(1), grad_Bs, strict=True):
-        dY, B, room = _in_rows(dY), _padded(B, R), B.new_empty((threads - 1) * B.numel())
+        dY, B = _in_rows(dY), _padded(B, R)
         with named("pull_back"):
             _library().pull_back(
                 *(x.data_ptr() for x in (dY, B, low, dl, dB, room)), *dY.shape, R,

@@ -24,8 +24,9 @@ OPS = {"rms_norm": "norms", "rope_qk": "rope", "swiglu": "gated unit",
        "grouped_lora": "LoRA products", "rms_norm_vjp": "norms", "swiglu_vjp": "gated unit"}  # fmt: skip
 # Compiled functions, which torch does not see, by the ranges around their calls.
 COMPILED = {"attend": "attention", "attend_backward": "attention", "sum_parts": "attention", "rms_norm": "norms",
-            "rms_norm_gradient": "norms", "swiglu": "gated unit", "swiglu_gradient": "gated unit", "rotate": "rope",
-            "down": "LoRA products", "outer": "LoRA products", "up": "LoRA products"}  # fmt: skip
+            "rms_norm_gradient": "norms", "rms_norm_vjp": "norms", "swiglu": "gated unit",
+            "swiglu_gradient": "gated unit", "rotate": "rope",
+            **dict.fromkeys(("down", "pull_back", "outer", "up"), "LoRA products")}  # fmt: skip
 # Methods of modules.
 OTHERS = {"unit": "gated unit", "update": "LoRA products", "dequantized": "dequantizing", "expert": "dequantizing"}
 MATRIX = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm", "aten::linear", "aten::matmul",

@@ -17,14 +17,14 @@ from mini_forge.model.low_rank import IN_TORCH, LowRank
 @dataclass(frozen=True)
 class Ops:
     """Signatures and shapes are those of the functions of the same names in `mini_forge.model.functional`, and of
-    `rope_qk` here."""
+    `rope_qk` here, but where another is given."""
 
     name: str
     rms_norm: Callable
-    rms_norm_vjp: Callable  # of a frozen weight, and like `swiglu_vjp` what `functional.vjp` gives
+    rms_norm_vjp: Callable  # (dy, x, weight, eps), the weight frozen: what `functional.vjp` gives
     rope_qk: Callable
     swiglu: Callable
-    swiglu_vjp: Callable
+    swiglu_vjp: Callable  # (dh, gate, up): likewise
     clamped_swiglu: Callable
     attention: Callable
     token_nll: Callable | None = None  # of losses.py, which is used where this is None

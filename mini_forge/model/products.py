@@ -30,9 +30,9 @@ def adapted_products(
 ) -> tuple[torch.Tensor, ...]:
     """layer(make(*sources)) of each LoRALinear in `layers`; make None is the identity on one source.
 
-    make is called in the forward; its `vjp` (`functional.vjp`) in the backward. What it reads beside `sources` gets no
-    gradient, and its result (…, in) is not kept. factors: the layers' A, B, A, B, … where they are not to be read from
-    the layers. Returns (…, out) each, in the dtype of make's result."""
+    make is called in the forward, and in the backward its `vjp` (`functional.vjp`), or make again where no source needs
+    a gradient. What it reads beside `sources` gets none, and its result (…, in) is not kept. factors: the layers' A, B,
+    A, B, … where they are not to be read from the layers. Returns (…, out) each, in the dtype of make's result."""
     factors = lora_factors(layers) if factors is None else factors
     return _AdaptedProducts.apply(make, layers, seeds, len(sources), *sources, *factors)
 
@@ -66,8 +66,10 @@ class _AdaptedProducts(torch.autograd.Function):
         grad_lows, grad_Bs = ctx.low_rank.pull_back(grads, [B.to(dtype) for B in Bs], lows)
         grad_lows, grad_sources = _scaled(grad_lows, ctx.scales), [None] * ctx.count
         if any(needs[: ctx.count]):
-            vjp = ctx.make.vjp if ctx.make else lambda grad, x: (x, [grad])
-            x, grad_sources = vjp(_input_gradient(ctx, grads, grad_lows, As, dtype).view(*shape, -1), *sources)
+            grad_x = _input_gradient(ctx, grads, grad_lows, [A.to(dtype) for A in As])
+            grad_x = grad_x.view(*shape, ctx.bases[0].in_features)
+            x, grad_sources = ctx.make.vjp(grad_x, *sources) if ctx.make else (sources[0], [grad_x])
+            del grad_x  # which vjp may have overwritten
         else:
             x = ctx.make(*sources) if ctx.make else sources[0]
         grad_factors = [None] * (2 * len(As))
@@ -78,9 +80,8 @@ class _AdaptedProducts(torch.autograd.Function):
         return None, None, None, None, *grad_sources, *grad_factors
 
 
-def _input_gradient(ctx, grads, grad_lows, As, dtype: torch.dtype) -> torch.Tensor:
+def _input_gradient(ctx, grads, grad_lows, As) -> torch.Tensor:
     """dX of all layers together, (N, in), added up in one buffer."""
-    As = [A.to(dtype) for A in As]
     if any(ctx.seeds):
         grad_x = ctx.low_rank.up(grad_lows, As, ctx.seeds)
         for grad, base in zip(grads, ctx.bases, strict=True):
@@ -96,4 +97,6 @@ def _scaled(lows: torch.Tensor, scales: Sequence[float]) -> torch.Tensor:
     """Each layer's s times its part of lows (N, layers, R), in place."""
     if len(set(scales)) == 1:
         return lows.mul_(scales[0])
-    return lows.mul_(torch.tensor(scales, dtype=lows.dtype, device=lows.device)[:, None])
+    for low, scale in zip(lows.unbind(1), scales, strict=True):
+        low.mul_(scale)
+    return lows

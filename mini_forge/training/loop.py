@@ -193,7 +193,7 @@ class Loop:
             )
         else:
             self.optimizer.step()
-        self.optimizer.zero_grad()  # the same memory again: fresh pages cost more than zeroing
+        self.optimizer.zero_grad()
         return norm
 
     def _log_window(self):

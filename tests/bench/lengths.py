@@ -67,7 +67,7 @@ def measure(args) -> dict:
     from mini_forge.data.batches import collate
     from mini_forge.io.weights import load_base
     from mini_forge.model.lora import LoraSpec, inject
-    from mini_forge.providers import PROVIDERS
+    from mini_forge.providers import PROVIDERS, equip
     from mini_forge.training.loop import peak_memory_bytes
     from mini_forge.training.memory import keep_freed_memory
     from mini_forge.training.optim import clip_grad_norm, make_optimizer, parameter_groups
@@ -75,8 +75,10 @@ def measure(args) -> dict:
 
     keep_freed_memory()
     cpu = torch.device("cpu")
-    model = load_base(args.model, torch.float32, cpu, ops=PROVIDERS["unsloth"]().ops).train()
+    provider = PROVIDERS["unsloth"]()
+    model = load_base(args.model, torch.float32, cpu, ops=provider.ops).train()
     inject(model, LoraSpec(16, 32), torch.Generator().manual_seed(0))
+    equip(model, provider)
     model.recompute = None if args.recompute == "none" else args.recompute
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizer = make_optimizer("adamw_torch", parameter_groups(named, 0.001), 2e-4, 0.001, cpu)
@@ -86,7 +88,7 @@ def measure(args) -> dict:
         (result.total / result.count).backward()
         clip_grad_norm([p for _, p in named], 0.3)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad()
         losses.append(float(result.total.detach()) / result.count)
     return {"peak": peak_memory_bytes(cpu), "before": before, "losses": losses, "vocab": model.spec.vocab_size}
 

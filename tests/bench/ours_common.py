@@ -7,6 +7,7 @@ import time
 from bench_common import LORA, MAX_LENGTH, OPTIMIZATION, WARMUP_RATIO, print_result
 
 import mini_forge
+from mini_forge.quick_imports import quick_imports
 
 
 def settings(args) -> dict:
@@ -31,9 +32,11 @@ def run(settings: dict, started: float):
         times.append(time.time())
         records.append(record)
 
+    with quick_imports(is_own_process=True):  # as the command line does
+        train = mini_forge.train
     with tempfile.TemporaryDirectory() as folder:
         config = mini_forge.TrainingConfig.from_dict({**settings, "output_dir": f"{folder}/run"})
-        mini_forge.train(config, report=lambda line: print(line, file=sys.stderr), on_metrics=on_metrics)
+        train(config, report=lambda line: print(line, file=sys.stderr), on_metrics=on_metrics)
     ends = [0.0, *(record["seconds"] for record in records)]
     seconds = [after - before for before, after in zip(ends, ends[1:], strict=False)]
     print_result("mini_forge", seconds, [record["loss"] for record in records], times[0], started)
