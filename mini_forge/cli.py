@@ -83,6 +83,10 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("merge", help="write base + adapter as a full model folder")
     command.add_argument("run", metavar="RUN")
     command.add_argument("out", metavar="OUT_DIR")
+    command = commands.add_parser("report", help="curves and evaluations of runs, as one HTML page")
+    command.add_argument("runs", metavar="RUN", nargs="+", help="run folder, finished or not; several share charts")
+    command.add_argument("--out", metavar="FILE", help="default: report.html in the first RUN")
+
     commands.add_parser("schema", help="print the JSON Schema of a configuration")
     return parser
 
@@ -274,6 +278,13 @@ def _merge(options):
     print(f"largest logit difference between adapter-on and merged: {worst:.2e} ({deviations:.1e} of their deviation)")
 
 
+def _report(options):
+    with quick_imports(is_own_process=True):
+        from mini_forge.report import write_report
+
+    print(f"report saved in {write_report(options.runs, options.out)}")
+
+
 def _schema(options):
     from mini_forge.config import json_schema
 
@@ -281,4 +292,4 @@ def _schema(options):
 
 
 COMMANDS = {"train": _train, "check": _check, "eval": _eval, "generate": _generate, "chat": _chat, "merge": _merge,
-            "schema": _schema, "bench": _bench}  # fmt: skip
+            "report": _report, "schema": _schema, "bench": _bench}  # fmt: skip

@@ -19,10 +19,10 @@ from mini_forge.errors import ConfigError, DataError, TrainingError
 from mini_forge.inference.generate import evaluating, generate, spelled_end, until
 from mini_forge.inference.metrics import answer_f1, exact_match, perplexity, rouge
 from mini_forge.inference.spans import ContextSpans, TokenBytes
-from mini_forge.io.runs import write_atomic, write_json
+from mini_forge.io.runs import EVAL_FILE, write_atomic, write_json
 from mini_forge.model.decoder import Decoder
 
-METRICS_FILE, PREDICTIONS_FILE = "eval.json", "predictions.jsonl"
+PREDICTIONS_FILE = "predictions.jsonl"
 SAMPLES = 8  # rows generated for a task without scores: enough to look at
 
 
@@ -173,7 +173,7 @@ def write_eval(folder: str | Path, metrics: dict, predictions: Sequence[dict]):
     folder = Path(folder).expanduser()
     try:
         (folder / PREDICTIONS_FILE).unlink(missing_ok=True)
-        write_json(folder / METRICS_FILE, metrics)
+        write_json(folder / EVAL_FILE, metrics)
         if predictions:
             lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in predictions)
             write_atomic(folder / PREDICTIONS_FILE, "".join(lines))

@@ -36,9 +36,10 @@ FOREIGN = (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, TypeEr
            struct.error)  # fmt: skip
 STATE_PARTS = ("loop", "optimizer", "rng")  # the records in every trainer_state.pt
 REFERENCE_FILE, REWARD_FOLDER = "reference_logps.json", "reward"
+EVAL_FILE, REPORT_FILE = "eval.json", "report.html"
 RUN_FILES = (  # what a run and its evaluation write, but for the configuration, which the next run replaces
-    SUMMARY_FILE, METRICS_FILE, WEIGHTS_FILE, "adapter_config.json", "README.md", "eval.json",
-    "predictions.jsonl", REFERENCE_FILE,
+    SUMMARY_FILE, METRICS_FILE, WEIGHTS_FILE, "adapter_config.json", "README.md", EVAL_FILE,
+    "predictions.jsonl", REFERENCE_FILE, REPORT_FILE,
 )  # fmt: skip
 
 ROOM = 100  # bytes of a path that the names within a run's folder may need
