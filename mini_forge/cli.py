@@ -108,6 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     spin_briefly()
     try:
         options = build_parser().parse_args(arguments)
+        options.is_own_process = arguments is None  # else somebody calls us from theirs
         COMMANDS[options.command](options)
         return 0
     except UserError as error:
@@ -174,7 +175,7 @@ def refuse_contradiction(options):
 
 
 def _train(options):
-    with quick_imports(is_own_process=True):
+    with quick_imports(options.is_own_process):
         from mini_forge.progress import ProgressDisplay
         from mini_forge.run import train
         from mini_forge.training.loop import Interrupted, stop_signals
@@ -192,7 +193,7 @@ def _train(options):
 
 
 def _check(options):
-    with quick_imports(is_own_process=True):
+    with quick_imports(options.is_own_process):
         from mini_forge.check import check, dataset_problems, format_report
 
     refuse_contradiction(options)
@@ -207,7 +208,7 @@ def _check(options):
 
 def _bench(options):
     called = time.perf_counter()
-    with quick_imports(is_own_process=True):
+    with quick_imports(options.is_own_process):
         from mini_forge.bench.measure import bench, format_results
         from mini_forge.training.loop import Interrupted
 
@@ -224,7 +225,7 @@ def _bench(options):
 
 
 def _eval(options):
-    with quick_imports(is_own_process=True):
+    with quick_imports(options.is_own_process):
         from mini_forge.inference.evaluate import format_table, write_eval
         from mini_forge.use import evaluate_run
 
@@ -239,7 +240,7 @@ def _eval(options):
 
 
 def _generate(options):
-    with quick_imports(is_own_process=True):
+    with quick_imports(options.is_own_process):
         from mini_forge.use import Session
 
     session = Session.open(options.model, system_prompt=options.system)
@@ -248,7 +249,7 @@ def _generate(options):
 
 
 def _chat(options):
-    with quick_imports(is_own_process=True):
+    with quick_imports(options.is_own_process):
         from mini_forge.inference.chat import chat_loop
         from mini_forge.use import Session
 
@@ -269,7 +270,7 @@ def _sampling(options) -> dict:
 
 
 def _merge(options):
-    with quick_imports(is_own_process=True):
+    with quick_imports(options.is_own_process):
         from mini_forge.io.merge import largest_difference, merge_adapter
 
     out = merge_adapter(options.run, options.out)
@@ -279,7 +280,7 @@ def _merge(options):
 
 
 def _report(options):
-    with quick_imports(is_own_process=True):
+    with quick_imports(options.is_own_process):
         from mini_forge.report import write_report
 
     print(f"report saved in {write_report(options.runs, options.out)}")

@@ -1,50 +1,54 @@
-"""What runs were and how they went, on one HTML page that needs nothing else: facts, curves, evaluations.
+"""What runs were and how they went, on one HTML page that needs nothing else: curves, facts, evaluations.
 
 Curves are of all that metrics.jsonl holds; of a name and its `eval_` twin one chart is made. Several runs share their
 charts, each in its colour. A run that has not ended is shown as far as it is.
 """
 
+import errno
 import json
-import math
 import os
+import re
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 from mini_forge.config_plan import GIB
-from mini_forge.errors import ConfigError
-from mini_forge.io.records import read_json
+from mini_forge.errors import CheckpointError, ConfigError, reason_of
 from mini_forge.io.runs import (
     CONFIG_FILE,
     EVAL_FILE,
     METRICS_FILE,
     REPORT_FILE,
+    REPORT_MARK,
     REWARD_FOLDER,
+    RUN_FILES,
     SUMMARY_FILE,
     read_records,
     write_atomic,
 )
-from mini_forge.plots import COLOURS, Line, chart, number
+from mini_forge.plots import COLOURS, LARGEST, Line, chart, number
 
-MARK = "<!doctype html>\n<!-- mini_forge report -->\n"
 FIRST_CHARTS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes")
 NO_CHARTS = {"step", "epoch", "tokens", "seconds", "eval_seconds", "eval_tokens", "eval_rows", "eval_pairs"}
 TITLES = {"loss": "loss", "learning_rate": "learning rate", "grad_norm": "gradient norm, before clipping",
           "tokens_per_second": "tokens a second", "peak_memory_bytes": "peak memory, GiB"}  # fmt: skip
-# Of the configuration and of summary.json, in the order of the table.
-CONFIG_FACTS = ("model_name", "dataset", "task", "strategy", "loss_type", "provider", "learning_rate",
-                "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "max_seq_length",
-                "packing", "gradient_checkpointing", "lora_r", "lora_alpha", "lora_dropout", "seed")  # fmt: skip
-SUMMARY_FACTS = ("status", "steps", "rows", "tokens", "seconds", "tokens_per_second", "peak_memory_bytes",
-                 "trained_parameters", "train_loss_first", "train_loss_last", "eval_loss_first", "eval_loss_last",
-                 "best_eval_loss", "best_step", "precision", "quantization", "device")  # fmt: skip
+# Of the configuration, in the order of the table; then what summary.json has.
+FACTS = ("model_name", "dataset", "task", "strategy", "loss_type", "beta", "advantage", "kl_coef", "provider",
+         "learning_rate", "num_train_epochs", "reward_learning_rate", "reward_epochs", "per_device_train_batch_size",
+         "gradient_accumulation_steps", "max_seq_length", "packing", "gradient_checkpointing", "lora_r", "lora_alpha",
+         "lora_dropout", "seed")  # fmt: skip
+ONLY_OF = {"loss_type": "dpo", "beta": "dpo", "advantage": "rlhf", "kl_coef": "rlhf"}  # a strategy
+OF_REWARD = {"reward_learning_rate", "reward_epochs"}  # the training of a reward model, which has no
+OF_OTHERS = {"learning_rate", "num_train_epochs", "advantage", "kl_coef"}
 STYLE = """
 :root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif; }
-body { max-width: 1180px; margin: 2em auto; padding: 0 1em; }
-h1, h2 { font-weight: 600; } h1 { font-size: 1.4em; } h2 { font-size: 1.05em; margin: 0 0 .3em; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 1.6em; margin: 1.6em 0; }
+body { max-width: 1180px; margin: 2em auto; padding: 0 1em; overflow-wrap: anywhere; }
+h1, h2, h3 { font-weight: 600; }
+h1 { font-size: 1.4em; } h2 { font-size: 1.2em; } h3 { font-size: 1.05em; margin: 0 0 .3em; }
+.charts { display: grid; gap: 1.6em; margin: 1.6em 0;
+  grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); }
 svg { width: 100%; height: auto; } svg text { font-size: 11px; fill: currentColor; }
-.grid { stroke: currentColor; opacity: .18; } .key { margin-right: 1.2em; white-space: nowrap; }
+.grid { stroke: currentColor; opacity: .18; } .key { margin-right: 1.2em; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; margin: 1em 0; }
 th, td { text-align: left; padding: .2em 1.2em .2em 0; border-bottom: 1px solid #8884; vertical-align: top; }
 th { font-weight: 600; }
@@ -53,77 +57,97 @@ th { font-weight: 600; }
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder as read: the records of metrics.jsonl; configuration, summary and eval.json, {} where missing."""
+    """A run's folder as read: the records of metrics.jsonl; configuration, summary and eval.json, {} where missing.
+    is_reward: it is the training of a reward model, before rlhf's own."""
 
     name: str
+    folder: Path
     records: list[dict]
     config: dict
     summary: dict
     evaluation: dict
+    is_reward: bool = False
 
     def points(self, name: str) -> list[tuple[float, float]]:
-        """(step, value) wherever a record has a number of that name."""
+        """(step, value) wherever a record has a number of that name, by step."""
         scale = GIB if name.endswith("_bytes") else 1
-        return [(r["step"], r[name] / scale) for r in self.records if _is_number(r.get(name))]
+        found = ((r["step"], r[name] / scale) for r in self.records if is_number(r.get(name)) and is_number(r["step"]))
+        return sorted(found, key=lambda point: point[0])
 
 
 def write_report(folders: list[str], out: str | None = None) -> Path:
     """Write the page about `folders` to `out`, or to report.html in the first of them. Returns where.
 
     Raises UserError for a folder that is no run, a file of it that is damaged, and an `out` that is something else."""
-    runs = [run for folder in folders for run in read_run(folder)]
-    names = [run.name for run in runs]
-    problem = next((name for name in names if names.count(name) > 1), None)
-    if problem is not None:
-        raise ConfigError(f"arguments: {problem!r} is given twice; give every run once")
-    target = Path(out or Path(folders[0], REPORT_FILE)).expanduser()
-    _check_target(target)
-    write_atomic(target, page(runs))
+    try:
+        runs = [run for folder in folders for run in read_run(folder)]
+        places = [run.folder for run in runs]
+        twice = next((run for i, run in enumerate(runs) if run.folder in places[:i]), None)
+        if twice is not None:
+            raise ConfigError(f"arguments: {twice.name!r} is given twice; give every run once")
+        target = _expanded(folders[0]) / REPORT_FILE if out is None else _expanded(out)
+        _check_target(target)
+        write_atomic(target, page(runs))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = error.filename or "report"
+        raise ConfigError(f"{place}: cannot be read or written ({reason_of(error)}); give what can be") from None
     return target
 
 
 def read_run(folder: str) -> list[Run]:
     """The run in `folder` and, of rlhf, the training of its reward model before it."""
-    path = Path(folder).expanduser()
-    if not path.is_dir():
+    path, name = _expanded(folder), folder.rstrip(os.sep) or folder
+    if not os.path.isdir(path):
         raise ConfigError(f"arguments: {folder!r} is not a folder; report takes folders that train has written")
-    name = folder.rstrip(os.sep) or folder
-    stages = {f"{name}: reward model": path / REWARD_FOLDER, name: path}
-    if not any((place / METRICS_FILE).is_file() for place in stages.values()):
+    stages = {path / REWARD_FOLDER: f"{name}: reward model", path: name}
+    if not any(os.path.isfile(place / METRICS_FILE) for place in stages):
         raise ConfigError(f"{path}: has no {METRICS_FILE}; report takes folders that train has written")
-    runs = [_read_stage(name, place) for name, place in stages.items()]
-    runs = [run for run in runs if run.records]
+    runs = []
+    for place, name in stages.items():
+        records = read_records(place / METRICS_FILE)
+        if records:
+            files = (_read(place / file) for file in (CONFIG_FILE, SUMMARY_FILE, EVAL_FILE))
+            runs.append(Run(name, place.resolve(), records, *files, is_reward=place != path))
     if not runs:
         raise ConfigError(f"{path / METRICS_FILE}: holds no record yet; wait for the first step")
     return runs
 
 
-def _read_stage(name: str, place: Path) -> Run:
-    files = (place / CONFIG_FILE, place / SUMMARY_FILE, place / EVAL_FILE)
-    return Run(name, read_records(place / METRICS_FILE), *(read_json(f) if f.is_file() else {} for f in files))
+def _read(file: Path) -> dict:
+    """Its JSON object; {} where there is no such file."""
+    try:
+        value = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: must hold a JSON object; delete it, and the report leaves it out")
+    return value
 
 
 def page(runs: list[Run]) -> str:
     """The whole page, as text."""
     title = "mini_forge: " + ", ".join(run.name for run in runs)
     keys = "".join(
-        f'<span class="key" style="color: {COLOURS[i % len(COLOURS)]}">&#9644; {escape(run.name)}</span>'
+        f'<span class="key" style="color: {COLOURS[i % len(COLOURS)]}">&#9644; {_text(run.name)}</span>'
         for i, run in enumerate(runs)
     )
-    charts = "\n".join(
-        f"<section><h2>{escape(TITLES.get(name, name.replace('_', ' ')))}</h2>\n{_chart(runs, name)}</section>"
-        for name in chart_names(runs)
-    )
-    evaluated = [run for run in runs if run.evaluation]
-    tables = [_table(runs, [_facts(run) for run in runs])]
-    if evaluated:
-        tables.append("<h2>eval</h2>\n" + _table(evaluated, [run.evaluation for run in evaluated]))
-    return (
-        f'{MARK}<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n<h1>{escape(title)}</h1>\n"
-        f"<p>{keys}<br>Solid: training. Dashed: evaluation.</p>\n"
-        f'<div class="charts">\n{charts}\n</div>\n' + "\n".join(tables) + "\n</html>\n"
-    )
+    parts = [
+        f'{REPORT_MARK}<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
+        f"<title>{_text(title)}</title>\n<style>{STYLE}</style>\n<h1>{_text(title)}</h1>",
+        f"<p>{keys}<br>Solid: training. Dashed: evaluation.</p>",
+    ]
+    for is_reward, heading in ((False, "training"), (True, "reward model")):  # whose losses are another's
+        those = [(i, run) for i, run in enumerate(runs) if run.is_reward == is_reward]
+        parts += [f"<h2>{heading}</h2>\n{_charts(those)}"] if those else []
+    parts.append(f"<h2>facts</h2>\n{_table(runs, [_facts(run) for run in runs])}")
+    if evaluated := [run for run in runs if run.evaluation]:
+        parts.append(f"<h2>eval</h2>\n{_table(evaluated, [run.evaluation for run in evaluated])}")
+    # What is no text, as half a surrogate pair, is shown by its number.
+    return "\n".join([*parts, "</html>\n"]).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def chart_names(runs: list[Run]) -> list[str]:
@@ -131,33 +155,43 @@ def chart_names(runs: list[Run]) -> list[str]:
     found = dict.fromkeys(
         name.removeprefix("eval_")
         for run in runs for record in run.records for name, value in record.items()
-        if name not in NO_CHARTS and _is_number(value)
+        if name not in NO_CHARTS and is_number(value) and is_number(record["step"])
     )  # fmt: skip
     return [*(name for name in FIRST_CHARTS if name in found), *(name for name in found if name not in FIRST_CHARTS)]
 
 
-def _chart(runs: list[Run], name: str) -> str:
-    lines = [
-        Line(f"{run.name}, {full}", points, i, is_dashed=full != name)
-        for i, run in enumerate(runs) for full in (name, f"eval_{name}") if (points := run.points(full))
-    ]  # fmt: skip
-    return chart(lines, "step")
+def _charts(runs: list[tuple[int, Run]]) -> str:
+    """runs: each with the place of its colour."""
+    sections = []
+    for name in chart_names([run for _, run in runs]):
+        lines = [
+            Line(_plain(f"{run.name}, {full}"), points, i, is_dashed=full != name)
+            for i, run in runs for full in (name, f"eval_{name}") if (points := run.points(full))
+        ]  # fmt: skip
+        title = _text(TITLES.get(name, name.replace("_", " ")))
+        sections.append(f"<section><h3>{title}</h3>\n{chart(lines, 'step')}</section>")
+    return '<div class="charts">\n' + "\n".join(sections) + "\n</div>"
 
 
 def _facts(run: Run) -> dict:
-    unused = {"loss_type"} if run.config.get("strategy") != "dpo" else set()
-    facts = {name: run.config[name] for name in CONFIG_FACTS if name in run.config and name not in unused}
+    """What the run was told and, but for lists and the like, what its summary tells."""
+    strategy = run.config.get("strategy")
+    left_out = {name for name, only in ONLY_OF.items() if only != strategy}
+    left_out |= OF_OTHERS if run.is_reward else OF_REWARD
+    told = {name: run.config[name] for name in FACTS if name in run.config and name not in left_out}
+    facts = {name: json.dumps(value) if isinstance(value, float) else value for name, value in told.items()}
     if not run.summary:
         facts |= {"status": "not finished", "steps": run.records[-1]["step"]}
-    return facts | {name: run.summary[name] for name in SUMMARY_FACTS if name in run.summary}
+    return facts | {name: value for name, value in run.summary.items() if not isinstance(value, dict | list)}
 
 
 def _table(runs: list[Run], facts: list[dict]) -> str:
     """A column a run, a row a fact that any has."""
     names = dict.fromkeys(name for each in facts for name in each)
-    head = "".join(f"<th>{escape(run.name)}</th>" for run in runs)
+    names = sorted(names, key=lambda name: FACTS.index(name) if name in FACTS else len(FACTS))
+    head = "".join(f"<th>{_text(run.name)}</th>" for run in runs)
     rows = "\n".join(
-        f"<tr><th>{escape(name)}</th>" + "".join(f"<td>{_cell(name, each.get(name))}</td>" for each in facts) + "</tr>"
+        f"<tr><th>{_text(name)}</th>" + "".join(f"<td>{_cell(name, each.get(name))}</td>" for each in facts) + "</tr>"
         for name in names
     )
     return f'<div class="scroll"><table>\n<tr><th></th>{head}</tr>\n{rows}\n</table></div>'
@@ -166,22 +200,44 @@ def _table(runs: list[Run], facts: list[dict]) -> str:
 def _cell(name: str, value) -> str:
     if value is None:
         return "–"
-    if _is_number(value) and name.endswith("_bytes"):
+    if is_number(value) and name.endswith("_bytes"):
         return f"{value / GIB:.2f} GiB"
-    if isinstance(value, float):
-        return number(value)
-    return escape(f"{value:,}" if type(value) is int else value if isinstance(value, str) else json.dumps(value))
+    if is_number(value):
+        return f"{value:,}" if isinstance(value, int) else number(value)
+    return _text(value if isinstance(value, str) else json.dumps(value))
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value) -> bool:
+    """Whether it can be drawn: no NaN, no infinity, and nothing of which a difference would be one."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+
+
+def _plain(text: str) -> str:
+    """Without the control characters that a page must not hold."""
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", "\N{REPLACEMENT CHARACTER}", text)
+
+
+def _text(text: str) -> str:
+    return escape(_plain(text))
+
+
+def _expanded(path: str) -> Path:
+    return Path(os.path.expanduser(path))
 
 
 def _check_target(target: Path):
-    """It is written over only where it is a report."""
-    if target.is_dir():
-        raise ConfigError(f"--out: {str(target)!r} is a folder; name a file")
-    if not target.parent.is_dir():
+    """It is written over only where it is a report, or empty."""
+    shown = str(target)
+    if os.path.isdir(target):
+        raise ConfigError(f"--out: {shown!r} is a folder; name a file")
+    if not os.path.isdir(target.parent):
         raise ConfigError(f"--out: {str(target.parent)!r} is not a folder; make it, or name another file")
-    if target.exists() and not target.read_bytes().startswith(MARK.encode()):
-        raise ConfigError(f"--out: {str(target)!r} exists and is no report; name another file")
+    if target.name in {CONFIG_FILE, *RUN_FILES} - {REPORT_FILE}:
+        raise ConfigError(f"--out: {target.name} is a file of a run; name another file")
+    if not os.path.lexists(target):
+        return
+    if os.path.islink(target) or not os.path.isfile(target):
+        raise ConfigError(f"--out: {shown!r} is no plain file; name another")
+    with open(target, "rb") as file:
+        if file.read(len(REPORT_MARK)) not in (b"", REPORT_MARK.encode()):
+            raise ConfigError(f"--out: {shown!r} exists and is no report; name another file")

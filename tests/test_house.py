@@ -70,7 +70,8 @@ def test_importing_mini_forge_loads_no_torch():
 
 @pytest.mark.parametrize("collects", [True, False])
 @pytest.mark.parametrize(("imports", "is_frozen"), [
-    ("mini_forge.train", False), ("from mini_forge.cli import main; main(['check', 'no such file'])", True),
+    ("mini_forge.train", False), ("from mini_forge.cli import main; main(['check', 'no such file'])", False),
+    ("from mini_forge.cli import main; sys.argv[1:] = ['check', 'no such file']; main()", True),
 ])  # fmt: skip
 def test_imports_collect_no_garbage_and_a_command_leaves_aside_what_they_made(imports, is_frozen, collects):
     code = f"""

@@ -8,10 +8,11 @@ from torch import nn
 
 from mini_forge.errors import ConfigError
 from mini_forge.model.lora import LoRALinear, LoraSpec, disabled, inject, lora_layers, merge, project
-from mini_forge.model.low_rank import draw_seeds, dropout_keep
+from mini_forge.model.low_rank import IN_TORCH, draw_seeds, dropout_keep
 from mini_forge.model.ops import Differentiable
 from mini_forge.model.products import adapted_products
 from mini_forge.model.quant import Linear4bit, Linear8bit
+from mini_forge_kernels.low_rank import IN_CPP
 from tests.tiny import random_model
 
 
@@ -201,11 +202,12 @@ def test_shared_projections_equal_separate_ones_and_respect_disabling():
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0, 5)])
 @pytest.mark.parametrize("make", [None, nn.Identity()], ids=["itself", "made"])
-def test_of_no_tokens_there_is_a_gradient_too(shape, make):
-    if make is not None:
-        make = Differentiable.of(make)
-    layers = [layer().train() for _ in range(2)]
-    x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
-    outs = adapted_products(make, (x,), layers, draw_seeds(layers))
+@pytest.mark.parametrize(("low_rank", "dtype"), [(IN_TORCH, torch.float64), (IN_CPP, torch.float32)])
+def test_of_no_tokens_there_is_a_gradient_too(low_rank, dtype, shape, make):
+    layers = [layer(dtype=dtype).train() for _ in range(2)]
+    for one in layers:
+        one.low_rank = low_rank
+    x = torch.zeros(shape, dtype=dtype, requires_grad=True)
+    outs = adapted_products(make and Differentiable.of(make), (x,), layers, draw_seeds(layers))
     sum(out.sum() for out in outs).backward()
     assert x.grad.shape == shape and not layers[0].lora_B.grad.any() and not layers[1].lora_A.grad.any()

@@ -13,7 +13,8 @@ from mini_forge_kernels.low_rank import IN_CPP, reason_not
 pytestmark = pytest.mark.skipif(reason_not() is not None, reason=str(reason_not()))
 # N, in, out of each projection, R: one of all; odd ones; several tiles and blocks, ranks off and beyond a vector.
 SHAPES = [(1, 1, (1,), 1), (1, 5, (3,), 2), (7, 33, (10, 20), 8), (9, 48, (16,), 16), (131, 576, (64, 48, 48), 16),
-          (300, 100, (70, 8), 24), (129, 144, (5,), 130), (0, 8, (4,), 2)]  # fmt: skip
+          (300, 100, (70, 8), 24), (129, 144, (5,), 130), (40, 33, (10, 20), 2), (64, 48, (16,), 4),
+          (0, 8, (4,), 2)]  # fmt: skip
 
 
 def drawn(*shape, seed=0):

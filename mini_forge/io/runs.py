@@ -37,6 +37,7 @@ FOREIGN = (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, TypeEr
 STATE_PARTS = ("loop", "optimizer", "rng")  # the records in every trainer_state.pt
 REFERENCE_FILE, REWARD_FOLDER = "reference_logps.json", "reward"
 EVAL_FILE, REPORT_FILE = "eval.json", "report.html"
+REPORT_MARK = "<!doctype html>\n<!-- mini_forge report -->\n"  # what begins so is our own
 RUN_FILES = (  # what a run and its evaluation write, but for the configuration, which the next run replaces
     SUMMARY_FILE, METRICS_FILE, WEIGHTS_FILE, "adapter_config.json", "README.md", EVAL_FILE,
     "predictions.jsonl", REFERENCE_FILE, REPORT_FILE,
@@ -52,9 +53,9 @@ def write_atomic(path: Path, text: str):
 
 def _staged(path: Path, text: str) -> Path:
     """The text on the disk under a temporary name beside `path`."""
-    temporary = path.with_name(TEMPORARY + path.name)
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    temporary, content = path.with_name(TEMPORARY + path.name), text.encode("utf-8")
+    with temporary.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     return temporary
@@ -218,8 +219,16 @@ class RunFolder:
         is_model = (self.path / "config.json").exists()  # then the tokenizer is the model's, and no run's copy
         keeps_reference = config.get("strategy") == "dpo" and config.get("precompute_reference")  # its key is checked
         for name in RUN_FILES if is_model else (*RUN_FILES, *TOKENIZER_FILES):
-            if not (name == REFERENCE_FILE and keeps_reference):
+            if not ((name == REFERENCE_FILE and keeps_reference) or (name == REPORT_FILE and self._is_anothers(name))):
                 (self.path / name).unlink(missing_ok=True)
+
+    def _is_anothers(self, name: str) -> bool:
+        """Whether the page of that name is one that the user put there."""
+        try:
+            with (self.path / name).open("rb") as file:
+                return file.read(len(REPORT_MARK)) != REPORT_MARK.encode()
+        except FileNotFoundError:
+            return False
 
     def is_finished(self) -> bool:
         summary = self.path / SUMMARY_FILE
