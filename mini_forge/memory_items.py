@@ -1,8 +1,8 @@
 """What each part of a training step takes in memory, from shapes alone: the arithmetic under `memory_plan.py`.
 
-What stays (weights as stored, adapter, optimizer states; gradients, for as long as a step lasts) is exact. Activations
-are what each layer's backward keeps, counted off the code in `model/decoder.py`, `model/products.py` and the kernels; a
-test trains and compares. N tokens of a microbatch, D H K C F V R E as everywhere, b bytes of the training dtype.
+What stays (weights as stored, adapter, gradients, optimizer states) is exact. Activations are what each layer's
+backward keeps, counted off the code in `model/decoder.py`, `model/products.py` and the kernels; a test trains and
+compares. N tokens of a microbatch, D H K C F V R E as everywhere, b bytes of the training dtype.
 """
 
 import math

@@ -59,10 +59,13 @@ class AdamW:
                 maximize=False,
             )  # fmt: skip
 
-    def zero_grad(self):
-        """Drops the gradients: the next backward's become them as they are, where zeros would be added to."""
-        for p in _parameters(self):
-            p.grad = None
+    def zero_grad(self, set_to_none: bool = True):
+        grads = [p.grad for p in _parameters(self) if p.grad is not None]
+        if set_to_none:
+            for p in _parameters(self):
+                p.grad = None
+        elif grads:
+            torch._foreach_zero_(grads)
 
 
 Optimizer = AdamW | torch.optim.Optimizer

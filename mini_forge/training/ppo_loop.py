@@ -172,7 +172,7 @@ class PPO:
                     sums[name] = sums.get(name, 0.0) + value
                 tokens += count
                 if settings.target_kl is not None and new["approx_kl"] / count > settings.target_kl:
-                    self.optimizer.zero_grad()
+                    self.optimizer.zero_grad(set_to_none=False)
                     return self._told(sums, tokens, done, rate, norm)
                 norm = self._step(rate)
                 done += 1
@@ -228,7 +228,7 @@ class PPO:
                 f"update {self.progress.step + 1}: the gradient's norm is {norm}, not a finite number; lower "
                 "learning_rate, or use bf16 or float32 instead of fp16"
             )
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=False)
         return norm
 
     def _log_window(self):

@@ -88,7 +88,7 @@ def measure(args) -> dict:
         (result.total / result.count).backward()
         clip_grad_norm([p for _, p in named], 0.3)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)
         losses.append(float(result.total.detach()) / result.count)
     return {"peak": peak_memory_bytes(cpu), "before": before, "losses": losses, "vocab": model.spec.vocab_size}
 
