@@ -5,7 +5,6 @@ Exit codes: 0 done; 2 the user's input is wrong, one line `error: …` on stderr
 """
 
 import argparse
-import errno
 import json
 import os
 import sys
@@ -14,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from mini_forge import __version__
-from mini_forge.errors import ConfigError, TrainingError, UserError, is_out_of_memory
+from mini_forge.errors import ConfigError, TrainingError, UserError, is_disk_full, is_out_of_memory
 from mini_forge.quick_imports import quick_imports
 
 
@@ -83,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("merge", help="write base + adapter as a full model folder")
     command.add_argument("run", metavar="RUN")
     command.add_argument("out", metavar="OUT_DIR")
+
     command = commands.add_parser("report", help="curves and evaluations of runs, as one HTML page")
     command.add_argument("runs", metavar="RUN", nargs="+", help="run folder, finished or not; several share charts")
     command.add_argument("--out", metavar="FILE", help="default: report.html in the first RUN")
@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_disk_full(error):
             raise  # our own mistake, as above
         print(f"error: {error.filename or 'standard output'}: {error.strerror}; make room", file=sys.stderr)
         sys.stdout = None  # what could not be written is not tried again at exit

@@ -4,6 +4,8 @@
 `TrainingError` (exit 1) is a run that started and failed: non-finite loss, out of memory, disk full.
 """
 
+import errno
+
 
 class UserError(ValueError):
     """The input is wrong. `problems` lists every fault, one line each."""
@@ -32,6 +34,11 @@ class TrainingError(RuntimeError):
 def reason_of(error: OSError | ValueError) -> str:
     """Why a file could not be opened or read: the system's words, or Python's, which refuses a NUL in a name."""
     return getattr(error, "strerror", None) or str(error)
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether there is no room left to write, on the disk or in the user's share of it."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

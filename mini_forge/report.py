@@ -4,7 +4,6 @@ Curves are of all that metrics.jsonl holds; of a name and its `eval_` twin one c
 charts, each in its colour. A run that has not ended is shown as far as it is.
 """
 
-import errno
 import json
 import os
 import re
@@ -13,7 +12,7 @@ from html import escape
 from pathlib import Path
 
 from mini_forge.config_plan import GIB
-from mini_forge.errors import CheckpointError, ConfigError, reason_of
+from mini_forge.errors import CheckpointError, ConfigError, is_disk_full, reason_of
 from mini_forge.io.runs import (
     CONFIG_FILE,
     EVAL_FILE,
@@ -23,6 +22,7 @@ from mini_forge.io.runs import (
     REWARD_FOLDER,
     RUN_FILES,
     SUMMARY_FILE,
+    is_report,
     read_records,
     write_atomic,
 )
@@ -89,7 +89,7 @@ def write_report(folders: list[str], out: str | None = None) -> Path:
         _check_target(target)
         write_atomic(target, page(runs))
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             raise
         place = error.filename or "report"
         raise ConfigError(f"{place}: cannot be read or written ({reason_of(error)}); give what can be") from None
@@ -238,6 +238,5 @@ def _check_target(target: Path):
         return
     if os.path.islink(target) or not os.path.isfile(target):
         raise ConfigError(f"--out: {shown!r} is no plain file; name another")
-    with open(target, "rb") as file:
-        if file.read(len(REPORT_MARK)) not in (b"", REPORT_MARK.encode()):
-            raise ConfigError(f"--out: {shown!r} exists and is no report; name another file")
+    if target.stat().st_size and not is_report(target):
+        raise ConfigError(f"--out: {shown!r} exists and is no report; name another file")

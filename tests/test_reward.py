@@ -282,7 +282,7 @@ def test_training_one_adapter_between_swaps_is_training_it_alone(head):
         for _ in range(3):
             reward_objective(head).loss(model, collate_pairs(PAIRS)).total.backward()
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=False)
             if with_swaps:
                 model_scorer(model, other, head)([rollout([5, 6], [7])])
         results.append(copied_factors(model))

@@ -43,7 +43,7 @@ def down(x: torch.Tensor, As: Sequence[torch.Tensor], seeds: Sequence[Seed]) -> 
     if not (any(seeds) and _serves(x, *As)):
         return IN_TORCH.down(x, As, seeds)
     (N, K), x = x.shape, _in_rows(x)
-    factors = torch.cat([_padded(A.t(), len(A)) for A in As], dim=1)
+    factors = torch.cat([_padded(A.t()) for A in As], dim=1)
     lows = fresh((N, len(As), factors.shape[1] // len(As)), x.dtype, x.device)
     room = torch.empty(torch.get_num_threads(), 8 * K, dtype=x.dtype, device=x.device)
     _call("down", (x, factors, lows, room), seeds, N, K, len(As), x.stride(0), lows.shape[2])
@@ -55,12 +55,12 @@ def pull_back(grads: Sequence[torch.Tensor], Bs: Sequence[torch.Tensor], lows: t
         return IN_TORCH.pull_back(grads, Bs, lows)
     N, R = len(lows), Bs[0].shape[1]
     threads = max(1, min(torch.get_num_threads(), N // R))  # else their parts of dB would be longer than dY
-    lows = _padded(lows, lows.shape[2])
+    lows = _padded(lows)
     grad_lows = lows.new_empty(N, len(Bs), R)
     grad_Bs = [torch.empty(B.shape, dtype=B.dtype, device=B.device) for B in Bs]
     room = lows.new_empty((threads - 1) * max(B.numel() for B in Bs))
     for dY, B, low, dl, dB in zip(grads, Bs, lows.unbind(1), grad_lows.unbind(1), grad_Bs, strict=True):
-        dY, B = _in_rows(dY), _padded(B, R)
+        dY, B = _in_rows(dY), _padded(B)
         with named("pull_back"):
             _library().pull_back(
                 *(x.data_ptr() for x in (dY, B, low, dl, dB, room)), *dY.shape, R,
@@ -111,9 +111,9 @@ def _in_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _padded(x: torch.Tensor, columns: int) -> torch.Tensor:
-    """x (…, columns) in rows, with zeros behind each up to a multiple of WIDTH."""
-    more = -columns % WIDTH
+def _padded(x: torch.Tensor) -> torch.Tensor:
+    """x in rows, with zeros behind each up to a multiple of WIDTH."""
+    more = -x.shape[-1] % WIDTH
     return F.pad(x, (0, more)) if more else x.contiguous()
 
 

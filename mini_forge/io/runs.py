@@ -5,7 +5,6 @@ is a folder `checkpoints/step-N` that appears by one rename; a half-written one 
 away by the next run.
 """
 
-import errno
 import fcntl
 import hashlib
 import io
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 
 from mini_forge.data.tokenizer import FILES as TOKENIZER_FILES
-from mini_forge.errors import CheckpointError, ConfigError, TrainingError, is_out_of_memory
+from mini_forge.errors import CheckpointError, ConfigError, TrainingError, is_disk_full, is_out_of_memory
 from mini_forge.io.adapters import WEIGHTS_FILE
 from mini_forge.io.records import read_json
 
@@ -36,11 +35,11 @@ FOREIGN = (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, TypeEr
            struct.error)  # fmt: skip
 STATE_PARTS = ("loop", "optimizer", "rng")  # the records in every trainer_state.pt
 REFERENCE_FILE, REWARD_FOLDER = "reference_logps.json", "reward"
-EVAL_FILE, REPORT_FILE = "eval.json", "report.html"
+EVAL_FILE, PREDICTIONS_FILE, REPORT_FILE = "eval.json", "predictions.jsonl", "report.html"
 REPORT_MARK = "<!doctype html>\n<!-- mini_forge report -->\n"  # what begins so is our own
 RUN_FILES = (  # what a run and its evaluation write, but for the configuration, which the next run replaces
-    SUMMARY_FILE, METRICS_FILE, WEIGHTS_FILE, "adapter_config.json", "README.md", EVAL_FILE,
-    "predictions.jsonl", REFERENCE_FILE, REPORT_FILE,
+    SUMMARY_FILE, METRICS_FILE, WEIGHTS_FILE, "adapter_config.json", "README.md", EVAL_FILE, PREDICTIONS_FILE,
+    REFERENCE_FILE, REPORT_FILE,
 )  # fmt: skip
 
 ROOM = 100  # bytes of a path that the names within a run's folder may need
@@ -207,7 +206,7 @@ class RunFolder:
             place.with_name(TEMPORARY + place.name).unlink(missing_ok=True)
             if is_new and self.path.exists() and not any(self.path.iterdir()):
                 self.path.rmdir()
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if is_disk_full(error):
                 raise TrainingError(f"{self.path}: {error.strerror}; no checkpoint was saved yet") from None
             raise ConfigError(
                 f"output_dir: {str(self.path)!r} cannot be made or cleared ({error.strerror}); name another folder"
@@ -219,16 +218,10 @@ class RunFolder:
         is_model = (self.path / "config.json").exists()  # then the tokenizer is the model's, and no run's copy
         keeps_reference = config.get("strategy") == "dpo" and config.get("precompute_reference")  # its key is checked
         for name in RUN_FILES if is_model else (*RUN_FILES, *TOKENIZER_FILES):
-            if not ((name == REFERENCE_FILE and keeps_reference) or (name == REPORT_FILE and self._is_anothers(name))):
-                (self.path / name).unlink(missing_ok=True)
-
-    def _is_anothers(self, name: str) -> bool:
-        """Whether the page of that name is one that the user put there."""
-        try:
-            with (self.path / name).open("rb") as file:
-                return file.read(len(REPORT_MARK)) != REPORT_MARK.encode()
-        except FileNotFoundError:
-            return False
+            file = self.path / name
+            is_users = name == REPORT_FILE and file.exists() and not is_report(file)
+            if not (is_users or (name == REFERENCE_FILE and keeps_reference)):
+                file.unlink(missing_ok=True)
 
     def is_finished(self) -> bool:
         summary = self.path / SUMMARY_FILE
@@ -295,6 +288,12 @@ class RunFolder:
         """Forget lines written after checkpoint `step`: the resumed run writes them again."""
         kept = [record for record in self.metrics() if record["step"] <= step]
         write_atomic(self.path / METRICS_FILE, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def is_report(path: Path) -> bool:
+    """Whether the file there is a page that `report` has written."""
+    with path.open("rb") as file:
+        return file.read(len(REPORT_MARK)) == REPORT_MARK.encode()
 
 
 def read_records(path: Path) -> list[dict]:
