@@ -83,6 +83,11 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("run", metavar="RUN")
     command.add_argument("out", metavar="OUT_DIR")
 
+    command = commands.add_parser("export", help="write base + adapter as one GGUF file, for llama.cpp and Ollama")
+    command.add_argument("run", metavar="RUN")
+    command.add_argument("out", metavar="OUT.gguf")
+    command.add_argument("--type", default="f16", choices=("f16", "bf16", "q8_0"), help="of the weights; default: f16")
+
     command = commands.add_parser("report", help="curves and evaluations of runs, as one HTML page")
     command.add_argument("runs", metavar="RUN", nargs="+", help="run folder, finished or not; several share charts")
     command.add_argument("--out", metavar="FILE", help="default: report.html in the first RUN")
@@ -279,6 +284,15 @@ def _merge(options):
     print(f"largest logit difference between adapter-on and merged: {worst:.2e} ({deviations:.1e} of their deviation)")
 
 
+def _export(options):
+    with quick_imports(options.is_own_process):
+        from mini_forge.export.gguf_file import export_gguf
+
+    for note in export_gguf(options.run, options.out, options.type):
+        print(f"note: {note}")
+    print(f"merged model saved in {options.out}")
+
+
 def _report(options):
     with quick_imports(options.is_own_process):
         from mini_forge.report import write_report
@@ -293,4 +307,4 @@ def _schema(options):
 
 
 COMMANDS = {"train": _train, "check": _check, "eval": _eval, "generate": _generate, "chat": _chat, "merge": _merge,
-            "report": _report, "schema": _schema, "bench": _bench}  # fmt: skip
+            "export": _export, "report": _report, "schema": _schema, "bench": _bench}  # fmt: skip

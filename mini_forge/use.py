@@ -41,8 +41,7 @@ class Session:
     @classmethod
     def open(cls, path: str, system_prompt: str | None = None, device: str = "auto") -> "Session":
         """path: a run or adapter folder, a model folder, or a hub ID."""
-        record = Path(os.path.expanduser(path)) / CONFIG_FILE
-        config = TrainingConfig.from_file(record) if os.path.isfile(record) else None
+        config, tokenizer, template = spelling_of(path)
         if config is not None:
             config = replace(config, device=device)  # where it is used, not where it was trained
             plan = resolve(config, detect_machine(device))
@@ -52,11 +51,6 @@ class Session:
             machine = detect_machine(device)
             dtype = torch.bfloat16 if machine.device == "cuda" and machine.has_bf16 else torch.float32
             model = load_model(path, dtype, machine.device)
-        tokenizer = load_tokenizer(path)
-        chosen = (
-            (config.chat_template, config.model_name, config.task) if config else (None, str(path), "text-generation")
-        )
-        template = choose_template(chosen[0], chosen[1], tokenizer, chosen[2])
         if system_prompt is None and config is not None:
             system_prompt = config.system_prompt
         return cls(model, tokenizer, template, system_prompt, config)
@@ -87,6 +81,14 @@ class Session:
             on_token=lambda _, token: write(stream.push(token), end="", flush=True), **sampling,
         )  # fmt: skip
         write(stream.finish())
+
+
+def spelling_of(path: str) -> tuple[TrainingConfig | None, Tokenizer, Template]:
+    """The configuration of a run (None for any other model), and the tokenizer and template it is used with."""
+    record = Path(os.path.expanduser(path)) / CONFIG_FILE
+    config, tokenizer = TrainingConfig.from_file(record) if os.path.isfile(record) else None, load_tokenizer(path)
+    chosen = (config.chat_template, config.model_name, config.task) if config else (None, str(path), "text-generation")
+    return config, tokenizer, choose_template(chosen[0], chosen[1], tokenizer, chosen[2])
 
 
 def evaluate_run(

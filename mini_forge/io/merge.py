@@ -130,7 +130,7 @@ class Merger:
             return self._merged_stack(stored, place)
         weight = self.checkpoint.read(stored) if linear is None else linear.dequantized(self.dense_dtype)
         update = self.updates.get(self.own[stored])
-        return weight if update is None else _added(weight, update.delta(), stored)
+        return weight if update is None else added(weight, update.delta(), stored)
 
     def _merged_stack(self, stored: str, place: Place) -> torch.Tensor:
         """Experts as the family stores them, dense."""
@@ -141,7 +141,7 @@ class Merger:
             delta = update.delta(place.expert)
             if place.part is not None:
                 delta = delta.chunk(2)[place.part == "up"]
-            return _added(tensor, delta, stored)
+            return added(tensor, delta, stored)
         if place.part in PACKED:
             scales = self.checkpoint.read(stored.removesuffix("_blocks") + "_scales")
             dense = torch.empty(self.entries[stored][2], dtype=self.dense_dtype)
@@ -151,7 +151,7 @@ class Merger:
         if update is not None:
             whole = Place(place.name)
             for expert, matrix in enumerate(tensor):
-                matrix.copy_(_added(matrix, self.layout.stored(whole, update.delta(expert)), stored))
+                matrix.copy_(added(matrix, self.layout.stored(whole, update.delta(expert)), stored))
         return tensor
 
     def _linear(self, stored: str):
@@ -189,7 +189,7 @@ def adapter_updates(run: Path, spec: LoraSpec, merger: Merger) -> dict[str, Upda
     return updates
 
 
-def _added(weight: torch.Tensor, delta: torch.Tensor, name: str) -> torch.Tensor:
+def added(weight: torch.Tensor, delta: torch.Tensor, name: str) -> torch.Tensor:
     """weight + delta, of one shape, delta float32; the sum is float32 too, and rounded once to the weight's dtype."""
     if weight.shape != delta.shape:
         raise CheckpointError(f"{name}: the adapter is {tuple(delta.shape)}, the weight {tuple(weight.shape)}")

@@ -1,0 +1,246 @@
+"""A run as one GGUF file: merged weights, tokenizer and chat template, for llama.cpp and what is built on it.
+
+Weights are read and written a layer at a time, so memory holds one layer in float32 (of MXFP4 experts, as stored) and
+then the embedding and head. What an adapter adds is summed in float32 and rounded once, to the type asked for. Experts
+stored in MXFP4 stay in it, unless the adapter changes them: nothing is merged into 4-bit weights.
+
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. llama.cpp's names of tensors and its 8-bit
+rounding are those of its own package `gguf`, which the extra of that name installs.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mini_forge.errors import CheckpointError, ConfigError
+from mini_forge.export.architectures import ARCHITECTURES, metadata, notes, problems, rope_factors
+from mini_forge.export.vocabulary import vocabulary
+from mini_forge.io.adapters import read_adapter_config
+from mini_forge.io.merge import Merger, added
+from mini_forge.io.models import is_adapter
+from mini_forge.io.runs import TEMPORARY
+from mini_forge.io.weights import Loader
+from mini_forge.model.decoder import RMSNorm
+from mini_forge.model.mxfp4 import BLOCK
+from mini_forge.model.stacks import StackMxfp4
+from mini_forge.use import spelling_of
+
+TYPES = ("f16", "bf16", "q8_0")
+HALVES = ("gate_proj", "up_proj")  # of the rows of a stack of experts: two tensors there
+WHOLE_NUMBERS = ("_norm.weight", "ffn_gate_inp.weight")  # float32 whatever the type: norms, and what routes tokens
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor of the file. source: the parameter of ours that it is, or of whose rows it is the first or second
+    `half`. kind: how its numbers are held, "f32", "f16", "bf16", "q8_0" or "mxfp4"."""
+
+    name: str
+    source: str
+    shape: tuple[int, ...]
+    kind: str
+    half: int | None = None
+
+
+def export_gguf(run: str | Path, out: str | Path, kind: str = "f16") -> list[str]:
+    """Write base + adapter of folder `run` as the GGUF file `out`, which must not exist. kind: one of TYPES; under q8_0
+    rows that are not made of whole blocks of 32 are float16.
+
+    Returns where llama.cpp will compute otherwise, a line each. Raises CheckpointError for a model or tokenizer that
+    llama.cpp does not have, ConfigError for a file that cannot be written, or where the package gguf is missing."""
+    run, out = Path(run).expanduser(), Path(out).expanduser()
+    if not is_adapter(run):
+        raise CheckpointError(f"{run}: no adapter_config.json; export takes the folder of a run or adapter")
+    try:
+        is_taken = out.exists()
+        temporary = out.with_name(TEMPORARY + out.name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{out}: cannot be a file to write ({error}); name another file") from None
+    if is_taken:
+        raise ConfigError(f"{out}: exists; name a new file")
+    export = Export(run, kind)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            export.write(temporary)
+            os.rename(temporary, out)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:  # numpy's, of a full disk, has no strerror
+        raise ConfigError(f"{out}: cannot be written ({error.strerror or error}); name another file") from None
+    return notes(export.arch, export.spec)
+
+
+class Export:
+    """What is to be written, known before any weight is read."""
+
+    def __init__(self, run: Path, kind: str):
+        self.gguf, self.kind, merger = _gguf_package(), kind, Merger(run)
+        self.updates, folder = merger.updates, merger.checkpoint.folder
+        self.loader = Loader(folder, torch.float32)
+        self.model, self.spec = self.loader.model, self.loader.model.spec
+        self.arch = ARCHITECTURES[self.loader.checkpoint.config["model_type"]]
+        wrong = problems(self.arch, self.spec)
+        if wrong:
+            raise CheckpointError(
+                *(f"{folder}/config.json: {text}: llama.cpp's {self.arch.name} has none; use `merge`" for text in wrong)
+            )
+        _, tokenizer, template = spelling_of(str(run))
+        # The base's name: of a Phi-3, llama.cpp tells by it that special tokens swallow the space behind them.
+        self.values = {"general.name": Path(read_adapter_config(run)[1]).name, **metadata(self.arch, self.spec)}
+        end = tokenizer.token_id(template.end)
+        stops = sorted(template.stop_ids(tokenizer), key=lambda i: i != end)
+        self.values |= vocabulary(tokenizer, self.spec.vocab_size, stops)
+        self.values["tokenizer.chat_template"] = template.source
+        kinds = {name: kind for kind, name in self.gguf.MODEL_ARCH_NAMES.items()}
+        self.names = self.gguf.get_tensor_name_map(kinds[self.arch.name], len(self.spec.layers))
+        self.divisors = rope_factors(self.spec)
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+        # What is in memory at a time. A head that is stored beside an embedding it equals is compared with it.
+        layers = [(f"model.layers.{i}.",) for i in range(len(self.spec.layers))]
+        self.groups = {
+            prefixes: [output for name in shapes if name.startswith(prefixes) for output in self._outputs(name, shapes)]
+            for prefixes in [*layers, ("model.norm.",), ("model.embed_tokens.", "lm_head.")]
+        }
+
+    def _outputs(self, source: str, shapes: dict[str, tuple[int, ...]]) -> Iterator[Output]:
+        """The tensors that one of our parameters becomes."""
+        shape, is_stacked = shapes[source], ".experts.gate_up_proj" in source
+        if is_stacked:
+            shape = (shape[0], shape[1] // 2, *shape[2:])
+        is_packed = f"{source}_blocks" in self.loader.checkpoint.entries and source not in self.updates
+        for half in (0, 1) if is_stacked else (None,):
+            name = self._name(source if half is None else source.replace("gate_up_proj", HALVES[half]))
+            yield Output(name, source, shape, "mxfp4" if is_packed else self._kind(name, shape), half)
+
+    def _name(self, source: str) -> str:
+        if source.endswith("_bias"):
+            source = source.removesuffix("_bias") + ".bias"
+        elif not source.endswith((".weight", ".bias")):  # stacks and sinks
+            source += ".weight"
+        name = self.names.get_name(source, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise CheckpointError(f"{source}: nothing that llama.cpp's {self.arch.name} has; use `merge`")
+        return name
+
+    def _kind(self, name: str, shape: tuple[int, ...]) -> str:
+        if len(shape) == 1 or not name.endswith(".weight") or name.endswith(WHOLE_NUMBERS):
+            return "f32"
+        return "f16" if self.kind == "q8_0" and shape[-1] % BLOCK else self.kind
+
+    def write(self, path: Path):
+        writer = self.gguf.GGUFWriter(None, self.arch.name)
+        outputs = [output for group in self.groups.values() for output in group]
+        is_packed = self.kind != "q8_0" and any(output.kind == "mxfp4" for output in outputs)
+        mostly = "mxfp4_moe" if is_packed else self.kind
+        writer.add_file_type(self.gguf.LlamaFileType[f"MOSTLY_{mostly.upper()}"])
+        writer.add_quantization_version(self.gguf.GGML_QUANT_VERSION)
+        for key, value in self.values.items():
+            _add(writer, key, value)
+        if self.divisors is not None:
+            outputs.insert(0, Output("rope_freqs.weight", "", tuple(self.divisors.shape), "f32"))
+        for output in outputs:
+            kind = self.gguf.GGMLQuantizationType[output.kind.upper()]
+            weights, size = self.gguf.GGML_QUANT_SIZES[kind]
+            bytes_ = math.prod(output.shape) // weights * size
+            writer.add_tensor_info(output.name, output.shape, np.dtype(np.float32), bytes_, raw_dtype=kind)
+        try:
+            writer.write_header_to_file(path)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for data in self._tensors():
+                writer.write_tensor_data(data)
+        finally:
+            writer.close()
+
+    def _tensors(self) -> Iterator[np.ndarray]:
+        """The data of all tensors, in order, a group in memory at a time."""
+        if self.divisors is not None:
+            yield self.divisors.numpy()
+        for prefixes, group in self.groups.items():
+            for prefix in prefixes:
+                self.loader.load(prefix)
+            yield from map(self._data, group)
+            for output in group:
+                owner, leaf = self._owner(output)
+                setattr(owner, leaf, None)
+        self.loader.check_complete()
+
+    def _owner(self, output: Output) -> tuple[torch.nn.Module, str]:
+        owner, _, leaf = output.source.rpartition(".")
+        return self.model.get_submodule(owner), leaf
+
+    def _data(self, output: Output) -> np.ndarray:
+        owner, leaf = self._owner(output)
+        stored = getattr(owner, leaf)
+        if output.kind == "mxfp4":
+            return packed_mxfp4(_half(stored.blocks, output.half), _half(stored.scales, output.half)).numpy()
+        weight = _half(self._merged(output.source, stored), output.half)
+        if isinstance(owner, RMSNorm):
+            weight = weight + self.spec.norm_offset
+        heads = {"q_proj": self.spec.heads, "k_proj": self.spec.kv_heads}.get(output.source.split(".")[-2])
+        if self.arch.swaps_rows and heads is not None:
+            weight = neighbouring_rows(weight, heads)
+        return self._encoded(output, weight)
+
+    def _merged(self, source: str, stored) -> torch.Tensor:
+        """The whole parameter in float32, with what the adapter adds."""
+        update = self.updates.get(source)
+        if isinstance(stored, StackMxfp4):
+            stored = torch.stack([stored.expert(e, torch.float32).clone() for e in range(stored.count)])
+        if update is None:
+            return stored
+        if stored.dim() == 2:
+            return added(stored, update.delta(), source)
+        return torch.stack([added(matrix, update.delta(e), source) for e, matrix in enumerate(stored)])
+
+    def _encoded(self, output: Output, weight: torch.Tensor) -> np.ndarray:
+        """float32 numbers as the file holds them."""
+        weight = weight.contiguous()
+        if output.kind == "f32":
+            return weight.numpy()
+        if output.kind == "q8_0":
+            return self.gguf.quants.quantize(weight.numpy(), self.gguf.GGMLQuantizationType.Q8_0)
+        if output.kind == "bf16":
+            return weight.bfloat16().view(torch.int16).numpy()
+        rounded = weight.half()
+        if not bool(rounded.isfinite().all()):
+            raise CheckpointError(f"{output.source}: has weights beyond 65504, too large for f16; use --type bf16")
+        return rounded.numpy()
+
+
+def packed_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """uint8 (..., G, 16) and (..., G) → (..., G·17): of 32 weights each the scale, then in byte i the codes of weights
+    i (low half) and i + 16. OCP's order, and ours, has neighbours in a byte."""
+    codes = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)
+    first, second = codes.chunk(2, dim=-1)
+    return torch.cat((scales[..., None], first | (second << 4)), dim=-1).flatten(-2)
+
+
+def neighbouring_rows(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows (heads·C, …) of queries or keys in the order in which channels that are rotated together, i and i + C/2 of
+    each head, are neighbours."""
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def _half(tensor: torch.Tensor, half: int | None) -> torch.Tensor:
+    return tensor if half is None else tensor.chunk(2, dim=1)[half]
+
+
+def _add(writer, key: str, value):
+    kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+             list: writer.add_array}  # fmt: skip
+    kinds[type(value)](key, value)
+
+
+def _gguf_package():
+    try:
+        import gguf
+    except ImportError:
+        raise ConfigError("export: needs the package gguf; pip install 'mini-forge[gguf]'") from None
+    return gguf
