@@ -1,7 +1,34 @@
-"""What is wrong with a text that is no JSON, and what to do about it: json's own words are a programmer's."""
+"""What is wrong with a text that is no JSON, and what to do about it: json's own words are a programmer's.
+
+And JSON files that programs write, of models and runs, as they are read wherever they are wanted."""
 
 import json
 import re
+from pathlib import Path
+
+from mini_forge.errors import CheckpointError, reason_of
+
+
+def read_json(path: Path, absent: dict | None = None, remedy: str = "copy it again from its source") -> dict:
+    """A JSON object from a file, or `absent` where there is none. CheckpointError names the file, and the remedy, when
+    it is unreadable, broken or no object, or absent and nothing stands for it."""
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        if absent is not None:
+            return absent
+        raise CheckpointError(f"{path}: file not found; a model folder needs it") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({reason_of(error)}); give a folder that can be read") from None
+    try:
+        value = json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); {remedy}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, not {type(value).__name__}; {remedy}")
+    return value
 
 
 def json_fault(error: ValueError | RecursionError) -> str:

@@ -24,8 +24,9 @@ from mini_forge.data.token_store import inputs_of
 from mini_forge.io.adapters import PREFIX, read_adapter_tensors
 from mini_forge.io.hub import resolve_model
 from mini_forge.io.models import is_adapter
-from mini_forge.io.records import read_json, read_spec
+from mini_forge.io.records import read_spec
 from mini_forge.io.rewards import read_reward_config
+from mini_forge.json_faults import read_json
 from mini_forge.memory_items import (
     Job,
     Rollouts,

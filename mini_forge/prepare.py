@@ -29,10 +29,11 @@ from mini_forge.io.adapters import read_adapter_config, read_adapter_tensors
 from mini_forge.io.expert_adapters import stack_targets
 from mini_forge.io.fitting import check_weights
 from mini_forge.io.hub import resolve_model
-from mini_forge.io.records import read_json, read_spec, spec_of
+from mini_forge.io.records import read_spec, spec_of
 from mini_forge.io.rewards import load_function
 from mini_forge.io.storage import multiplies_stored
 from mini_forge.io.weights import bfloat16_matrices, other_parts, weight_files
+from mini_forge.json_faults import read_json
 from mini_forge.model.decoder import Decoder, DecoderSpec
 from mini_forge.model.lora import LoraSpec, target_names
 from mini_forge.providers import PROVIDERS
@@ -211,9 +212,7 @@ def _open_model(config: TrainingConfig):
         target_names(Decoder(spec), adapter_spec(config).targets)
     template = choose_template(config.chat_template, config.model_name, tokenizer, config.task)
     if "text_config" in record and (other := other_parts(folder)):
-        template.notes.append(
-            f"{config.model_name}: only its text model is read; {other} tensors of other parts are not"
-        )
+        template.notes.append(f"{config.model_name}: only its text model is read, not {other} tensors of other parts")
     return folder, spec, tokenizer, template
 
 

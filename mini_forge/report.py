@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 
 from mini_forge.config_plan import GIB
-from mini_forge.errors import CheckpointError, ConfigError, is_disk_full, reason_of
+from mini_forge.errors import ConfigError, is_disk_full, reason_of
 from mini_forge.io.runs import (
     CONFIG_FILE,
     EVAL_FILE,
@@ -26,6 +26,7 @@ from mini_forge.io.runs import (
     read_records,
     write_atomic,
 )
+from mini_forge.json_faults import read_json
 from mini_forge.plots import COLOURS, LARGEST, Line, chart, number
 
 FIRST_CHARTS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes")
@@ -108,24 +109,14 @@ def read_run(folder: str) -> list[Run]:
     for place, name in stages.items():
         records = read_records(place / METRICS_FILE)
         if records:
-            files = (_read(place / file) for file in (CONFIG_FILE, SUMMARY_FILE, EVAL_FILE))
+            files = (
+                read_json(place / file, absent={}, remedy="delete it, and the report leaves it out")
+                for file in (CONFIG_FILE, SUMMARY_FILE, EVAL_FILE)
+            )
             runs.append(Run(name, place.resolve(), records, *files, is_reward=place != path))
     if not runs:
         raise ConfigError(f"{path / METRICS_FILE}: holds no record yet; wait for the first step")
     return runs
-
-
-def _read(file: Path) -> dict:
-    """Its JSON object; {} where there is no such file."""
-    try:
-        value = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: must hold a JSON object; delete it, and the report leaves it out")
-    return value
 
 
 def page(runs: list[Run]) -> str:

@@ -19,6 +19,7 @@ from mini_forge.io.fitting import check_adapter_format
 from mini_forge.io.models import load_model
 from mini_forge.io.runs import (
     REFERENCE_FILE,
+    SUMMARY_FILE,
     RunFolder,
     rng_state,
     save_state,
@@ -315,7 +316,7 @@ def _finish(prepared: Prepared, model: Decoder, lora: LoraSpec, folder: RunFolde
         (target / "README.md").write_text(model_card(config.to_dict(), summary, _base_name(prepared)), encoding="utf-8")
 
     folder.publish(write)
-    write_json(folder.path / "summary.json", summary)  # last: its presence says that all else is in place
+    write_json(folder.path / SUMMARY_FILE, summary)  # last: its presence says that all else is in place
 
 
 def _reason(error: Exception) -> str:

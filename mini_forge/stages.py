@@ -26,6 +26,7 @@ from mini_forge.io.rewards import load_function, load_reward, save_reward
 from mini_forge.io.runs import (
     CONFIG_FILE,
     REWARD_FOLDER,
+    SUMMARY_FILE,
     RunFolder,
     check_same_data,
     load_state,
@@ -253,7 +254,7 @@ class Stages:
         summary = {"status": "finished", "steps": loop.progress.step, "trained_pairs": loop.progress.trained_tokens,
                    "eval_reward_accuracy_first": first, "eval_reward_accuracy_last": last,
                    "seconds": round(loop.progress.seconds, 3)}  # fmt: skip
-        write_json(folder.path / "summary.json", summary)
+        write_json(folder.path / SUMMARY_FILE, summary)
         told = (
             "" if first is None else f"; prefers the chosen of held-out pairs in {first:.1%} before, {last:.1%} after"
         )

@@ -225,7 +225,7 @@ def test_names_are_text(tmp_path):
     (lambda p: [a_run(p / "x", [])], r"metrics\.jsonl: holds no record yet; wait for the first step"),
     (lambda p: [a_run(p / "x"), p / "x"], r"'.*x' is given twice; give every run once"),
     (lambda p: [a_run(p / "x", [{"loss": 1}])], r"metrics\.jsonl:1: .*must be a JSON object with its step"),
-    (lambda p: [a_run(p / "x", summary=[1])], r"summary\.json: must hold a JSON object; delete it"),
+    (lambda p: [a_run(p / "x", summary=[1])], r"summary\.json: must hold a JSON object, not list; delete it"),
     (lambda p: [a_run(p / "x"), p / "x" / ".." / "x"], r"is given twice"),
     (lambda p: [a_run(p / "x"), a_run(p / "x" / "reward")], r"reward' is given twice"),
     (lambda p: ["~nobody-of-that-name/x"], r"is not a folder"),

@@ -113,7 +113,7 @@ def test_what_cannot_be_read_is_named_with_a_remedy(tmp_path):
         load_tokenizer(tmp_path)
     toy_tokenizer.byte_level(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[1]")
-    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: must be a JSON object"):
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: must hold a JSON object"):
         load_tokenizer(tmp_path)
 
 

@@ -17,9 +17,9 @@ from mini_forge.config import TrainingConfig, detect_machine, resolve
 from mini_forge.data.batches import Document, TokenStats
 from mini_forge.data.pairs import PairDocument
 from mini_forge.errors import ConfigError
-from mini_forge.io.records import read_json
 from mini_forge.io.storage import Storage, multiplies_stored
 from mini_forge.io.weights import bfloat16_matrices
+from mini_forge.json_faults import read_json
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.families import decoder_spec, expert_layout
 from mini_forge.model.lora import target_names

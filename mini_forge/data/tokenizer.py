@@ -5,7 +5,6 @@ every one of them, so none can appear twice. Offsets count characters of the tex
 normalises; a token that holds a part of a character has the offsets of that whole character.
 """
 
-import json
 import shutil
 from dataclasses import dataclass, field
 from itertools import chain
@@ -15,6 +14,7 @@ import numpy as np
 import tokenizers
 
 from mini_forge.errors import CheckpointError, DataError, reason_of
+from mini_forge.json_faults import read_json
 
 FILES = (
     "tokenizer.json",
@@ -111,8 +111,8 @@ def load_tokenizer(path) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the Rust library raises bare Exception, with its reason as the text
         raise CheckpointError(f"{file}: not a tokenizer this version of tokenizers reads ({error})") from error
-    config = _read_json(path / "tokenizer_config.json")
-    tokens = _special_tokens(path, config, _read_json(path / "special_tokens_map.json"))
+    config = read_json(path / "tokenizer_config.json", absent={})
+    tokens = _special_tokens(path, config, read_json(path / "special_tokens_map.json", absent={}))
     eos_ids = _eos_ids(path, backend, tokens["eos_token"])
     if tokens["eos_token"] is None and eos_ids:
         tokens["eos_token"] = backend.id_to_token(eos_ids[0])
@@ -152,20 +152,6 @@ def _read_text(file: Path) -> str | None:
         raise CheckpointError(f"{file}: cannot be read ({reason_of(error)}); give a folder that can be read") from None
 
 
-def _read_json(file: Path) -> dict:
-    """A JSON object from an optional file; {} when there is none."""
-    text = _read_text(file)
-    if text is None:
-        return {}
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not JSON ({error}); copy the file again from its source") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: must be a JSON object, is a {type(content).__name__}; copy it again")
-    return content
-
-
 def _special_tokens(path: Path, config: dict, special_map: dict) -> dict[str, str | None]:
     """bos, eos, pad and unk as text; a token is stored as a string or as {"content": …}."""
     tokens = {}
@@ -181,7 +167,7 @@ def _eos_ids(path: Path, backend: tokenizers.Tokenizer, eos_token: str | None) -
     """Every id that ends a generation: chat models often list more than the tokenizer's own."""
     found = [] if eos_token is None else [backend.token_to_id(eos_token)]
     for name in ("generation_config.json", "config.json"):
-        ids = _read_json(path / name).get("eos_token_id")
+        ids = read_json(path / name, absent={}).get("eos_token_id")
         ids = ids if isinstance(ids, list) else [ids]
         if any(i is not None and (type(i) is not int or i < 0) for i in ids):
             raise CheckpointError(f"{path / name}: eos_token_id {ids!r} must be token ids; write them as whole numbers")

@@ -19,9 +19,10 @@ from mini_forge.errors import CheckpointError, ConfigError
 from mini_forge.io.adapters import PREFIX, read_adapter_config, read_adapter_tensors
 from mini_forge.io.expert_adapters import fuse, stack_targets
 from mini_forge.io.models import base_of, is_adapter
-from mini_forge.io.records import read_json, spec_of
+from mini_forge.io.records import spec_of
 from mini_forge.io.runs import TEMPORARY, publish_folder
 from mini_forge.io.weights import BNB_SUFFIXES, Checkpoint, Loader, weight_files, write_safetensors
+from mini_forge.json_faults import read_json
 from mini_forge.model.families import expert_layout
 from mini_forge.model.families.layout import PACKED, Place, text_name
 from mini_forge.model.lora import STACK_NAMES, LoraSpec, inject

@@ -30,8 +30,8 @@ from mini_forge.io.adapters import (
 from mini_forge.io.expert_adapters import fuse, stack_targets
 from mini_forge.io.hub import resolve_model
 from mini_forge.io.models import is_adapter
-from mini_forge.io.records import read_json
 from mini_forge.io.weights import Loader, load_base, write_safetensors
+from mini_forge.json_faults import read_json
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.lora import LoRALinear, LoraSpec, LoRAStack, inject, lora_layers, target_names
 from mini_forge.model.ops import PLAIN

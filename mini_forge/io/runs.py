@@ -26,7 +26,7 @@ import torch
 from mini_forge.data.tokenizer import FILES as TOKENIZER_FILES
 from mini_forge.errors import CheckpointError, ConfigError, TrainingError, is_disk_full, is_out_of_memory
 from mini_forge.io.adapters import WEIGHTS_FILE
-from mini_forge.io.records import read_json
+from mini_forge.json_faults import read_json
 
 TEMPORARY, REPLACED = ".tmp-", ".old-"
 CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = "training_config.json", "metrics.jsonl", "summary.json"

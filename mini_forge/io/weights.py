@@ -20,8 +20,9 @@ from torch import nn
 from mini_forge.errors import CheckpointError
 from mini_forge.io.expert_weights import StackLoader
 from mini_forge.io.reading import Piece, ReadAhead, TensorEntry, read_tensor
-from mini_forge.io.records import read_json, spec_of
+from mini_forge.io.records import spec_of
 from mini_forge.io.storage import Storage, multiplies_stored
+from mini_forge.json_faults import read_json
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.families import expert_layout
 from mini_forge.model.families.layout import text_name
