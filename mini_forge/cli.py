@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mini_forge import __version__
 from mini_forge.errors import ConfigError, TrainingError, UserError, is_disk_full, is_out_of_memory
+from mini_forge.export import TYPES
 from mini_forge.quick_imports import quick_imports
 
 
@@ -86,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("export", help="write base + adapter as one GGUF file, for llama.cpp and Ollama")
     command.add_argument("run", metavar="RUN")
     command.add_argument("out", metavar="OUT.gguf")
-    command.add_argument("--type", default="f16", choices=("f16", "bf16", "q8_0"), help="of the weights; default: f16")
+    command.add_argument("--type", default="f16", choices=TYPES, help="of the weights; default: f16")
 
     command = commands.add_parser("report", help="curves and evaluations of runs, as one HTML page")
     command.add_argument("runs", metavar="RUN", nargs="+", help="run folder, finished or not; several share charts")

@@ -11,23 +11,26 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import processors
 
 import mini_forge
 from mini_forge.cli import main
 from mini_forge.data.tokenizer import load_tokenizer
-from mini_forge.errors import CheckpointError
+from mini_forge.errors import CheckpointError, ConfigError
+from mini_forge.export import TYPES
 from mini_forge.export.architectures import ARCHITECTURES
-from mini_forge.export.gguf_file import TYPES, export_gguf
-from mini_forge.export.vocabulary import vocabulary
+from mini_forge.export.gguf_file import export_gguf
+from mini_forge.export.vocabulary import model_name, vocabulary
 from mini_forge.io.adapters import save_adapter
 from mini_forge.model.families import MODULES
 from mini_forge.model.lora import LoraSpec, inject, lora_layers, merge
 from tests.golden_files import GOLDEN
-from tests.tiny import write_checkpoint
 
 EXPECTED = json.loads((GOLDEN / "gguf" / "expected.json").read_text(encoding="utf-8"))
 LOGITS = load_file(GOLDEN / "gguf" / "logits.safetensors")
 TOKENIZERS = json.loads((GOLDEN / "gguf" / "tokenizers.json").read_text(encoding="utf-8"))
+BYTES = TOKENIZERS["tokenizer"] | {"pre_tokenizer": TOKENIZERS["cuts"]["gpt-2"]["pre_tokenizer"]}
+PIECES = TOKENIZERS["pieces"]["tokenizer"]
 INEXACT = "gpt_oss_mxfp4"  # llama.cpp multiplies MXFP4 by activations of 8 bits, and rounds this model's YaRN
 
 
@@ -48,8 +51,8 @@ def write_run(run, folder, targets=("o_proj",), size=0.0):
         layer.lora_B.data.normal_(std=size, generator=generator)
     run.mkdir(parents=True)
     save_adapter(run, model, spec, str(folder))
-    for file in (GOLDEN / "gguf").glob("tokenizer*.json"):
-        shutil.copy(file, run)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(GOLDEN / "gguf" / file, run)
     return model
 
 
@@ -89,6 +92,7 @@ def test_a_file_is_what_llama_cpps_converter_writes(name, kind, tmp_path):
         "tokenizer.ggml.bos_token_id",
         "phi3.attention.sliding_window",
         "phi3.rope.scaling.original_context_length",
+        "qwen3.rope.scaling.yarn_attn_factor",
     }
     ours |= {"general.file_type"} if kind != "f16" else set()
     wanted = {key: value for key, value in EXPECTED[name]["metadata"].items() if key not in ours}
@@ -99,10 +103,19 @@ def test_a_file_is_what_llama_cpps_converter_writes(name, kind, tmp_path):
 @pytest.mark.parametrize("name", [name for name in EXPECTED if name != INEXACT])
 @torch.no_grad()
 def test_llama_cpp_computes_our_model(name):
-    """Its logits of the converter's f16 file, which the test above finds to be ours. It also rounds activations."""
+    """Its logits of the file that `export` wrote when the golden files were made, whose metadata are those of the test
+    below and whose tensors those of the test above. It also rounds activations to float16."""
     ids = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(7))[:1]
     ours = mini_forge.load_model(checkpoint(name)).logits(ids)[0]
     assert float((LOGITS[name] - ours).abs().max()) < 0.02 * float(ours.std())
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_metadata_are_those_with_which_llama_cpp_computed_it(name, tmp_path):
+    write_run(tmp_path / "run", checkpoint(name))
+    export_gguf(tmp_path / "run", tmp_path / "out.gguf")
+    metadata = {k: v for k, v in read(tmp_path / "out.gguf")[0].items() if k.split(".")[0] not in ("tokenizer", "GGUF")}
+    assert metadata == {k: pytest.approx(v) if isinstance(v, float) else v for k, v in EXPECTED[name]["export"].items()}
 
 
 def test_every_family_has_an_architecture():
@@ -170,21 +183,25 @@ def test_experts_that_are_adapted_leave_four_bits(tmp_path):
     assert kinds == {"gate": "mxfp4", "up": "mxfp4", "down": "bf16"}
 
 
-def test_the_file_has_the_runs_template_and_ends_a_response_with_its_end(tmp_path):
-    run = tmp_path / "run"
-    write_run(run, write_checkpoint(tmp_path / "base"))
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tmp_path / "base" / file, run)
-    template = "{% for m in messages %}{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endfor %}"
+def test_the_file_has_the_runs_template_and_the_ends_of_its_responses(tmp_path):
+    run, template = tmp_path / "run", "{% for m in messages %}{{ '<|user|>' + m['content'] + 'the' }}{% endfor %}"
+    write_run(run, checkpoint("mistral_hub"))
     (run / "chat_template.jinja").write_text(template)
-    config = json.loads((run / "tokenizer_config.json").read_text())
-    (run / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<pad>"}))
     export_gguf(run, tmp_path / "out.gguf")
     metadata, _ = read(tmp_path / "out.gguf")
     tokens = metadata["tokenizer.ggml.tokens"]
-    assert metadata["tokenizer.chat_template"] == template
-    assert tokens[metadata["tokenizer.ggml.eos_token_id"]] == "<|im_end|>"
-    assert tokens[metadata["tokenizer.ggml.eot_token_id"]] == "<pad>"
+    assert metadata["tokenizer.chat_template"] == template and metadata["general.name"] == "mistral_hub"
+    assert tokens[metadata["tokenizer.ggml.eos_token_id"]] == "<|endoftext|>"
+    assert tokens[metadata["tokenizer.ggml.eot_token_id"]] == "the"  # which ends what the template spells
+    assert "tokenizer.ggml.bos_token_id" not in metadata and metadata["tokenizer.ggml.add_bos_token"] is False
+
+
+def test_a_bos_of_the_template_that_there_is_not_is_told(tmp_path, capsys):
+    run = tmp_path / "run"
+    write_run(run, checkpoint("mistral_hub"))
+    (run / "chat_template.jinja").write_text("{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    assert main(["export", str(run), str(tmp_path / "out.gguf")]) == 0
+    assert "note: llama.cpp spells token 11 for the chat template's bos_token" in capsys.readouterr().out
 
 
 def tokenizer_folder(folder, state, **config):
@@ -200,9 +217,10 @@ def test_a_way_to_cut_text_has_the_name_under_which_llama_cpp_cuts_it_so(name, t
     state["pre_tokenizer"], state["model"]["ignore_merges"] = cut["pre_tokenizer"], cut["ignore_merges"]
     tokenizer = tokenizer_folder(tmp_path / "t", state)
     assert [tokenizer.encode(text) for text in TOKENIZERS["texts"]] == cut["ids"]  # llama.cpp's
-    values = vocabulary(tokenizer, tokenizer.vocab_size, [])
-    assert values["tokenizer.ggml.model"] == "gpt2" and values["tokenizer.ggml.pre"] == name
+    values, notes = vocabulary(tokenizer, tokenizer.vocab_size)
+    assert values["tokenizer.ggml.model"] == "gpt2" and values["tokenizer.ggml.pre"] == name and notes == []
     assert values["tokenizer.ggml.merges"][:2] == [" ".join(merge) for merge in state["model"]["merges"][:2]]
+    assert values["tokenizer.ggml.tokens"][0] == "<|end|>" and values["tokenizer.ggml.token_type"][:3] == [3, 1, 1]
 
 
 @pytest.mark.parametrize("adds_space", [False, True])
@@ -211,45 +229,125 @@ def test_sentencepieces_kind_has_scores_by_which_llama_cpp_merges_alike(adds_spa
     golden = TOKENIZERS["pieces"]
     state = copy.deepcopy(golden["tokenizer"])
     if form == "metaspace":
-        scheme = "first" if adds_space else "never"
+        scheme = "always" if adds_space else "never"
         state["normalizer"] = None
         state["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
     elif adds_space:
         steps = [{"type": "Prepend", "prepend": "▁"}, state["normalizer"]]
         state["normalizer"] = {"type": "Sequence", "normalizers": steps}
-    tokenizer = tokenizer_folder(tmp_path / "t", state, unk_token="<unk>")
-    texts = TOKENIZERS["texts"]
-    same = [
-        i for i in range(len(texts)) if not (form == "metaspace" and texts[i].startswith(" "))
-    ]  # has its space then
+    tokenizer = tokenizer_folder(tmp_path / "t", state, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    texts, differs = TOKENIZERS["texts"], form == "metaspace" and adds_space
+    same = [i for i, text in enumerate(texts) if not (differs and text.startswith(" "))]  # has one already
     assert len(same) > 3 and all(tokenizer.encode(texts[i]) == golden["ids"][str(adds_space)][i] for i in same)
-    values = vocabulary(tokenizer, tokenizer.vocab_size + 2, [2])
+    values, notes = vocabulary(tokenizer, tokenizer.vocab_size + 2, "<unk>")
+    assert ["even where it begins with one" in note for note in notes] == [True] * differs
     assert values["tokenizer.ggml.model"] == "llama" and values["tokenizer.ggml.add_space_prefix"] == adds_space
     assert values["tokenizer.ggml.token_type"] == [2, 3, 3, *[6] * 256, *[1] * (tokenizer.vocab_size - 259), 5, 5]
     assert values["tokenizer.ggml.tokens"][-1] == f"[PAD{tokenizer.vocab_size + 1}]"
-    assert (values["tokenizer.ggml.eos_token_id"], values["tokenizer.ggml.unknown_token_id"]) == (2, 0)
+    ids = {name: values[f"tokenizer.ggml.{name}_token_id"] for name in ("unknown", "bos", "eos", "eot")}
+    assert ids == {"unknown": 0, "bos": 1, "eos": 2, "eot": 0}
     scores = dict(zip(values["tokenizer.ggml.tokens"], values["tokenizer.ggml.scores"], strict=True))
     made = ["".join(merge) for merge in state["model"]["merges"]]
     assert len(made) > 20 and sorted(made, key=scores.get, reverse=True) == sorted(made, key=made.index)
 
 
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_a_space_before_a_text_alone_is_not_one_behind_its_bos(adds_bos, tmp_path):
+    state = copy.deepcopy(PIECES)
+    state["normalizer"] = None
+    state["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    if adds_bos:
+        processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+        state["post_processor"] = json.loads(processor.__getstate__())
+    tokenizer = tokenizer_folder(tmp_path / "t", state, bos_token="<s>", eos_token="</s>")
+    assert tokenizer.encode("<s>Hello")[1:] == tokenizer.encode("</s>Hello")[1:] != tokenizer.encode("Hello")
+    values, notes = vocabulary(tokenizer, tokenizer.vocab_size)
+    assert values["tokenizer.ggml.add_bos_token"] == adds_bos
+    assert values["tokenizer.ggml.add_space_prefix"] == (not adds_bos) and len(notes) == 1
+
+
+def with_added(state, content, special=False, **flags):
+    """The state with one more added token, behind all others."""
+    state = copy.deepcopy(state)
+    token = {"id": len(state["model"]["vocab"]) + 1, "content": content, "special": special, "normalized": False,
+             "single_word": False, "lstrip": False, "rstrip": False, **flags}  # fmt: skip
+    state["added_tokens"].append(token)
+    return state
+
+
+def test_added_tokens_are_spelled_as_the_text_has_them(tmp_path):
+    state = with_added(PIECES, "▁▁")
+    tokenizer = tokenizer_folder(tmp_path / "t", state)
+    values, _ = vocabulary(tokenizer, tokenizer.vocab_size + 1)
+    assert (values["tokenizer.ggml.tokens"][-1], values["tokenizer.ggml.token_type"][-1]) == ("  ", 4)
+    tokenizer = tokenizer_folder(tmp_path / "u", with_added(BYTES, "<|tool|>"))
+    assert vocabulary(tokenizer, tokenizer.vocab_size + 1)[0]["tokenizer.ggml.token_type"][-1] == 3
+
+
+@pytest.mark.parametrize(("change", "note"), [
+    (lambda state: state["model"].update(ignore_merges=True), "merges also words that are tokens"),
+    (lambda state: state.update(normalizer={"type": "NFC"}), "not in Unicode's form NFC"),
+    (lambda state: state["added_tokens"][0].update(lstrip=True), "leaves the spaces around special tokens"),
+    (lambda state: state["added_tokens"].append({**state["added_tokens"][0], "id": 999, "content": "<img>"}),
+     "<img> is left out: the model's embedding has no row 999"),
+])  # fmt: skip
+def test_what_llama_cpp_takes_otherwise_in_rare_texts_is_told(change, note, tmp_path):
+    state = copy.deepcopy(BYTES)
+    change(state)
+    tokenizer = tokenizer_folder(tmp_path / "t", state)
+    notes = vocabulary(tokenizer, 700)[1]
+    assert len(notes) == 1 and note in notes[0]
+
+
+def test_pieces_that_can_be_made_in_ways_that_no_merge_names_are_told(tmp_path):
+    state = copy.deepcopy(PIECES)
+    del state["model"]["merges"][5]
+    tokenizer = tokenizer_folder(tmp_path / "t", state)
+    notes = vocabulary(tokenizer, tokenizer.vocab_size)[1]
+    assert len(notes) == 1 and "pieces in more ways" in notes[0]
+
+
+@pytest.mark.parametrize(("name", "swallows", "is_phi", "named", "told"), [
+    ("base", True, True, "Phi-3 base", False),
+    ("Phi-3-mini", True, True, "Phi-3-mini", False),
+    ("phi3-mine", False, False, "phi 3-mine", False),
+    ("base", True, False, "base", True),
+    ("base", False, True, "base", False),
+])  # fmt: skip
+def test_a_name_tells_llama_cpp_whether_special_tokens_swallow_spaces(name, swallows, is_phi, named, told, tmp_path):
+    state = PIECES
+    state = with_added(state, "<|endoftext|>" if is_phi else "<|other|>", special=True, rstrip=swallows)
+    tokenizer, notes = tokenizer_folder(tmp_path / "t", state), []
+    assert model_name(name, tokenizer, notes) == named
+    assert [note for note in notes if "leaves the spaces behind" in note] == notes and len(notes) == told
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer"),
-    ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "x+"}, "behavior": "Isolated", "invert": False}}, "'x+'"),
+    ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "x+"}, "behavior": "Isolated", "invert": False}},
+     "'x+'"),
     ({"pre_tokenizer": None}, "pre_tokenizer ''"),
     ({"normalizer": {"type": "Lowercase"}}, "normalizer Lowercase"),
+    ({"model": BYTES["model"] | {"merges": []}}, "without merges"),
+    ({"model": BYTES["model"] | {"end_of_word_suffix": "</w>"}}, "affixes ['</w>']"),
+    ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}, "model 'WordLevel'"),
 ])  # fmt: skip
-def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(change, message, tmp_path):
-    tokenizer = tokenizer_folder(tmp_path / "t", copy.deepcopy(TOKENIZERS["tokenizer"]) | change)
+def test_a_tokenizer_that_cannot_be_said_in_llama_cpps_words_is_refused(change, message, tmp_path):
+    tokenizer = tokenizer_folder(tmp_path / "t", copy.deepcopy(BYTES) | change)
     with pytest.raises(CheckpointError) as caught:
-        vocabulary(tokenizer, tokenizer.vocab_size, [])
+        vocabulary(tokenizer, 700)
     assert "tokenizer.json: " in str(caught.value) and message in str(caught.value)
 
 
+def test_a_tokenizer_may_leave_out_what_it_has_not(tmp_path):
+    state = {k: v for k, v in BYTES.items() if k not in ("normalizer", "added_tokens")}
+    assert vocabulary(tokenizer_folder(tmp_path / "t", state), 700)[0]["tokenizer.ggml.pre"] == "gpt-2"
+
+
 def test_more_tokens_than_rows_are_refused(tmp_path):
-    tokenizer = tokenizer_folder(tmp_path / "t", TOKENIZERS["tokenizer"])
+    tokenizer = tokenizer_folder(tmp_path / "t", BYTES)
     with pytest.raises(CheckpointError, match="embedding 64 rows"):
-        vocabulary(tokenizer, 64, [])
+        vocabulary(tokenizer, 64)
 
 
 @pytest.mark.parametrize(("name", "words"), [
@@ -267,6 +365,21 @@ def test_a_model_that_llama_cpp_would_compute_otherwise_is_refused(name, words, 
     assert all(line.startswith("error: ") and "config.json: " in line and "`merge`" in line for line in lines)
     assert all(any(word in line for line in lines) for word in words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+@pytest.mark.parametrize(("name", "change", "words"), [
+    ("qwen2_hub", {"partial_rotary_factor": 0.5}, "a part of each head"),
+    ("gemma3", {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.5}}, "YaRN's alone"),
+    ("gpt_oss", {"layer_types": ["full_attention"] * 2}, "without sliding layers"),
+])  # fmt: skip
+def test_so_is_one_whose_config_differs_in_a_key(name, change, words, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(checkpoint(name), base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | change))
+    write_run(tmp_path / "run", base)
+    with pytest.raises(CheckpointError, match=words):
+        export_gguf(tmp_path / "run", tmp_path / "out.gguf")
 
 
 def test_the_command_says_where_a_window_is_missing(tmp_path, capsys):
@@ -314,3 +427,20 @@ def test_weights_too_large_for_f16_are_refused_and_fit_bf16(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]
     export_gguf(tmp_path / "run", tmp_path / "out.gguf", "bf16")
     assert float(dense(read(tmp_path / "out.gguf")[1]["blk.1.ffn_up.weight"]).max()) == 70144
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_base_with_nan_is_refused(kind, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(checkpoint("mistral_hub"), base)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][3] = float("nan")
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    write_run(tmp_path / "run", base)
+    with pytest.raises(CheckpointError, match="input_layernorm.weight: holds numbers that are not finite"):
+        export_gguf(tmp_path / "run", tmp_path / "out.gguf", kind)
+
+
+def test_another_type_is_refused_from_python_too(tmp_path):
+    with pytest.raises(ConfigError, match="kind: 'q4_0' must be one of f16, bf16, q8_0"):
+        export_gguf(tmp_path, tmp_path / "out.gguf", "q4_0")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mini_forge.model.rope import inverse_frequencies
+from mini_forge.model.rope import RopeSpec, inverse_frequencies
 from mini_forge.model.spec import DecoderSpec
 
 
@@ -18,7 +18,8 @@ from mini_forge.model.spec import DecoderSpec
 class Architecture:
     """swaps_rows: the channels that it rotates together are neighbours (2i, 2i + 1), and the rows of q and k are to lie
     so. takes: what it has besides the bare decoder: "out_bias", "mlp_bias", "rope_factors" (divisors of frequencies, as
-    a tensor), "windows", "wide_heads" (heads · head size is not the hidden size), "experts"."""
+    a tensor), "part_turned" (rotations of a part of each head), "windows", "wide_heads" (heads · head size is not the
+    hidden size), "experts"."""
 
     name: str
     swaps_rows: bool = False
@@ -41,7 +42,7 @@ ARCHITECTURES = {  # by the model_type of config.json
     "qwen2": _architecture("qwen2"),
     "qwen3": _architecture("qwen3", "wide_heads"),
     "qwen3_moe": _architecture("qwen3moe", "wide_heads", "experts"),
-    "phi3": _architecture("phi3"),
+    "phi3": _architecture("phi3", "part_turned"),
     "gemma3": _GEMMA3,
     "gemma3_text": _GEMMA3,
     "gpt_oss": _architecture("gpt-oss", "out_bias", "windows", "wide_heads", "experts"),
@@ -74,13 +75,11 @@ def metadata(arch: Architecture, spec: DecoderSpec) -> dict[str, int | float | s
     if rope.kind in ("linear", "yarn"):
         values |= {"rope.scaling.type": rope.kind, "rope.scaling.factor": float(rope.get("factor"))}
     if rope.kind == "yarn":
-        # llama.cpp makes the usual factor on cos and sin itself; this one comes on top of it.
-        usual = 0.1 * math.log(max(rope.get("factor"), 1.0)) + 1.0
         values |= {
             "rope.scaling.original_context_length": int(rope.get("original_max_position_embeddings")),
             "rope.scaling.yarn_beta_fast": float(rope.get("beta_fast", 32)),
             "rope.scaling.yarn_beta_slow": float(rope.get("beta_slow", 1)),
-            "rope.scaling.attn_factor": inverse_frequencies(rope, rotated_channels(spec))[1] / usual,
+            "rope.scaling.attn_factor": _unusual_magnitude(spec),
         }
     if spec.local_rope is not None:
         values["rope.freq_base_swa"] = float(spec.local_rope.theta)
@@ -110,13 +109,19 @@ def rotated_channels(spec: DecoderSpec) -> int:
     return int(spec.head_size * spec.rope.get("partial_rotary_factor", 1.0))
 
 
+def _unusual_magnitude(spec: DecoderSpec) -> float:
+    """YaRN's factor on cos and sin over 0.1·ln(factor) + 1, which llama.cpp makes of it by itself."""
+    usual = 0.1 * math.log(max(spec.rope.get("factor"), 1.0)) + 1.0
+    return inverse_frequencies(spec.rope, rotated_channels(spec))[1] / usual
+
+
 def rope_factors(spec: DecoderSpec) -> torch.Tensor | None:
     """What the llama3 rule divides each frequency by, (C/2,) float32; None for other rules."""
     if spec.rope.kind != "llama3":
         return None
     channels = rotated_channels(spec)
-    plain = 1.0 / (spec.rope.theta ** (torch.arange(0, channels, 2).float() / channels))
-    return plain / inverse_frequencies(spec.rope, channels)[0]
+    plain, scaled = (inverse_frequencies(rope, channels)[0] for rope in (RopeSpec(spec.rope.theta), spec.rope))
+    return plain / scaled
 
 
 def problems(arch: Architecture, spec: DecoderSpec) -> list[str]:
@@ -126,6 +131,7 @@ def problems(arch: Architecture, spec: DecoderSpec) -> list[str]:
         "out_bias": spec.out_bias,
         "mlp_bias": spec.mlp_bias,
         "rope_factors": rope.kind == "llama3",
+        "part_turned": rotated_channels(spec) != spec.head_size,
         "wide_heads": spec.heads * spec.head_size != spec.hidden_size,
         "experts": has_experts,
     }
@@ -133,12 +139,11 @@ def problems(arch: Architecture, spec: DecoderSpec) -> list[str]:
         "out_bias": "a bias on attention's output",
         "mlp_bias": "biases in the MLP",
         "rope_factors": "the llama3 scaling of rotations",
+        "part_turned": "rotations of a part of each head",
         "wide_heads": f"{spec.heads} heads of {spec.head_size} channels beside {spec.hidden_size} hidden ones",
         "experts": "experts",
     }
     found = [words[name] for name, is_there in missing.items() if is_there and name not in arch.takes]
-    if rotated_channels(spec) != spec.head_size and arch.swaps_rows:
-        found.append("rotations of a part of each head")
     if arch.name in ("llama", "qwen3moe") and has_experts and not all(layer.experts for layer in layers):
         found.append("experts in some layers only")
     if spec.experts is not None and spec.experts.router == "softmax" and not spec.experts.normalized:
@@ -180,6 +185,8 @@ def _gemma3(spec: DecoderSpec) -> list[str]:
         found.append(f"query_pre_attn_scalar {spec.attention_scale**-2:g} in place of {scale**-2:g}")
     if spec.local_rope.kind != "default":
         found.append("scaled rotations in sliding layers")
+    if spec.rope.kind == "yarn" and not math.isclose(_unusual_magnitude(spec), 1.0):
+        found.append("an attention_factor that is YaRN's alone, not the sliding layers'")
     if any((layer.window is None) != (layer.rope == "global") for layer in spec.layers):
         found.append("local rotations in other layers than those that slide")
     return found
@@ -193,6 +200,8 @@ def _gpt_oss(spec: DecoderSpec) -> list[str]:
         found.append("a head that is the embedding")
     if not spec.out_bias:
         found.append("attention without biases")
+    if not any(layer.window for layer in spec.layers):
+        found.append("a model without sliding layers")
     return found
 
 
@@ -206,7 +215,7 @@ def notes(arch: Architecture, spec: DecoderSpec) -> list[str]:
     if windows and "windows" not in arch.takes:
         told.append(f"llama.cpp has no sliding window for {arch.name}: texts of more than {windows[0]} tokens differ")
     if spec.rope.kind == "yarn" and not spec.rope.get("truncate", True):
-        told.append("llama.cpp rounds the ramp of YaRN to whole channels, unlike this model: logits differ a bit")
+        told.append("llama.cpp rounds the ramp of YaRN to whole channels, unlike this model: logits differ")
     return told
 
 

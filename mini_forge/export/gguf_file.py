@@ -1,8 +1,9 @@
 """A run as one GGUF file: merged weights, tokenizer and chat template, for llama.cpp and what is built on it.
 
-Weights are read and written a layer at a time, so memory holds one layer in float32 (of MXFP4 experts, as stored) and
-then the embedding and head. What an adapter adds is summed in float32 and rounded once, to the type asked for. Experts
-stored in MXFP4 stay in it, unless the adapter changes them: nothing is merged into 4-bit weights.
+Weights are read and written a layer at a time, so memory holds one layer in float32 (of MXFP4 experts, as stored), in
+the end the embedding and head, and beside it the tensor that is written. What an adapter adds is summed in float32 and
+rounded once, to the type asked for. Experts stored in MXFP4 stay in it, unless the adapter changes them: nothing is
+merged into 4-bit weights.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. llama.cpp's names of tensors and its 8-bit
 rounding are those of its own package `gguf`, which the extra of that name installs.
@@ -18,8 +19,9 @@ import numpy as np
 import torch
 
 from mini_forge.errors import CheckpointError, ConfigError
+from mini_forge.export import TYPES
 from mini_forge.export.architectures import ARCHITECTURES, metadata, notes, problems, rope_factors
-from mini_forge.export.vocabulary import vocabulary
+from mini_forge.export.vocabulary import model_name, vocabulary
 from mini_forge.io.adapters import read_adapter_config
 from mini_forge.io.merge import Merger, added
 from mini_forge.io.models import is_adapter
@@ -27,12 +29,11 @@ from mini_forge.io.runs import TEMPORARY
 from mini_forge.io.weights import Loader
 from mini_forge.model.decoder import RMSNorm
 from mini_forge.model.mxfp4 import BLOCK
-from mini_forge.model.stacks import StackMxfp4
+from mini_forge.model.stacks import Stack, expert_weight
 from mini_forge.use import spelling_of
 
-TYPES = ("f16", "bf16", "q8_0")
 HALVES = ("gate_proj", "up_proj")  # of the rows of a stack of experts: two tensors there
-WHOLE_NUMBERS = ("_norm.weight", "ffn_gate_inp.weight")  # float32 whatever the type: norms, and what routes tokens
+ROUTER = "ffn_gate_inp.weight"  # float32 whatever the type
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ def export_gguf(run: str | Path, out: str | Path, kind: str = "f16") -> list[str
     Returns where llama.cpp will compute otherwise, a line each. Raises CheckpointError for a model or tokenizer that
     llama.cpp does not have, ConfigError for a file that cannot be written, or where the package gguf is missing."""
     run, out = Path(run).expanduser(), Path(out).expanduser()
+    if kind not in TYPES:
+        raise ConfigError(f"kind: {kind!r} must be one of {', '.join(TYPES)}")
     if not is_adapter(run):
         raise CheckpointError(f"{run}: no adapter_config.json; export takes the folder of a run or adapter")
     try:
@@ -73,7 +76,7 @@ def export_gguf(run: str | Path, out: str | Path, kind: str = "f16") -> list[str
             temporary.unlink(missing_ok=True)
     except OSError as error:  # numpy's, of a full disk, has no strerror
         raise ConfigError(f"{out}: cannot be written ({error.strerror or error}); name another file") from None
-    return notes(export.arch, export.spec)
+    return export.notes
 
 
 class Export:
@@ -91,11 +94,12 @@ class Export:
                 *(f"{folder}/config.json: {text}: llama.cpp's {self.arch.name} has none; use `merge`" for text in wrong)
             )
         _, tokenizer, template = spelling_of(str(run))
-        # The base's name: of a Phi-3, llama.cpp tells by it that special tokens swallow the space behind them.
-        self.values = {"general.name": Path(read_adapter_config(run)[1]).name, **metadata(self.arch, self.spec)}
-        end = tokenizer.token_id(template.end)
-        stops = sorted(template.stop_ids(tokenizer), key=lambda i: i != end)
-        self.values |= vocabulary(tokenizer, self.spec.vocab_size, stops)
+        words, self.notes = vocabulary(tokenizer, self.spec.vocab_size, template.end)
+        name = model_name(Path(read_adapter_config(run)[1]).name, tokenizer, self.notes)
+        self.notes = [*notes(self.arch, self.spec), *self.notes]
+        if tokenizer.bos_token is None and "bos_token" in template.source:
+            self.notes.append("llama.cpp spells token 11 for the chat template's bos_token; this tokenizer has none")
+        self.values = {"general.name": name, **metadata(self.arch, self.spec), **words}
         self.values["tokenizer.chat_template"] = template.source
         kinds = {name: kind for kind, name in self.gguf.MODEL_ARCH_NAMES.items()}
         self.names = self.gguf.get_tensor_name_map(kinds[self.arch.name], len(self.spec.layers))
@@ -129,7 +133,7 @@ class Export:
         return name
 
     def _kind(self, name: str, shape: tuple[int, ...]) -> str:
-        if len(shape) == 1 or not name.endswith(".weight") or name.endswith(WHOLE_NUMBERS):
+        if len(shape) == 1 or not name.endswith(".weight") or name.endswith(ROUTER):
             return "f32"
         return "f16" if self.kind == "q8_0" and shape[-1] % BLOCK else self.kind
 
@@ -180,7 +184,11 @@ class Export:
         stored = getattr(owner, leaf)
         if output.kind == "mxfp4":
             return packed_mxfp4(_half(stored.blocks, output.half), _half(stored.scales, output.half)).numpy()
-        weight = _half(self._merged(output.source, stored), output.half)
+        if len(output.shape) == 3:
+            return self._experts(output, stored)
+        weight = _half(stored, output.half)
+        if output.source in self.updates:
+            weight = added(weight, self.updates[output.source].delta(), output.source)
         if isinstance(owner, RMSNorm):
             weight = weight + self.spec.norm_offset
         heads = {"q_proj": self.spec.heads, "k_proj": self.spec.kv_heads}.get(output.source.split(".")[-2])
@@ -188,20 +196,23 @@ class Export:
             weight = neighbouring_rows(weight, heads)
         return self._encoded(output, weight)
 
-    def _merged(self, source: str, stored) -> torch.Tensor:
-        """The whole parameter in float32, with what the adapter adds."""
-        update = self.updates.get(source)
-        if isinstance(stored, StackMxfp4):
-            stored = torch.stack([stored.expert(e, torch.float32).clone() for e in range(stored.count)])
-        if update is None:
-            return stored
-        if stored.dim() == 2:
-            return added(stored, update.delta(), source)
-        return torch.stack([added(matrix, update.delta(e), source) for e, matrix in enumerate(stored)])
+    def _experts(self, output: Output, stack: torch.Tensor | Stack) -> np.ndarray:
+        """A stack of matrices, made one by one."""
+        update, encoded = self.updates.get(output.source), None
+        for e in range(output.shape[0]):
+            matrix = expert_weight(stack, e, torch.float32)
+            if update is not None:
+                matrix = added(matrix, update.delta(e), output.source)
+            matrix = self._encoded(output, matrix if output.half is None else matrix.chunk(2)[output.half])
+            encoded = np.empty((output.shape[0], *matrix.shape), matrix.dtype) if encoded is None else encoded
+            encoded[e] = matrix
+        return encoded
 
     def _encoded(self, output: Output, weight: torch.Tensor) -> np.ndarray:
         """float32 numbers as the file holds them."""
         weight = weight.contiguous()
+        if not bool(weight.isfinite().all()):
+            raise CheckpointError(f"{output.source}: holds numbers that are not finite; the base or adapter is damaged")
         if output.kind == "f32":
             return weight.numpy()
         if output.kind == "q8_0":

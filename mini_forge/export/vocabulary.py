@@ -2,16 +2,21 @@
 
 Two kinds of BPE are told apart, by what they fall back on. Byte-level ones ("gpt2" there) merge by rank, and llama.cpp
 knows their ways of cutting text by names of its own: the regular expressions of a tokenizer.json say which it is, and
-one that it does not have is refused, because with another the model would see other tokens than in training.
+one that is not known here is refused, because with another the model would see other tokens than in training.
 Sentencepiece's ("llama" there) have ▁ for spaces and bytes in place of what they do not know. Those are merged by
 score; the negated rank of the merge that makes a piece orders pieces as the scores they were made from do.
+
+What llama.cpp takes otherwise in rare texts only is told in notes.
 """
 
 import json
+import re
 from enum import IntEnum
+from pathlib import Path
 
 from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.errors import CheckpointError
+from mini_forge.json_faults import read_json
 
 
 class Kind(IntEnum):
@@ -26,6 +31,9 @@ class Kind(IntEnum):
 
 
 SPACE = "▁"
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+# Added tokens that checkpoints forget to call special, and llama.cpp's converter does not.
+CONTROLS = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _REST_WITH_SLASH = _REST.replace(r"[\r\n]*", r"[\r\n/]*", 1)
@@ -36,90 +44,119 @@ QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 TEKKEN = "|".join(_CASED) + r"|\p{N}" + _REST_WITH_SLASH
 GPT4O = "|".join(part + CONTRACTIONS + "?" for part in _CASED) + r"|\p{N}{1,3}" + _REST_WITH_SLASH
 BYTES, DIGITS = "bytes", "digits"  # GPT-2's expression, which is ByteLevel's own; single digits
-# Steps of a pre-tokenizer, and whether a word that is a token is taken whole: None where llama.cpp has only one of both
+# The steps in which text is cut: llama.cpp's names for it, by whether a word that is a token is taken whole there.
 PRE_TOKENIZERS = {
-    ((BYTES,), None): "gpt-2",
-    ((DIGITS, BYTES), None): "smollm",
-    ((LLAMA3,), True): "llama-bpe",
-    ((LLAMA3,), False): "smaug-bpe",
-    ((QWEN2,), None): "qwen2",
-    ((TEKKEN,), None): "tekken",
-    ((GPT4O,), None): "gpt-4o",
+    (BYTES,): {False: "gpt-2"},
+    (DIGITS, BYTES): {False: "smollm"},
+    (LLAMA3,): {True: "llama-bpe", False: "smaug-bpe"},
+    (QWEN2,): {False: "qwen2"},
+    (TEKKEN,): {True: "tekken"},
+    (GPT4O,): {False: "gpt-4o"},
 }
+# Where sentencepiece's kind is given a space, by Metaspace's prepend_scheme and whether llama.cpp is told to.
+SPACES = {
+    ("always", True): "a space before a text even where it begins with one, unlike this tokenizer",
+    ("first", True): "a space behind each special token, this tokenizer before a text alone",
+    ("first", False): "no space before a text that begins with no special token, unlike this tokenizer",
+}
+# Words in a model's name by which llama.cpp has special tokens swallow the spaces behind them, but for the first three
+# of these, all four of which must be tokens.
+SWALLOWING, MUST_BE_TOKENS = re.compile("phi-?3", re.IGNORECASE), ("<unk>", "<s>", "<|endoftext|>", "</s>")
 
 
-def vocabulary(tokenizer: Tokenizer, rows: int, stop_ids: list[int]) -> dict[str, int | str | bool | list]:
-    """The tokenizer by its GGUF keys. rows: of the embedding, which may be more than tokens. stop_ids: the tokens
-    that end a response, the template's own first; the file has room for two, and llama.cpp knows others by their names.
-    Raises CheckpointError for a tokenizer that llama.cpp does not have."""
-    state = json.loads((tokenizer.path / "tokenizer.json").read_bytes())
-    model, where = state["model"], tokenizer.path / "tokenizer.json"
-    if model.get("type", "BPE") != "BPE":
-        raise _unknown(where, f"model {model['type']!r}")
-    tokens, kinds = _tokens(state, rows, where)
+def vocabulary(tokenizer: Tokenizer, rows: int, end: str | None = None) -> tuple[dict, list[str]]:
+    """The tokenizer by its GGUF keys, and notes on where llama.cpp cuts text otherwise, a line each.
+
+    rows: of the embedding, which may be more than tokens. end: the token that the template puts behind a response.
+    Raises CheckpointError for a tokenizer that cannot be said in llama.cpp's words."""
+    where = tokenizer.path / "tokenizer.json"
+    state, notes = {"added_tokens": [], "normalizer": None, "pre_tokenizer": None} | read_json(where), []
+    model = state["model"]
+    affixes = [model[key] for key in ("end_of_word_suffix", "continuing_subword_prefix") if model.get(key)]
+    if affixes:
+        raise _unknown(where, f"affixes {affixes}")
+    if model.get("type", "BPE") != "BPE" or not model.get("merges"):
+        raise _unknown(where, f"a model {model.get('type')!r} without merges")
+    tokens, kinds = _tokens(state, rows, where, notes)
     merges = [merge if isinstance(merge, list) else merge.split(" ", 1) for merge in model["merges"]]
-    values = {"tokenizer.ggml.tokens": tokens}
+    values = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [int(kind) for kind in kinds]}
     if model.get("byte_fallback"):
-        values |= _sentencepiece(state, tokens, kinds, merges, where)
+        values |= _sentencepiece(state, tokens, kinds, merges, where, tokenizer.adds_bos, notes)
     else:
-        values |= _byte_level(state, merges, where)
-    values |= {
-        "tokenizer.ggml.token_type": [int(kind) for kind in kinds],
-        "tokenizer.ggml.add_bos_token": tokenizer.adds_bos,
-        "tokenizer.ggml.add_eos_token": False,
-    }
-    ends = (*stop_ids, None, None)
-    ids = {"bos": tokenizer.bos_id, "eos": ends[0], "eot": ends[1], "unknown": tokenizer.token_id(tokenizer.unk_token),
-           "padding": tokenizer.pad_id}  # fmt: skip
-    return values | {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items() if i is not None}
+        values |= _byte_level(state, merges, where, notes)
+    if any(token.get("lstrip") or token.get("single_word") for token in state["added_tokens"]):
+        notes.append("llama.cpp leaves the spaces around special tokens, some of which swallow them here")
+    stops = dict.fromkeys(i for i in (*tokenizer.eos_ids, tokenizer.token_id(end)) if i is not None)
+    ends = sorted(stops, key=lambda i: (i != tokenizer.eos_id, i != tokenizer.token_id(end)))
+    ids = {"bos": tokenizer.bos_id, "unknown": tokenizer.token_id(tokenizer.unk_token), "padding": tokenizer.pad_id}
+    ids |= dict(zip(("eos", "eot", "eom"), ends, strict=False))  # others it knows by their names
+    values |= {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items() if i is not None}
+    return values | {"tokenizer.ggml.add_bos_token": tokenizer.adds_bos, "tokenizer.ggml.add_eos_token": False}, notes
 
 
-def _tokens(state: dict, rows: int, where) -> tuple[list[str], list[Kind]]:
+def model_name(name: str, tokenizer: Tokenizer, notes: list[str]) -> str:
+    """The name, so that llama.cpp takes the spaces behind special tokens as this tokenizer does; a note where it
+    cannot."""
+    added = read_json(tokenizer.path / "tokenizer.json").get("added_tokens", [])
+    swallows = any(token.get("rstrip") for token in added)
+    if swallows and all(tokenizer.token_id(token) is not None for token in MUST_BE_TOKENS):
+        return name if SWALLOWING.search(name) else f"Phi-3 {name}"
+    if swallows:
+        notes.append("llama.cpp leaves the spaces behind special tokens, some of which swallow them here")
+    return SWALLOWING.sub("phi 3", name)
+
+
+def _tokens(state: dict, rows: int, where: Path, notes: list[str]) -> tuple[list[str], list[Kind]]:
     """All tokens in order of their ids, and their kinds; rows of the embedding without a token have a name too."""
     tokens, kinds = [f"[PAD{i}]" for i in range(rows)], [Kind.UNUSED] * rows
     model = state["model"]
-    added = {token["id"]: token for token in state["added_tokens"]}
-    named = {i: text for text, i in model["vocab"].items()} | {i: token["content"] for i, token in added.items()}
-    if named and max(named) >= rows:
+    if max(model["vocab"].values()) >= rows:
         raise CheckpointError(
-            f"{where}: token {named[max(named)]!r} has the id {max(named)}, the model's embedding {rows} rows; take "
+            f"{where}: has tokens up to id {max(model['vocab'].values())}, the model's embedding {rows} rows; take "
             "tokenizer and weights from one source"
         )
-    for i, text in named.items():
-        tokens[i] = text
-        if text == model.get("unk_token"):
+    for text, i in model["vocab"].items():
+        is_byte = bool(model.get("byte_fallback")) and BYTE.fullmatch(text) is not None
+        tokens[i], kinds[i] = text, Kind.BYTE if is_byte else Kind.NORMAL
+    for token in state["added_tokens"]:
+        i, text = token["id"], token["content"]
+        if i >= rows:  # Gemma's picture token, of models with pictures
+            notes.append(f"the token {text} is left out: the model's embedding has no row {i}")
+        elif text == model.get("unk_token"):
             kinds[i] = Kind.UNKNOWN
-        elif i in added:
-            is_control = added[i]["special"] or (text.startswith("<|") and text.endswith("|>"))  # as its converter does
-            kinds[i] = Kind.CONTROL if is_control else Kind.USER_DEFINED
-        elif model.get("byte_fallback") and _is_byte(text):
-            kinds[i] = Kind.BYTE
-        else:
-            kinds[i] = Kind.NORMAL
+        elif token["special"] or CONTROLS.fullmatch(text):
+            tokens[i], kinds[i] = text, Kind.CONTROL
+        else:  # which llama.cpp finds in the text, and prints, as they are
+            tokens[i] = text.replace(SPACE, " ") if model.get("byte_fallback") else text
+            kinds[i] = Kind.USER_DEFINED
     return tokens, kinds
 
 
-def _is_byte(token: str) -> bool:
-    """Whether a token is one byte, as <0x0A>."""
-    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
-
-
-def _byte_level(state: dict, merges: list, where) -> dict:
-    kinds = {step["type"] for step in _steps(state["normalizer"], "normalizers")}
-    if kinds - {"NFC"}:  # Qwen's; llama.cpp takes text as it comes, and text mostly comes so
-        raise _unknown(where, f"normalizer {', '.join(sorted(kinds))}")
-    steps, ignores_merges = _pre_tokenizer(state, where), state["model"].get("ignore_merges", False)
-    name = PRE_TOKENIZERS.get((steps, None)) or PRE_TOKENIZERS.get((steps, ignores_merges))
-    if name is None:
+def _byte_level(state: dict, merges: list, where: Path, notes: list[str]) -> dict:
+    normalizers = {step["type"] for step in _steps(state["normalizer"], "normalizers")}
+    if normalizers - {"NFC"}:
+        raise _unknown(where, f"normalizer {', '.join(sorted(normalizers))}")
+    if normalizers:
+        notes.append(
+            "llama.cpp takes text as it comes: what is not in Unicode's form NFC, which is rare, is cut otherwise"
+        )
+    steps, takes_whole = _pre_tokenizer(state, where), state["model"].get("ignore_merges", False)
+    names = PRE_TOKENIZERS.get(steps)
+    if names is None:
         raise _unknown(where, f"pre_tokenizer {' then '.join(steps)!r}")
+    if takes_whole not in names:
+        notes.append(
+            f"llama.cpp {'merges also' if takes_whole else 'does not merge'} words that are tokens as a whole, unlike "
+            "this tokenizer: some are cut otherwise"
+        )
     return {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": name,
+        "tokenizer.ggml.pre": names.get(takes_whole) or next(iter(names.values())),
         "tokenizer.ggml.merges": [" ".join(part.replace(" ", "Ġ") for part in merge) for merge in merges],
     }
 
 
-def _pre_tokenizer(state: dict, where) -> tuple[str, ...]:
+def _pre_tokenizer(state: dict, where: Path) -> tuple[str, ...]:
     """The steps in which text is cut, in the words of PRE_TOKENIZERS."""
     found = []
     for step in _steps(state["pre_tokenizer"], "pretokenizers"):
@@ -137,15 +174,24 @@ def _pre_tokenizer(state: dict, where) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _sentencepiece(state: dict, tokens: list[str], kinds: list[Kind], merges: list, where) -> dict:
-    adds_space, replaces = False, False  # llama.cpp's space comes even before a text that begins with one
+def _sentencepiece(
+    state: dict, tokens: list[str], kinds: list[Kind], merges: list, where: Path, begins_with_bos: bool,
+    notes: list[str],
+) -> dict:  # fmt: skip
+    """begins_with_bos: whether texts of training begin with a BOS that the template spells."""
+    adds_space, replaces = False, False
     for step in [*_steps(state["normalizer"], "normalizers"), *_steps(state["pre_tokenizer"], "pretokenizers")]:
         if step["type"] == "Prepend" and step["prepend"] == SPACE:
             adds_space = True
         elif step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == SPACE:
             replaces = True
         elif step["type"] == "Metaspace" and step["replacement"] == SPACE and not step.get("split", True):
-            adds_space, replaces = step.get("prepend_scheme", "always") != "never", True
+            scheme, replaces = step.get("prepend_scheme", "always"), True
+            # "first" is before a text, and so not behind a BOS that it begins with; llama.cpp's is behind each special
+            # token, or nowhere.
+            adds_space = scheme == "always" or (scheme == "first" and not begins_with_bos)
+            if scheme != "never":
+                notes.append(f"llama.cpp puts {SPACES[scheme, adds_space]}: a few texts are cut otherwise")
         elif step["type"] != "Split" or step["pattern"] != {"String": " "}:  # Gemma's: there are no spaces left by then
             raise _unknown(where, json.dumps(step, ensure_ascii=False))
     if not replaces:
@@ -153,14 +199,19 @@ def _sentencepiece(state: dict, tokens: list[str], kinds: list[Kind], merges: li
     rank = {}
     for i, (left, right) in enumerate(merges):
         rank.setdefault(left + right, i)
-    scores = [
-        -float(rank.get(token, len(merges))) if kind == Kind.NORMAL else 0.0
-        for token, kind in zip(tokens, kinds, strict=True)
-    ]
+    normal = {token for token, kind in zip(tokens, kinds, strict=True) if kind == Kind.NORMAL}
+    listed = {(left, right) for left, right in merges}
+    ways = ((token, (token[:i], token[i:])) for token in normal for i in range(1, len(token)))
+    unlisted = {token for token, way in ways if way not in listed and normal.issuperset(way)}
+    if unlisted:
+        notes.append(
+            f"llama.cpp makes {len(unlisted)} of {len(normal)} pieces in more ways than this tokenizer's merges name: "
+            "some text may be cut otherwise"
+        )
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.scores": [-float(rank.get(token, len(merges))) if token in normal else 0.0 for token in tokens],
         "tokenizer.ggml.add_space_prefix": adds_space,
     }
 
@@ -172,5 +223,5 @@ def _steps(step: dict | None, key: str) -> list[dict]:
     return step[key] if step["type"] == "Sequence" else [step]
 
 
-def _unknown(where, what: str) -> CheckpointError:
-    return CheckpointError(f"{where}: {what} is nothing that llama.cpp has; use `mini-forge merge` and another program")
+def _unknown(where: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{where}: {what}: export knows no words of llama.cpp for it; use `merge`")

@@ -4,9 +4,10 @@
     tar xf llama_cpp_python-0.3.36.tar.gz                  # its source archive, which holds the converter
     python tests/golden/make_gguf.py llama_cpp_python-0.3.36/vendor/llama.cpp
 
-Writes tests/golden/gguf: checkpoints that are as llama.cpp wants their families (the others are those of `families`),
-`expected.json` (metadata; of each tensor type, shape and hash) and `logits.safetensors`; `tokenizers.json`, which
-text llama.cpp cuts into which tokens.
+Writes tests/golden/gguf: checkpoints that are as llama.cpp wants their families (the others are those of `families`);
+`expected.json`, of the converter's files the metadata, and of each tensor type, shape and hash; of our own file its
+metadata ("export") and in `logits.safetensors` what llama.cpp computes with it; `tokenizers.json`, which text llama.cpp
+cuts into which tokens.
 """
 
 import hashlib
@@ -28,6 +29,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+ROOT = Path(__file__).parents[2]
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 DROPPED = families.DROPPED
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 32.0, "beta_fast": 8.0, "beta_slow": 1.0, "truncate": True,
         "original_max_position_embeddings": 64}  # fmt: skip
@@ -37,6 +40,11 @@ CHECKPOINTS = {  # as in make_families.py
                                "intermediate_size": 16, "query_pre_attn_scalar": 12},
                {"rope_theta": 1000.0, "rope_local_base_freq": 100.0, "sliding_window_pattern": 6,
                 "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "tie_word_embeddings": DROPPED}),
+    # These two the converter gets wrong: it writes no pattern of sliding layers, and a factor that llama.cpp overrides.
+    "gemma3_pattern": ("gemma3_text", {"pad_token_id": None, "num_hidden_layers": 3, "head_dim": 16,
+                                       "sliding_window": 5, "query_pre_attn_scalar": 16, "intermediate_size": 16,
+                                       "layer_types": ["full_attention", "sliding_attention", "full_attention"]}, None),
+    "qwen3_yarn_factor": ("qwen3", {"head_dim": 12, "rope_parameters": {**YARN, "attention_factor": 1.7}}, None),
     "qwen3_yarn": ("qwen3", {"head_dim": 12, "rope_parameters": YARN}, None),
     "smollm3": ("smollm3", {"pad_token_id": None, "num_hidden_layers": 4, "tie_word_embeddings": False}, None),
     "gpt_oss": ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16, "head_dim": 12,
@@ -97,7 +105,9 @@ def main(source: Path, golden: Path):
                 "metadata": metadata(files["f16"]),
                 **{kind: hashes(file) for kind, file in files.items()},
             }
-            logits[name] = llama_logits(files["f16"])
+            own = export(folder, golden / "gguf", Path(work))
+            expected[name]["export"] = {k: v for k, v in metadata(own).items() if not k.startswith("tokenizer.")}
+            logits[name] = llama_logits(own)
         print(name, len(expected[name]["f16"]), "tensors, logits", tuple(logits[name].shape))
     lines = (f"{json.dumps(name)}: {json.dumps(record, ensure_ascii=False)}" for name, record in expected.items())
     (golden / "gguf" / "expected.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
@@ -186,7 +196,7 @@ class Converter:
 
     def __init__(self, source: Path):
         self.script = source / "convert_hf_to_gguf.py"
-        sys.path[:0] = [str(source), str(source / "gguf-py")]
+        sys.path[:0] = [str(path) for path in (source, source / "gguf-py", ROOT, ROOT / "kernels")]
 
     def convert(self, checkpoint: Path, tokenizer: Path, work: Path, kind: str) -> Path:
         from conversion import get_model_class
@@ -194,8 +204,8 @@ class Converter:
 
         folder, out = work / "model", work / f"{kind}.gguf"
         shutil.copytree(checkpoint, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("expected.safetensors"))
-        for file in tokenizer.glob("tokenizer*.json"):
-            shutil.copy(file, folder)
+        for file in TOKENIZER:
+            shutil.copy(tokenizer / file, folder)
         architecture = ModelBase.load_hparams(folder, False)["architectures"][0]
         model = get_model_class(architecture, mmproj=False)
         model.set_vocab = TextModel._set_vocab_gpt2
@@ -203,6 +213,23 @@ class Converter:
         sys.argv = [str(self.script), str(folder), "--outfile", str(out), "--outtype", kind]
         runpy.run_path(str(self.script), run_name="__main__")
         return out
+
+
+def export(checkpoint: Path, tokenizer: Path, work: Path) -> Path:
+    """Our own file, of an adapter that adds nothing."""
+    import mini_forge
+    from mini_forge.export.gguf_file import export_gguf
+    from mini_forge.io.adapters import save_adapter
+    from mini_forge.model.lora import LoraSpec, inject
+
+    model, spec = mini_forge.load_model(checkpoint), LoraSpec(2, 4, targets=("o_proj",))
+    inject(model, spec)
+    (work / "run").mkdir()
+    for file in TOKENIZER:
+        shutil.copy(tokenizer / file, work / "run")
+    save_adapter(work / "run", model, spec, str(checkpoint))
+    export_gguf(work / "run", work / "own.gguf")
+    return work / "own.gguf"
 
 
 def metadata(file: Path) -> dict:
