@@ -149,6 +149,8 @@ def _byte_level(state: dict, merges: list, where: Path, notes: list[str]) -> dic
             f"llama.cpp {'merges also' if takes_whole else 'does not merge'} words that are tokens as a whole, unlike "
             "this tokenizer: some are cut otherwise"
         )
+    if steps in ((TEKKEN,), (GPT4O,)):
+        notes.append("llama.cpp cuts words with combining marks, as of Hindi, Khmer and Thai, otherwise")
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": names.get(takes_whole) or next(iter(names.values())),
