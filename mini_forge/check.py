@@ -19,7 +19,8 @@ from mini_forge.memory_plan import format_memory, memory_plan, memory_report
 from mini_forge.prepare import Prepared, adapter_spec, prepare
 from mini_forge.providers import PROVIDERS
 from mini_forge.resume import resume_problems
-from mini_forge.run import loop_settings, windows
+from mini_forge.run import windows
+from mini_forge.stages import loop_settings
 
 
 def check(config: TrainingConfig, *, resume: bool = False, overwrite: bool = False) -> dict:

@@ -31,10 +31,10 @@ from mini_forge.model.lora import LoraSpec, inject
 from mini_forge.prepare import Prepared, adapter_spec, has_reference, is_labelled, is_paired, model_identity, prepare
 from mini_forge.providers import PROVIDERS, equip
 from mini_forge.resume import is_to_resume, restore
-from mini_forge.stages import Stages, clear
+from mini_forge.stages import Stages, clear, loop_settings
 from mini_forge.training.dpo import fill_reference, preference_objective
 from mini_forge.training.kto import KTOOptions, kto_objective, label_means
-from mini_forge.training.loop import Interrupted, Loop, LoopSettings, peak_memory_bytes, stop_signals
+from mini_forge.training.loop import Interrupted, Loop, peak_memory_bytes, stop_signals
 from mini_forge.training.losses import Objective
 from mini_forge.training.memory import keep_freed_memory
 from mini_forge.training.optim import (
@@ -43,7 +43,6 @@ from mini_forge.training.optim import (
     parameter_groups,
 )
 from mini_forge.training.preferences import REFERENCE_FREE, LossOptions
-from mini_forge.training.schedule import warmup_steps
 from mini_forge.training.sft import SFT
 from mini_forge.training.windows import Windows
 
@@ -226,24 +225,6 @@ def build_stages(
     """What takes the loop's place with strategy rlhf."""
     on_metrics, on_step = on_metrics or (lambda record: None), on_step or (lambda step, total: None)
     return Stages(prepared, model, lora, folder, _base_name(prepared), report, on_metrics, on_step)
-
-
-def loop_settings(config: TrainingConfig, steps_per_epoch: int, has_eval: bool) -> LoopSettings:
-    total = config.max_steps if config.max_steps > 0 else steps_per_epoch * config.num_train_epochs
-    save_steps = {"no": None, "steps": config.save_steps, "epoch": steps_per_epoch}[config.save_strategy]
-    return LoopSettings(
-        total_steps=total,
-        steps_per_epoch=steps_per_epoch,
-        warmup_steps=warmup_steps(total, config.warmup_ratio),
-        learning_rate=config.learning_rate,
-        schedule=config.lr_scheduler_type,
-        max_grad_norm=config.max_grad_norm,
-        logging_steps=config.logging_steps,
-        eval_steps=config.eval_steps if has_eval else None,
-        save_steps=save_steps,
-        patience=config.early_stopping_patience,
-        keep_best=config.load_best_model_at_end and has_eval,
-    )
 
 
 def _base_name(prepared: Prepared) -> str:

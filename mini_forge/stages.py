@@ -9,7 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -316,19 +316,28 @@ def ppo_settings(config: TrainingConfig, prompts: int) -> PPOSettings:
     )
 
 
-def reward_settings(config: TrainingConfig, steps_per_epoch: int) -> LoopSettings:
-    total = steps_per_epoch * config.reward_epochs
+def loop_settings(config: TrainingConfig, steps_per_epoch: int, has_eval: bool) -> LoopSettings:
+    total = config.max_steps if config.max_steps > 0 else steps_per_epoch * config.num_train_epochs
+    save_steps = {"no": None, "steps": config.save_steps, "epoch": steps_per_epoch}[config.save_strategy]
     return LoopSettings(
         total_steps=total,
         steps_per_epoch=steps_per_epoch,
         warmup_steps=warmup_steps(total, config.warmup_ratio),
-        learning_rate=config.reward_learning_rate,
+        learning_rate=config.learning_rate,
         schedule=config.lr_scheduler_type,
         max_grad_norm=config.max_grad_norm,
         logging_steps=config.logging_steps,
-        eval_steps=config.eval_steps,
-        save_steps={"no": None, "steps": config.save_steps, "epoch": steps_per_epoch}[config.save_strategy],
+        eval_steps=config.eval_steps if has_eval else None,
+        save_steps=save_steps,
+        patience=config.early_stopping_patience,
+        keep_best=config.load_best_model_at_end and has_eval,
     )
+
+
+def reward_settings(config: TrainingConfig, steps_per_epoch: int) -> LoopSettings:
+    own = {"num_train_epochs": config.reward_epochs, "learning_rate": config.reward_learning_rate}
+    of_the_policy = {"max_steps": -1, "early_stopping_patience": None, "load_best_model_at_end": False}
+    return loop_settings(replace(config, **own, **of_the_policy), steps_per_epoch, has_eval=True)
 
 
 def optimizer_of(config: TrainingConfig, plan: Plan, named: list, learning_rate: float):

@@ -72,8 +72,62 @@ class Progress:
     stopped_early: bool = False
 
 
+class Resumable:
+    """What both loops have in common: checkpoints, and how the optimizer steps. They have `progress`, `settings`,
+    `parameters`, `optimizer`, `scaler`, `save` and `_saved_step`; `unit` is what one of their steps is called."""
+
+    unit = "step"
+
+    def state(self) -> dict:
+        """Progress and scaler, as plain values; the checkpoint's other half is adapter, optimizer and generators."""
+        return {"progress": asdict(self.progress), "scaler": self.scaler.state_dict() if self.scaler else None}
+
+    def restore(self, state: dict):
+        self.progress = type(self.progress)(**state["progress"])
+        self._saved_step = self.progress.step
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+
+    def _save_once(self):
+        """A checkpoint of this step, unless it has one."""
+        if self._saved_step != self.progress.step:
+            self.save(self.progress)
+            self._saved_step = self.progress.step
+
+    def _save_is_due(self, finished: bool) -> bool:
+        step, every = self.progress.step, self.settings.save_steps
+        return bool(every) and step > 0 and (finished or step % every == 0)
+
+    def _optimizer_step(self, learning_rate: float) -> float:
+        """Unscale, clip, step. Returns the gradient's norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        norm = float(clip_grad_norm(self.parameters, self.settings.max_grad_norm))
+        if self.scaler is not None:
+            self.scaler.step(self.optimizer)  # skips the update by itself when a gradient is not finite
+            self.scaler.update()
+            self.progress.skipped_steps = 0 if math.isfinite(norm) else self.progress.skipped_steps + 1
+            if self.progress.skipped_steps >= MAX_SKIPPED_STEPS:
+                raise TrainingError(
+                    f"{self.unit} {self.progress.step + 1}: {MAX_SKIPPED_STEPS} steps in a row had no finite fp16 "
+                    "gradient; use bf16 or float32"
+                )
+        elif not math.isfinite(norm):
+            raise TrainingError(
+                f"{self.unit} {self.progress.step + 1}: the gradient's norm is {norm}, not a finite number; "
+                "lower learning_rate or max_grad_norm"
+            )
+        else:
+            self.optimizer.step()
+        # The same memory again. New gradients amid a backward's large blocks leave holes: 6 % of a run's peak.
+        self.optimizer.zero_grad(set_to_none=False)
+        return norm
+
+
 @dataclass
-class Loop:
+class Loop(Resumable):
     """One run in progress. The callables are its only ties to the outside:
 
     `window(step)` the microbatches of an optimizer step, `count(batch)` what its loss is divided by, `loss(batch)` its
@@ -116,12 +170,6 @@ class Loop:
                 self._save_once()
                 raise
 
-    def _save_once(self):
-        """A checkpoint of this step, unless it has one."""
-        if self._saved_step != self.progress.step:
-            self.save(self.progress)
-            self._saved_step = self.progress.step
-
     def _step(self):
         progress, settings = self.progress, self.settings
         began = time.perf_counter()
@@ -131,10 +179,8 @@ class Loop:
         learning_rate = lr_at(
             settings.schedule, progress.step, settings.total_steps, settings.warmup_steps, settings.learning_rate
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
         loss, count, metrics = self._accumulate(batches)
-        self._last_update = learning_rate, self._update()
+        self._last_update = learning_rate, self._optimizer_step(learning_rate)
         progress.step += 1
         now = time.perf_counter()
         tokens = sum(batch.tokens for batch in batches)
@@ -171,31 +217,6 @@ class Loop:
                 "bf16 or float32 instead of fp16"
             )
         return value, count, metrics
-
-    def _update(self) -> float:
-        """Unscale, clip, step. Returns the gradient's norm before clipping."""
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
-        norm = float(clip_grad_norm(self.parameters, self.settings.max_grad_norm))
-        if self.scaler is not None:
-            self.scaler.step(self.optimizer)  # skips the update by itself when a gradient is not finite
-            self.scaler.update()
-            self.progress.skipped_steps = 0 if math.isfinite(norm) else self.progress.skipped_steps + 1
-            if self.progress.skipped_steps >= MAX_SKIPPED_STEPS:
-                raise TrainingError(
-                    f"step {self.progress.step + 1}: {MAX_SKIPPED_STEPS} steps in a row had no finite fp16 gradient; "
-                    "use bf16 or float32"
-                )
-        elif not math.isfinite(norm):
-            raise TrainingError(
-                f"step {self.progress.step + 1}: the gradient's norm is {norm}, not a finite number; "
-                "lower learning_rate or max_grad_norm"
-            )
-        else:
-            self.optimizer.step()
-        # The same memory again. New gradients amid a backward's large blocks leave holes: 6 % of a run's peak.
-        self.optimizer.zero_grad(set_to_none=False)
-        return norm
 
     def _log_window(self):
         progress, (learning_rate, norm) = self.progress, self._last_update
@@ -235,20 +256,6 @@ class Loop:
             progress.evaluations_without_gain += 1
             if settings.patience and progress.evaluations_without_gain >= settings.patience:
                 progress.stopped_early = True
-
-    def _save_is_due(self, finished: bool) -> bool:
-        step, every = self.progress.step, self.settings.save_steps
-        return bool(every) and step > 0 and (finished or step % every == 0)
-
-    def state(self) -> dict:
-        """Progress and scaler, as plain values; the checkpoint's other half is adapter, optimizer and generators."""
-        return {"progress": asdict(self.progress), "scaler": self.scaler.state_dict() if self.scaler else None}
-
-    def restore(self, state: dict):
-        self.progress = Progress(**state["progress"])
-        self._saved_step = self.progress.step
-        if self.scaler is not None:
-            self.scaler.load_state_dict(state["scaler"])
 
 
 class StopSignals:

@@ -7,7 +7,7 @@ the value head, the optimizer and `Progress`; prompts, draws and mini-batches ar
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 
@@ -15,8 +15,8 @@ from mini_forge.data.batches import plan_epoch
 from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.errors import TrainingError
 from mini_forge.model.decoder import Decoder
-from mini_forge.training.loop import MAX_SKIPPED_STEPS, Interrupted, peak_memory_bytes, stop_signals
-from mini_forge.training.optim import Optimizer, clip_grad_norm
+from mini_forge.training.loop import Interrupted, Resumable, peak_memory_bytes, stop_signals
+from mini_forge.training.optim import Optimizer
 from mini_forge.training.ppo_math import adapted_kl_coef
 from mini_forge.training.reward import Scorer
 from mini_forge.training.rlhf import (
@@ -61,11 +61,13 @@ class Progress:
 
 
 @dataclass
-class PPO:
+class PPO(Resumable):
     """One run in progress. `sampling` is how rollouts are drawn; the callables are its ties to the outside:
 
     `score(rollouts)` their rewards, `evaluate()` a dict (None: no evaluation), `save(progress)` a checkpoint, `log` and
     `log_sample` a line of metrics and of samples, `on_step(done, total)` is told how far it is."""
+
+    unit = "update"
 
     settings: PPOSettings
     model: Decoder
@@ -97,7 +99,7 @@ class PPO:
                 while True:
                     self.on_step(progress.step, last)
                     stop.hold(self._evaluate_if_due)
-                    if self._save_is_due():
+                    if self._save_is_due(progress.step == last):
                         stop.hold(self._save_once)
                     if progress.step >= last:
                         return progress
@@ -108,16 +110,6 @@ class PPO:
             except Interrupted:
                 self._save_once()
                 raise
-
-    def state(self) -> dict:
-        """Progress and scaler, as plain values."""
-        return {"progress": asdict(self.progress), "scaler": self.scaler.state_dict() if self.scaler else None}
-
-    def restore(self, state: dict):
-        self.progress = Progress(**state["progress"])
-        self._saved_step = self.progress.step
-        if self.scaler is not None:
-            self.scaler.load_state_dict(state["scaler"])
 
     def prompts_of(self, update: int) -> list[Prompt]:
         """The prompts of one update, each as often as it is answered. The last update of an epoch may have fewer."""
@@ -174,7 +166,7 @@ class PPO:
                 if settings.target_kl is not None and new["approx_kl"] / count > settings.target_kl:
                     self.optimizer.zero_grad(set_to_none=False)
                     return self._told(sums, tokens, done, rate, norm)
-                norm = self._step(rate)
+                norm = self._optimizer_step(rate)
                 done += 1
         return self._told(sums, tokens, done, rate, norm)
 
@@ -210,27 +202,6 @@ class PPO:
             )
         return values, count
 
-    def _step(self, rate: float) -> float:
-        """Unscale, clip, step. Returns the gradient's norm before clipping."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
-        norm = float(clip_grad_norm(self.parameters, self.settings.max_grad_norm))
-        if self.scaler is not None:
-            self.scaler.step(self.optimizer)  # skips the step by itself when a gradient is not finite
-            self.scaler.update()
-            self.progress.skipped_steps = 0 if math.isfinite(norm) else self.progress.skipped_steps + 1
-        elif math.isfinite(norm):
-            self.optimizer.step()
-        if not math.isfinite(norm) and (self.scaler is None or self.progress.skipped_steps >= MAX_SKIPPED_STEPS):
-            raise TrainingError(
-                f"update {self.progress.step + 1}: the gradient's norm is {norm}, not a finite number; lower "
-                "learning_rate, or use bf16 or float32 instead of fp16"
-            )
-        self.optimizer.zero_grad(set_to_none=False)
-        return norm
-
     def _log_window(self):
         """One line: means over the updates since the last, of rate and norm the last."""
         progress, window = self.progress, self.progress.window
@@ -258,13 +229,3 @@ class PPO:
             return
         self.log({"step": step, "epoch": round(step / self.settings.steps_per_epoch, 4), **self.evaluate()})
         progress.evaluated_step = step
-
-    def _save_is_due(self) -> bool:
-        step, every = self.progress.step, self.settings.save_steps
-        return bool(every) and step > 0 and (step == self.settings.total_steps or step % every == 0)
-
-    def _save_once(self):
-        """A checkpoint of this update, unless it has one."""
-        if self._saved_step != self.progress.step:
-            self.save(self.progress)
-            self._saved_step = self.progress.step
