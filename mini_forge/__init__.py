@@ -20,6 +20,7 @@ _WHERE = {
     "DataError": "errors",
     "CheckpointError": "errors",
     "TrainingError": "errors",
+    "Interrupted": "training.loop",
     "train": "run",
     "RunResult": "run",
     "load_model": "io.models",

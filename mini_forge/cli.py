@@ -73,10 +73,12 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "generate":
             command.add_argument("--prompt", required=True, metavar="TEXT", action="append", help="may be given again")
             command.add_argument("--raw", action="store_true", help="use TEXT as it is, without the template")
-        command.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N")
+        command.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="default: 256")
         command.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
-        command.add_argument("--top-k", type=int, default=0, metavar="K")
-        command.add_argument("--top-p", type=float, default=1.0, metavar="P")
+        command.add_argument("--top-k", type=int, default=0, metavar="K", help="of so many likeliest tokens; 0: all")
+        command.add_argument(
+            "--top-p", type=float, default=1.0, metavar="P", help="of the likeliest with that much probability"
+        )
         command.add_argument("--seed", type=_seed, default=0, metavar="N")
         command.add_argument("--system", metavar="TEXT", help="system prompt; default: the run's")
 
@@ -282,7 +284,10 @@ def _merge(options):
     out = merge_adapter(options.run, options.out)
     print(f"merged model saved in {out}")
     worst, deviations = largest_difference(options.run, out)
-    print(f"largest logit difference between adapter-on and merged: {worst:.2e} ({deviations:.1e} of their deviation)")
+    print(
+        f"largest logit difference between adapter-on and merged: {worst:.2e} ({deviations:.1e} of their deviation), "
+        "by the rounding of merged weights"
+    )
 
 
 def _export(options):

@@ -158,8 +158,8 @@ class TrainingConfig:
     # RLHF (PPO)
     reward_model: str | None = key(None, "Reward model folder; left out: trained from the pairs", minLength=1)
     reward_function: str | None = key(
-        None, "Python function that scores responses", pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
-        because='"module:function"',
+        None, "Python function (prompts, responses, rows) -> list of numbers, a reward for each response",
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", because='"module:function"',
     )  # fmt: skip
     reward_epochs: int = key(1, "Epochs over the pairs for a reward model trained from them", minimum=1)
     reward_learning_rate: float = key(1e-4, "Peak learning rate of that reward model", exclusiveMinimum=0, maximum=1)

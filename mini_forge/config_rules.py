@@ -119,6 +119,8 @@ def warnings(v: dict, written: set[str], usual: dict) -> Iterator[str]:
         yield from _reinforcement_warnings(v, changed)
     if v["max_steps"] > 0 and "num_train_epochs" in changed:
         yield f"num_train_epochs: no effect, max_steps {v['max_steps']} decides how long training lasts"
+    if v["lora_dropout"] == 1:
+        yield "lora_dropout: 1 drops all that the adapter is given; it will learn nothing"
     if "save_steps" in changed and v["save_strategy"] != "steps":
         yield f'save_steps: no effect with save_strategy "{v["save_strategy"]}"; it belongs to "steps"'
     yield from _idle(v, changed)

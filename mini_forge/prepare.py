@@ -388,10 +388,11 @@ def _tokenise(config, plan, opened, train_rows, eval_rows) -> Prepared:
     if config.eval_split and not evaluation:
         notes.append(f"{config.dataset}: no row is left to evaluate on; the run is not evaluated")
     if len(train) < 10:
-        notes.append(f"{config.dataset}: only {len(train)} rows to train on; the adapter will memorise them")
+        rows = "1 row" if len(train) == 1 else f"{len(train)} rows"
+        notes.append(f"{config.dataset}: only {rows} to train on; the adapter will memorise them")
     if train_stats.truncated or train_stats.dropped:
         notes.append(
-            f"{config.dataset}: {train_stats.truncated} rows truncated to {limit} tokens, "
+            f"{config.dataset}: {train_stats.truncated} rows cut to {limit} tokens, prompts first, from the left; "
             f"{train_stats.dropped} dropped because no token to train on was left"
         )
     notes += [*prompt_notes, *_preference_notes(config), *(_label_notes(config, train) if is_labelled(config) else [])]

@@ -40,6 +40,7 @@ FACTS = ("model_name", "dataset", "task", "strategy", "loss_type", "beta", "adva
          "lora_dropout", "seed")  # fmt: skip
 ONLY_OF = {"loss_type": "dpo", "beta": "dpo", "advantage": "rlhf", "kl_coef": "rlhf"}  # a strategy
 OF_REWARD = {"reward_learning_rate", "reward_epochs"}  # the training of a reward model, which has no
+REMEDIES = {CONFIG_FILE: "put the run's own back"}
 OF_OTHERS = {"learning_rate", "num_train_epochs", "advantage", "kl_coef"}
 STYLE = """
 :root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif; }
@@ -110,7 +111,7 @@ def read_run(folder: str) -> list[Run]:
         records = read_records(place / METRICS_FILE)
         if records:
             files = (
-                read_json(place / file, absent={}, remedy="delete it, and the report leaves it out")
+                read_json(place / file, absent={}, remedy=REMEDIES.get(file, "delete it, and the report leaves it out"))
                 for file in (CONFIG_FILE, SUMMARY_FILE, EVAL_FILE)
             )
             runs.append(Run(name, place.resolve(), records, *files, is_reward=place != path))

@@ -11,7 +11,7 @@ import torch
 from mini_forge import __version__
 from mini_forge.config import TrainingConfig
 from mini_forge.data.pairs import data_fingerprint
-from mini_forge.errors import TrainingError, is_out_of_memory
+from mini_forge.errors import ConfigError, TrainingError, is_out_of_memory
 from mini_forge.inference.evaluate import evaluate_labelled, evaluate_loss, evaluate_pairs
 from mini_forge.io.adapters import fill_adapter, save_adapter
 from mini_forge.io.card import model_card
@@ -79,6 +79,8 @@ def train(
     resume: go on from the run's last checkpoint. overwrite: replace a run that is there. `report` takes lines for a
     person, `on_step` steps done and all, `on_metrics` each record of metrics.jsonl. Raises UserError before
     anything is written, TrainingError when training fails, Interrupted after a signal."""
+    if not isinstance(config, TrainingConfig):
+        raise ConfigError(f"config: {config!r} must be a TrainingConfig, as TrainingConfig.from_file(…) makes one")
     config = config.checked()
     folder = RunFolder(config.output_dir)
     folder.check_usable(resume=resume, overwrite=overwrite)
@@ -297,6 +299,9 @@ def _finish(prepared: Prepared, model: Decoder, lora: LoraSpec, folder: RunFolde
         (target / "README.md").write_text(model_card(config.to_dict(), summary, _base_name(prepared)), encoding="utf-8")
 
     folder.publish(write)
+    first, last = summary["eval_loss_first"], summary["eval_loss_last"]
+    if first is not None and last > first:
+        report(f"note: the held-out loss rose from {first:.4f} to {last:.4f}; lower learning_rate, or train less")
     write_json(folder.path / SUMMARY_FILE, summary)  # last: its presence says that all else is in place
 
 

@@ -1,6 +1,7 @@
 """Use a trained run or a plain model: the same template, system prompt and precision it was trained with."""
 
 import os
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -74,7 +75,9 @@ class Session:
         limit = self.model.spec.max_positions
         if len(ids) >= limit:
             raise ConfigError(f"--prompt: {len(ids)} tokens; the model has {limit} positions; shorten the prompt")
-        sampling["max_new_tokens"] = min(sampling["max_new_tokens"], limit - len(ids))
+        if sampling["max_new_tokens"] > limit - len(ids):
+            sampling["max_new_tokens"] = limit - len(ids)
+            print(f"note: at most {limit - len(ids)} new tokens: the model has {limit} positions", file=sys.stderr)
         stops = self.template.stop_ids(self.tokenizer)
         generate(
             self.model, [ids], stop_ids=stops, allowed=until(end, self.tokenizer),
@@ -84,9 +87,17 @@ class Session:
 
 
 def spelling_of(path: str) -> tuple[TrainingConfig | None, Tokenizer, Template]:
-    """The configuration of a run (None for any other model), and the tokenizer and template it is used with."""
-    record = Path(os.path.expanduser(path)) / CONFIG_FILE
-    config, tokenizer = TrainingConfig.from_file(record) if os.path.isfile(record) else None, load_tokenizer(path)
+    """The configuration of a run, or of one of its checkpoints (None for any other model), and the tokenizer and
+    template it is used with."""
+    folder, config = Path(os.path.expanduser(path)), None
+    places = [folder, folder.resolve().parents[1]] if folder.resolve().parent.name == "checkpoints" else [folder]
+    record = next((place / CONFIG_FILE for place in places if os.path.isfile(place / CONFIG_FILE)), None)
+    if record is not None:
+        try:
+            config = TrainingConfig.from_file(record)
+        except ConfigError as error:
+            raise ConfigError(*(f"{record}: {problem}; put its own back" for problem in error.problems)) from None
+    tokenizer = load_tokenizer(path)
     chosen = (config.chat_template, config.model_name, config.task) if config else (None, str(path), "text-generation")
     return config, tokenizer, choose_template(chosen[0], chosen[1], tokenizer, chosen[2])
 
@@ -187,5 +198,5 @@ def _evaluation_examples(config: TrainingConfig | None, dataset: str | None):
     rows = load(config.dataset)
     held_out = split(len(rows), config.eval_split, config.seed)[1]
     if not held_out:
-        raise ConfigError("--dataset: the run held no rows out (eval_split 0); name a dataset to evaluate on")
+        raise ConfigError("--dataset: the run held no rows out; name a dataset to evaluate on")
     return [rows[i] for i in held_out]

@@ -13,6 +13,7 @@ import torch
 
 import mini_forge
 from mini_forge.cli import main
+from mini_forge.use import Session
 from tests.test_run import damaged
 from tests.tiny import write_checkpoint, write_rows
 
@@ -249,6 +250,7 @@ def test_a_reader_that_leaves_does_not_end_the_training(config, tmp_path):
 @pytest.mark.parametrize("breakage, message", [
     (lambda run: (run / "adapter_model.safetensors").write_bytes(b"x"), "broken safetensors"),
     (lambda run: (run / "adapter_model.safetensors").unlink(), "file not found"),
+    (lambda run: (run / "tokenizer.json").write_text("nonsense"), "tokenizer.json: not a tokenizer"),
 ])  # fmt: skip
 def test_merging_a_broken_adapter_is_one_line(trained, tmp_path, capsys, breakage, message):
     breakage(trained)
@@ -334,6 +336,44 @@ def begun(config):
     for step in run.glob("checkpoints/step-[34]"):
         shutil.rmtree(step)
     return run
+
+
+@pytest.mark.parametrize("command", [["merge", "RUN", "OUT"], ["export", "RUN", "OUT"], ["eval", "RUN"],
+                                     ["generate", "RUN", "--prompt", "x"]])  # fmt: skip
+def test_a_run_that_has_not_ended_is_said_to_be_one(begun, tmp_path, capsys, command):
+    (begun / "adapter_config.json").unlink()
+    words = [{"RUN": str(begun), "OUT": str(tmp_path / "out")}.get(word, word) for word in command]
+    assert main(words) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "go on with --resume, or use " in line and "checkpoints/step-2" in line
+
+
+def test_a_checkpoint_is_used_as_its_run_is(begun, capsys):
+    """The plain prompt of another task than text-generation, which no file in a checkpoint names."""
+    record = begun / "training_config.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"task": "summarization", "chat_template": None}))
+    (begun / "chat_template.jinja").unlink()
+    sessions = [Session.open(str(folder)) for folder in (begun, begun / "checkpoints" / "step-2")]
+    assert [session.config.task for session in sessions] == ["summarization"] * 2
+    assert sessions[0].template.source == sessions[1].template.source
+    record.write_text('{"task": 5}')
+    assert main(["generate", str(begun / "checkpoints" / "step-2"), "--prompt", "x"]) == 2
+    assert all(f"error: {record}: " in line and line.endswith("; put its own back")
+               for line in capsys.readouterr().err.splitlines())  # fmt: skip
+
+
+def test_more_tokens_than_the_model_has_positions_for_are_not_promised(trained, capsys):
+    assert main(["generate", str(trained), "--prompt", "x", "--max-new-tokens", "100000"]) == 0
+    note = capsys.readouterr().err
+    assert note.startswith("note: at most ") and note.endswith(" new tokens: the model has 512 positions\n")
+
+
+def test_a_loss_that_rose_is_told(config, tmp_path, capsys):
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"prompt": "?", "completion": "QQQQQQZZZZZZ"}) + "\n")
+    settings = ["--set", "learning_rate=1", "--set", f"eval_dataset={other}"]
+    assert main(["train", str(config), *settings]) == 0
+    assert "note: the held-out loss rose from " in capsys.readouterr().out
 
 
 def damage_state(config, run):

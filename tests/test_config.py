@@ -378,6 +378,7 @@ def test_the_configuration_is_frozen():
         ({"strategy": "dpo", "kl_coef": 1}, "kl_coef: no effect with strategy"),
         ({"strategy": "dpo", "loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing: no effect with loss_type"),
         ({"max_steps": 5, "num_train_epochs": 3}, "num_train_epochs: no effect, max_steps 5"),
+        ({"lora_dropout": 1}, "lora_dropout: 1 drops all"),
         ({"save_steps": 7}, "save_steps: no effect with save_strategy"),
         ({"warmup_ratio": 0.1, "lr_scheduler_type": "constant"}, 'warmup_ratio: no effect with lr_scheduler_type "con'),
         ({"use_nested_quant": True, "use_4bit": False}, "use_nested_quant: no effect without use_4bit"),

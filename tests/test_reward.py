@@ -567,6 +567,7 @@ def test_functions_are_found_in_the_current_folder_and_in_the_configurations(pla
 
 @pytest.mark.parametrize(("name", "message"), [
     ("rules_gone:score", "there is no module 'rules_gone' in .*here or .*there; write rules_gone.py there"),
+    ("rules_gone.py:score", "there is no module .rules_gone. in .*; leave .py out: rules_gone:score"),
     ("broken:score", r"importing it raised ZeroDivisionError: .* \(.*broken.py:2\)"),
     ("needs:score", "importing it raised ModuleNotFoundError: No module named 'not_installed'"),
     ("plain:nothing", r"module 'plain' \(.*plain.py\) has no 'nothing'"),

@@ -65,6 +65,11 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_a_configuration_is_asked_for(settings):
+    with pytest.raises(ConfigError, match="config: 'config.json' must be a TrainingConfig"):
+        mini_forge.train("config.json")
+
+
 def test_a_run_leaves_what_the_contract_says(settings):
     result, lines = run(settings)
     left = {p.name for p in result.output_dir.iterdir()}
@@ -423,7 +428,7 @@ def test_an_rslora_run_can_start_another(settings, tmp_path):
 def test_one_row_trains_with_a_warning(settings, tmp_path):
     one = write_rows(tmp_path / "one.jsonl", 1)
     result, lines = run(settings, dataset=str(one))
-    assert any("only 1 rows" in line for line in lines)
+    assert any("only 1 row to train on" in line for line in lines)
     assert math.isfinite(result.metrics[-1]["loss"])
 
 

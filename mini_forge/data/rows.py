@@ -16,6 +16,7 @@ from pathlib import Path
 from mini_forge.errors import DataError
 from mini_forge.json_faults import json_fault
 
+TABLES = (".csv", ".tsv", ".xlsx", ".parquet", ".arrow")
 SHOWN_PROBLEMS = 100
 
 
@@ -81,6 +82,8 @@ def _lines(path, problems: list[tuple[int, str]]) -> Iterator[str]:
     path, line = Path(path), b""
     if "\0" in str(path):
         raise DataError(f"{str(path)!r}: no file can have a NUL in its name; dataset must be a JSONL or JSON file")
+    if path.suffix.lower() in TABLES:
+        raise DataError(f"{path}: is a table; dataset must be a JSONL or JSON file: write each row as an object {{…}}")
     try:
         if path.is_dir():
             raise DataError(f"{path}: is a directory; dataset must be a JSONL or JSON file")

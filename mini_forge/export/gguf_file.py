@@ -24,7 +24,7 @@ from mini_forge.export.architectures import ARCHITECTURES, metadata, notes, prob
 from mini_forge.export.vocabulary import model_name, vocabulary
 from mini_forge.io.adapters import read_adapter_config
 from mini_forge.io.merge import Merger, added
-from mini_forge.io.models import is_adapter
+from mini_forge.io.models import require_adapter
 from mini_forge.io.runs import TEMPORARY
 from mini_forge.io.weights import Loader
 from mini_forge.model.decoder import RMSNorm
@@ -57,8 +57,7 @@ def export_gguf(run: str | Path, out: str | Path, kind: str = "f16") -> list[str
     run, out = Path(run).expanduser(), Path(out).expanduser()
     if kind not in TYPES:
         raise ConfigError(f"kind: {kind!r} must be one of {', '.join(TYPES)}")
-    if not is_adapter(run):
-        raise CheckpointError(f"{run}: no adapter_config.json; export takes the folder of a run or adapter")
+    require_adapter(run, "export")
     try:
         is_taken = out.exists()
         temporary = out.with_name(TEMPORARY + out.name)

@@ -18,7 +18,7 @@ import torch
 from mini_forge.errors import CheckpointError, ConfigError
 from mini_forge.io.adapters import PREFIX, read_adapter_config, read_adapter_tensors
 from mini_forge.io.expert_adapters import fuse, stack_targets
-from mini_forge.io.models import base_of, is_adapter
+from mini_forge.io.models import base_of, load_tokenizer, require_adapter
 from mini_forge.io.records import spec_of
 from mini_forge.io.runs import TEMPORARY, publish_folder
 from mini_forge.io.weights import BNB_SUFFIXES, Checkpoint, Loader, weight_files, write_safetensors
@@ -38,8 +38,7 @@ def merge_adapter(run: str | Path, out: str | Path) -> Path:
 
     `largest_difference` tells what rounding the merged weights has done."""
     run, out = Path(run).expanduser(), Path(out).expanduser()
-    if not is_adapter(run):
-        raise CheckpointError(f"{run}: no adapter_config.json; merge takes the folder of a run or adapter")
+    require_adapter(run, "merge")
     try:
         is_taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
     except OSError as error:
@@ -47,6 +46,10 @@ def merge_adapter(run: str | Path, out: str | Path) -> Path:
     if is_taken:
         raise ConfigError(f"{out}: exists and is not empty; name a new folder")
     merger = Merger(run)
+    for folder in (run, merger.checkpoint.folder):  # the one that is copied: nobody could use the model without it
+        if (folder / "tokenizer.json").is_file():
+            load_tokenizer(folder)
+            break
     try:
         _write_merged(merger, run, out)
     except OSError as error:

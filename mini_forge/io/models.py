@@ -10,6 +10,7 @@ from mini_forge.data.tokenizer import load_tokenizer as read_tokenizer
 from mini_forge.errors import CheckpointError, ConfigError
 from mini_forge.io.adapters import load_adapter, read_adapter_config
 from mini_forge.io.hub import resolve_model
+from mini_forge.io.runs import CONFIG_FILE, RunFolder
 from mini_forge.io.weights import load_base
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.ops import PLAIN, Ops
@@ -25,9 +26,28 @@ def is_adapter(path: str | Path) -> bool:
     return os.path.isfile(file)  # False, too, where it cannot be looked at
 
 
+def require_adapter(folder: Path, command: str):
+    """Raise CheckpointError if there is no adapter in `folder`."""
+    refuse_unfinished(folder)
+    if not is_adapter(folder):
+        raise CheckpointError(f"{folder}: no adapter_config.json; {command} takes the folder of a run or adapter")
+
+
+def refuse_unfinished(folder: Path):
+    """Raise CheckpointError for a run's folder without an adapter: before it ends, its checkpoints alone have one."""
+    if is_adapter(folder) or not os.path.isfile(folder / CONFIG_FILE):
+        return
+    run = RunFolder(folder)
+    instead = f", or use {run.checkpoint(run.steps()[-1])}" if run.steps() else ""
+    raise CheckpointError(
+        f"{folder}: no adapter_config.json in this run, which has not ended, or lost it; go on with --resume{instead}"
+    )
+
+
 def base_of(path: str | Path) -> Path:
     """The folder of the base model: of an adapter, the one its config names; else the model itself."""
     if not is_adapter(path):
+        refuse_unfinished(Path(os.path.expanduser(path)))
         return resolve_model(str(path), "model")
     name = read_adapter_config(Path(os.path.expanduser(path)))[1]
     if not name:

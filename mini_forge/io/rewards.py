@@ -118,7 +118,10 @@ def load_function(name: str, folder: Path | None = None) -> Callable:
     except Exception as error:  # any: it is not our code
         if isinstance(error, ModuleNotFoundError) and error.name in _parents(module_name):
             places = " or ".join(str(place) for place in dict.fromkeys((Path.cwd(), folder or Path.cwd())))
-            problem = f"there is no module {error.name!r} in {places}; write {module_name}.py there"
+            remedy = f"write {module_name}.py there"
+            if module_name.endswith(".py"):
+                remedy = f"leave .py out: {module_name.removesuffix('.py')}:{function_name}"
+            problem = f"there is no module {error.name!r} in {places}; {remedy}"
         else:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             problem = f"importing it raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
