@@ -370,9 +370,11 @@ def test_more_tokens_than_the_model_has_positions_for_are_not_promised(trained, 
 
 def test_a_loss_that_rose_is_told(config, tmp_path, capsys):
     other = tmp_path / "other.jsonl"
-    other.write_text(json.dumps({"prompt": "?", "completion": "QQQQQQZZZZZZ"}) + "\n")
-    settings = ["--set", "learning_rate=1", "--set", f"eval_dataset={other}"]
-    assert main(["train", str(config), *settings]) == 0
+    other.write_text((json.dumps({"prompt": "?", "completion": "Q" * 80}) + "\n") * 4)
+    settings = {"learning_rate": 0.1, "lr_scheduler_type": "constant", "max_steps": 20, "dataset": str(other),
+                "eval_dataset": json.loads(config.read_text())["dataset"]}  # fmt: skip
+    config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+    assert main(["train", str(config)]) == 0
     assert "note: the held-out loss rose from " in capsys.readouterr().out
 
 
