@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
         command.add_argument("--top-k", type=int, default=0, metavar="K", help="of so many likeliest tokens; 0: all")
         command.add_argument(
-            "--top-p", type=float, default=1.0, metavar="P", help="of the likeliest with that much probability"
+            "--top-p", type=float, default=1.0, metavar="P", help="of the likeliest, with P together; 1: all"
         )
         command.add_argument("--seed", type=_seed, default=0, metavar="N")
         command.add_argument("--system", metavar="TEXT", help="system prompt; default: the run's")

@@ -10,8 +10,8 @@ from mini_forge.errors import CheckpointError, reason_of
 
 
 def read_json(path: Path, absent: dict | None = None, remedy: str = "copy it again from its source") -> dict:
-    """A JSON object from a file, or `absent` where there is none. CheckpointError names the file, and the remedy, when
-    it is unreadable, broken or no object, or absent and nothing stands for it."""
+    """A JSON object from a file, or `absent` where there is none. CheckpointError names the file when it is absent and
+    nothing stands for it, unreadable, not UTF-8, or no JSON object, of which `remedy` tells what to do."""
     try:
         content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):

@@ -300,7 +300,7 @@ def _finish(prepared: Prepared, model: Decoder, lora: LoraSpec, folder: RunFolde
 
     folder.publish(write)
     first, last = summary["eval_loss_first"], summary["eval_loss_last"]
-    if first is not None and last > first:
+    if first is not None and last > first and not config.load_best_model_at_end:
         report(f"note: the held-out loss rose from {first:.4f} to {last:.4f}; lower learning_rate, or train less")
     write_json(folder.path / SUMMARY_FILE, summary)  # last: its presence says that all else is in place
 

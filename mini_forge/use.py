@@ -18,7 +18,7 @@ from mini_forge.errors import ConfigError
 from mini_forge.inference.evaluate import evaluate_generation, evaluate_loss
 from mini_forge.inference.generate import TextStream, generate, spelled_end, until
 from mini_forge.io.models import load_model, load_tokenizer
-from mini_forge.io.runs import CONFIG_FILE
+from mini_forge.io.runs import CONFIG_FILE, RunFolder
 from mini_forge.model.decoder import Decoder
 from mini_forge.prepare import has_reference, is_labelled, tokenise_rows
 from mini_forge.run import held_out_metrics
@@ -86,17 +86,23 @@ class Session:
         write(stream.finish())
 
 
+def run_folder(path: str) -> Path:
+    """Of a checkpoint, its run's folder; any other path as it is."""
+    given = Path(os.path.expanduser(path))
+    run = RunFolder(given.absolute().parent.parent)
+    return run.path if given.absolute() in map(run.checkpoint, run.steps()) else given
+
+
 def spelling_of(path: str) -> tuple[TrainingConfig | None, Tokenizer, Template]:
-    """The configuration of a run, or of one of its checkpoints (None for any other model), and the tokenizer and
-    template it is used with."""
-    folder, config = Path(os.path.expanduser(path)), None
-    places = [folder, folder.resolve().parents[1]] if folder.resolve().parent.name == "checkpoints" else [folder]
-    record = next((place / CONFIG_FILE for place in places if os.path.isfile(place / CONFIG_FILE)), None)
-    if record is not None:
+    """The configuration of a run, or of a checkpoint's run (None for any other model), and the tokenizer and template
+    that model is used with."""
+    record, config = run_folder(path) / CONFIG_FILE, None
+    if os.path.isfile(record):
         try:
             config = TrainingConfig.from_file(record)
         except ConfigError as error:
-            raise ConfigError(*(f"{record}: {problem}; put its own back" for problem in error.problems)) from None
+            told = (text if text.startswith(str(record)) else f"{record}: {text}" for text in error.problems)
+            raise ConfigError(*(f"{text}; or put the run's own back" for text in told)) from None
     tokenizer = load_tokenizer(path)
     chosen = (config.chat_template, config.model_name, config.task) if config else (None, str(path), "text-generation")
     return config, tokenizer, choose_template(chosen[0], chosen[1], tokenizer, chosen[2])
@@ -150,7 +156,7 @@ def _reward_metrics(session: Session, path: str, pairs: list[Pair], max_length: 
     rows = {row.line: row.fields for row in read_rows(pairs[0].file)}
     room = max_length - config.max_new_tokens
     prompts, cut = encode_prompts(pairs, rows, session.template, tokenizer, room, session.system_prompt)
-    score = scorer_of(config, resolve(config, detect_machine(config.device)), model, Path(path).expanduser())
+    score = scorer_of(config, resolve(config, detect_machine(config.device)), model, run_folder(path))
     sampling = sampling_of(config, session.template, tokenizer)
     metrics, samples = evaluate_policy(
         model, prompts, tokenizer, sampling, score, config.seed, config.per_device_eval_batch_size

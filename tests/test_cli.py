@@ -13,7 +13,7 @@ import torch
 
 import mini_forge
 from mini_forge.cli import main
-from mini_forge.use import Session
+from mini_forge.use import Session, run_folder
 from tests.test_run import damaged
 from tests.tiny import write_checkpoint, write_rows
 
@@ -356,10 +356,20 @@ def test_a_checkpoint_is_used_as_its_run_is(begun, capsys):
     sessions = [Session.open(str(folder)) for folder in (begun, begun / "checkpoints" / "step-2")]
     assert [session.config.task for session in sessions] == ["summarization"] * 2
     assert sessions[0].template.source == sessions[1].template.source
-    record.write_text('{"task": 5}')
-    assert main(["generate", str(begun / "checkpoints" / "step-2"), "--prompt", "x"]) == 2
-    assert all(f"error: {record}: " in line and line.endswith("; put its own back")
-               for line in capsys.readouterr().err.splitlines())  # fmt: skip
+    for broken in ('{"task": 5}', "{"):
+        record.write_text(broken)
+        assert main(["generate", str(begun / "checkpoints" / "step-2"), "--prompt", "x"]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert lines and all(line.startswith(f"error: {record}:") and line.count(str(record)) == 1 for line in lines)
+        assert all(line.endswith("; or put the run's own back") for line in lines)
+
+
+def test_what_only_looks_like_a_checkpoint_is_a_model_of_its_own(tiny, config, tmp_path):
+    shutil.copytree(tiny, tmp_path / "checkpoints" / "mine")
+    shutil.copy(config, tmp_path / "training_config.json")
+    shutil.copy(config, tmp_path / "checkpoints" / "mine" / "training_config.json")
+    assert run_folder(str(tmp_path / "checkpoints" / "mine")) == tmp_path / "checkpoints" / "mine"
+    assert mini_forge.load_model(tmp_path / "checkpoints" / "mine").spec.vocab_size == 272
 
 
 def test_more_tokens_than_the_model_has_positions_for_are_not_promised(trained, capsys):

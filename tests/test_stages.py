@@ -243,6 +243,13 @@ def test_eval_tells_reward_and_kl_on_held_out_prompts(settings, prompts_only, ca
     assert metrics["eval_rows"] == 5 and "eval_reward_accuracy" not in metrics  # prompts alone prefer nothing
 
 
+def test_a_checkpoint_is_evaluated_by_its_runs_reward(settings):
+    result, _ = run(settings)
+    last, _ = mini_forge_eval(result.output_dir / "checkpoints" / "step-3")
+    assert last == mini_forge_eval(result.output_dir)[0] and "eval_reward_mean" in last
+    assert mini_forge_eval(result.output_dir / "checkpoints" / "step-1")[0] != last
+
+
 def cli(settings, tmp_path, *arguments) -> int:
     (tmp_path / "config.json").write_text(json.dumps(settings))
     return main(["train", str(tmp_path / "config.json"), *arguments])

@@ -97,6 +97,10 @@ def test_files_that_are_no_datasets_are_named(tmp_path):
             read_rows(write(tmp_path, content))
     with pytest.raises(DataError, match="UTF-16; save it as UTF-8"):
         read_rows(write(tmp_path, OK.encode("utf-16")))
+    (tmp_path / "rows.csv").write_text(OK)
+    assert len(read_rows(tmp_path / "rows.csv")) == 1  # whatever its name
+    with pytest.raises(DataError, match="none.csv: Dataset file not found"):
+        read_rows(tmp_path / "none.csv")
     (tmp_path / "rows.CSV").write_text("a,b\n1,2\n")
     with pytest.raises(DataError, match="rows.CSV: is a table; dataset must be a JSONL or JSON file"):
         load_examples(str(tmp_path / "rows.CSV"), "text-generation")

@@ -7,6 +7,7 @@ JSONL is read as it is consumed, and never held whole; a JSON array's text is (i
 """
 
 import json
+import re
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -82,8 +83,6 @@ def _lines(path, problems: list[tuple[int, str]]) -> Iterator[str]:
     path, line = Path(path), b""
     if "\0" in str(path):
         raise DataError(f"{str(path)!r}: no file can have a NUL in its name; dataset must be a JSONL or JSON file")
-    if path.suffix.lower() in TABLES:
-        raise DataError(f"{path}: is a table; dataset must be a JSONL or JSON file: write each row as an object {{…}}")
     try:
         if path.is_dir():
             raise DataError(f"{path}: is a directory; dataset must be a JSONL or JSON file")
@@ -91,6 +90,10 @@ def _lines(path, problems: list[tuple[int, str]]) -> Iterator[str]:
             for number, line in enumerate(file, start=1):
                 if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
                     raise DataError(f"{path}: is UTF-16; save it as UTF-8")
+                if number == 1 and path.suffix.lower() in TABLES and not re.match(rb"[\s\xef\xbb\xbf]*[{\[]", line):
+                    raise DataError(
+                        f"{path}: is a table; dataset must be a JSONL or JSON file: write each row as an object {{…}}"
+                    )
                 yield _decode(number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, problems)
         if line.endswith(b"\n"):  # where a fault at the end is: on the empty line behind it
             yield ""

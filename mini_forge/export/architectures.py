@@ -1,8 +1,9 @@
 """A `DecoderSpec` in llama.cpp's words: which of its architectures computes it, with which numbers, and where not.
 
 llama.cpp takes less from the file than a config.json can say: much is fixed by the architecture's name. What it would
-compute otherwise is therefore looked for here, and refused; a window that it does not have, or YaRN's ramp rounded to
-whole channels, changes some inputs only and is told in a note.
+compute otherwise is therefore looked for here, and refused; but for two things, with which its own converter's files of
+published models live too, and which a note tells: a sliding window that it does not have, and YaRN's ramp rounded to
+whole channels.
 """
 
 import math
@@ -209,7 +210,7 @@ SPECIAL = {"smollm3": _smollm3, "llama4": _llama4, "gemma3": _gemma3, "gpt-oss":
 
 
 def notes(arch: Architecture, spec: DecoderSpec) -> list[str]:
-    """Where llama.cpp computes the same for some inputs only."""
+    """What llama.cpp computes otherwise though the file is written."""
     told = []
     windows = sorted({layer.window for layer in spec.layers if layer.window})
     if windows and "windows" not in arch.takes:

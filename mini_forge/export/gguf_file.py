@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mini_forge.errors import CheckpointError, ConfigError
+from mini_forge.data.chat import Template
+from mini_forge.data.tokenizer import Tokenizer
+from mini_forge.errors import CheckpointError, ConfigError, DataError
 from mini_forge.export import TYPES
 from mini_forge.export.architectures import ARCHITECTURES, metadata, notes, problems, rope_factors
 from mini_forge.export.vocabulary import model_name, vocabulary
@@ -93,11 +95,12 @@ class Export:
                 *(f"{folder}/config.json: {text}: llama.cpp's {self.arch.name} has none; use `merge`" for text in wrong)
             )
         _, tokenizer, template = spelling_of(str(run))
-        words, self.notes = vocabulary(tokenizer, self.spec.vocab_size, template.end)
+        begins_with_bos = _begins_with_bos(template, tokenizer)
+        words, self.notes = vocabulary(tokenizer, self.spec.vocab_size, begins_with_bos, template.end)
         name = model_name(Path(read_adapter_config(run)[1]).name, tokenizer, self.notes)
         self.notes = [*notes(self.arch, self.spec), *self.notes]
         if tokenizer.bos_token is None and "bos_token" in template.source:
-            self.notes.append("llama.cpp spells token 11 for the chat template's bos_token; this tokenizer has none")
+            self.notes.append("llama.cpp spells some token for the chat template's bos_token; this tokenizer has none")
         self.values = {"general.name": name, **metadata(self.arch, self.spec), **words}
         self.values["tokenizer.chat_template"] = template.source
         kinds = {name: kind for kind, name in self.gguf.MODEL_ARCH_NAMES.items()}
@@ -222,6 +225,14 @@ class Export:
         if not bool(rounded.isfinite().all()):
             raise CheckpointError(f"{output.source}: has weights beyond 65504, too large for f16; use --type bf16")
         return rounded.numpy()
+
+
+def _begins_with_bos(template: Template, tokenizer: Tokenizer) -> bool:
+    try:
+        prompt = template.render_prompt([{"role": "user", "content": "x"}])
+    except DataError:  # a template that refuses a plain question: as other texts begin
+        return tokenizer.adds_bos
+    return tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
 
 
 def packed_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

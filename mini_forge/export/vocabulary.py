@@ -64,10 +64,13 @@ SPACES = {
 SWALLOWING, MUST_BE_TOKENS = re.compile("phi-?3", re.IGNORECASE), ("<unk>", "<s>", "<|endoftext|>", "</s>")
 
 
-def vocabulary(tokenizer: Tokenizer, rows: int, end: str | None = None) -> tuple[dict, list[str]]:
+def vocabulary(
+    tokenizer: Tokenizer, rows: int, begins_with_bos: bool = False, end: str | None = None
+) -> tuple[dict, list[str]]:
     """The tokenizer by its GGUF keys, and notes on where llama.cpp cuts text otherwise, a line each.
 
-    rows: of the embedding, which may be more than tokens. end: the token that the template puts behind a response.
+    rows: of the embedding, which may be more than tokens. begins_with_bos: whether the template begins a text with a
+    BOS, which llama.cpp then puts before any, as in training. end: the token that it puts behind a response.
     Raises CheckpointError for a tokenizer that cannot be said in llama.cpp's words."""
     where = tokenizer.path / "tokenizer.json"
     state, notes = {"added_tokens": [], "normalizer": None, "pre_tokenizer": None} | read_json(where), []
@@ -81,7 +84,7 @@ def vocabulary(tokenizer: Tokenizer, rows: int, end: str | None = None) -> tuple
     merges = [merge if isinstance(merge, list) else merge.split(" ", 1) for merge in model["merges"]]
     values = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [int(kind) for kind in kinds]}
     if model.get("byte_fallback"):
-        values |= _sentencepiece(state, tokens, kinds, merges, where, tokenizer.adds_bos, notes)
+        values |= _sentencepiece(state, tokens, kinds, merges, where, begins_with_bos, notes)
     else:
         values |= _byte_level(state, merges, where, notes)
     if any(token.get("lstrip") or token.get("single_word") for token in state["added_tokens"]):
@@ -91,7 +94,7 @@ def vocabulary(tokenizer: Tokenizer, rows: int, end: str | None = None) -> tuple
     ids = {"bos": tokenizer.bos_id, "unknown": tokenizer.token_id(tokenizer.unk_token), "padding": tokenizer.pad_id}
     ids |= dict(zip(("eos", "eot", "eom"), ends, strict=False))  # others it knows by their names
     values |= {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items() if i is not None}
-    return values | {"tokenizer.ggml.add_bos_token": tokenizer.adds_bos, "tokenizer.ggml.add_eos_token": False}, notes
+    return values | {"tokenizer.ggml.add_bos_token": begins_with_bos, "tokenizer.ggml.add_eos_token": False}, notes
 
 
 def model_name(name: str, tokenizer: Tokenizer, notes: list[str]) -> str:
@@ -99,7 +102,8 @@ def model_name(name: str, tokenizer: Tokenizer, notes: list[str]) -> str:
     cannot."""
     added = read_json(tokenizer.path / "tokenizer.json").get("added_tokens", [])
     swallows = any(token.get("rstrip") for token in added)
-    if swallows and all(tokenizer.token_id(token) is not None for token in MUST_BE_TOKENS):
+    usual = all(bool(token.get("rstrip")) == (token["content"] not in MUST_BE_TOKENS[:3]) for token in added)
+    if swallows and usual and all(tokenizer.token_id(token) is not None for token in MUST_BE_TOKENS):
         return name if SWALLOWING.search(name) else f"Phi-3 {name}"
     if swallows:
         notes.append("llama.cpp leaves the spaces behind special tokens, some of which swallow them here")
@@ -180,7 +184,6 @@ def _sentencepiece(
     state: dict, tokens: list[str], kinds: list[Kind], merges: list, where: Path, begins_with_bos: bool,
     notes: list[str],
 ) -> dict:  # fmt: skip
-    """begins_with_bos: whether texts of training begin with a BOS that the template spells."""
     adds_space, replaces = False, False
     for step in [*_steps(state["normalizer"], "normalizers"), *_steps(state["pre_tokenizer"], "pretokenizers")]:
         if step["type"] == "Prepend" and step["prepend"] == SPACE:

@@ -46,7 +46,7 @@ def merge_adapter(run: str | Path, out: str | Path) -> Path:
     if is_taken:
         raise ConfigError(f"{out}: exists and is not empty; name a new folder")
     merger = Merger(run)
-    for folder in (run, merger.checkpoint.folder):  # the one that is copied: nobody could use the model without it
+    for folder in (run, merger.checkpoint.folder):  # the one that is copied must be readable
         if (folder / "tokenizer.json").is_file():
             load_tokenizer(folder)
             break

@@ -28,15 +28,15 @@ def is_adapter(path: str | Path) -> bool:
 
 def require_adapter(folder: Path, command: str):
     """Raise CheckpointError if there is no adapter in `folder`."""
-    refuse_unfinished(folder)
     if not is_adapter(folder):
+        refuse_unfinished(folder)
         raise CheckpointError(f"{folder}: no adapter_config.json; {command} takes the folder of a run or adapter")
 
 
 def refuse_unfinished(folder: Path):
     """Raise CheckpointError for a run's folder without an adapter: before it ends, its checkpoints alone have one."""
-    if is_adapter(folder) or not os.path.isfile(folder / CONFIG_FILE):
-        return
+    if is_adapter(folder) or not os.path.isfile(folder / CONFIG_FILE) or os.path.isfile(folder / "config.json"):
+        return  # the last: a whole model beside somebody's configuration
     run = RunFolder(folder)
     instead = f", or use {run.checkpoint(run.steps()[-1])}" if run.steps() else ""
     raise CheckpointError(
