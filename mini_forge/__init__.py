@@ -25,6 +25,7 @@ _WHERE = {
     "RunResult": "run",
     "load_model": "io.models",
     "merge_adapter": "io.merge",
+    "export_gguf": "export.gguf_file",
     "load_tokenizer": "io.models",
     "pack": "data.packing",
     "collate": "data.batches",
