@@ -268,6 +268,8 @@ def _chat(options):
 def _sampling(options) -> dict:
     import torch
 
+    if options.temperature == 0 and (options.top_k or options.top_p < 1):
+        print("note: at temperature 0 nothing is drawn: --top-k and --top-p have no effect", file=sys.stderr)
     return {
         "max_new_tokens": options.max_new_tokens,
         "temperature": options.temperature,

@@ -35,13 +35,13 @@ TITLES = {"loss": "loss", "learning_rate": "learning rate", "grad_norm": "gradie
           "tokens_per_second": "tokens a second", "peak_memory_bytes": "peak memory, GiB"}  # fmt: skip
 # Of the configuration, in the order of the table; then what summary.json has.
 FACTS = ("model_name", "dataset", "task", "strategy", "loss_type", "beta", "advantage", "kl_coef", "provider",
-         "learning_rate", "num_train_epochs", "reward_learning_rate", "reward_epochs", "per_device_train_batch_size",
-         "gradient_accumulation_steps", "max_seq_length", "packing", "gradient_checkpointing", "lora_r", "lora_alpha",
-         "lora_dropout", "seed")  # fmt: skip
+         "learning_rate", "num_train_epochs", "max_steps", "reward_learning_rate", "reward_epochs",
+         "per_device_train_batch_size", "gradient_accumulation_steps", "max_seq_length", "packing",
+         "gradient_checkpointing", "lora_r", "lora_alpha", "lora_dropout", "seed")  # fmt: skip
 ONLY_OF = {"loss_type": "dpo", "beta": "dpo", "advantage": "rlhf", "kl_coef": "rlhf"}  # a strategy
 OF_REWARD = {"reward_learning_rate", "reward_epochs"}  # the training of a reward model, which has no
 REMEDIES = {CONFIG_FILE: "put the run's own back"}
-OF_OTHERS = {"learning_rate", "num_train_epochs", "advantage", "kl_coef"}
+OF_OTHERS = {"learning_rate", "num_train_epochs", "max_steps", "advantage", "kl_coef"}
 STYLE = """
 :root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif; }
 body { max-width: 1180px; margin: 2em auto; padding: 0 1em; overflow-wrap: anywhere; }
@@ -170,6 +170,7 @@ def _facts(run: Run) -> dict:
     strategy = run.config.get("strategy")
     left_out = {name for name, only in ONLY_OF.items() if only != strategy}
     left_out |= OF_OTHERS if run.is_reward else OF_REWARD
+    left_out.add("num_train_epochs" if run.config.get("max_steps", -1) > 0 else "max_steps")
     told = {name: run.config[name] for name in FACTS if name in run.config and name not in left_out}
     facts = {name: json.dumps(value) if isinstance(value, float) else value for name, value in told.items()}
     if not run.summary:

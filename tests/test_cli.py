@@ -378,6 +378,12 @@ def test_more_tokens_than_the_model_has_positions_for_are_not_promised(trained, 
     assert note.startswith("note: at most ") and note.endswith(" new tokens: the model has 512 positions\n")
 
 
+def test_what_has_no_effect_at_temperature_0_is_told(trained, capsys):
+    for arguments, is_told in ((["--top-k", "5"], True), (["--top-k", "5", "--temperature", "1"], False), ([], False)):
+        assert main(["generate", str(trained), "--prompt", "x", "--max-new-tokens", "3", *arguments]) == 0
+        assert ("--top-k and --top-p have no effect" in capsys.readouterr().err) == is_told
+
+
 def test_a_loss_that_rose_is_told(config, tmp_path, capsys):
     other = tmp_path / "other.jsonl"
     other.write_text((json.dumps({"prompt": "?", "completion": "Q" * 80}) + "\n") * 4)

@@ -277,3 +277,11 @@ def test_overwriting_a_run_removes_its_report_and_no_other_page(tmp_path):
         (run / "report.html").write_text(text)
         RunFolder(run)._remove_old({})
         assert (run / "report.html").exists() == is_left and not (run / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(("max_steps", "told", "left_out"), [(-1, "num_train_epochs", "max_steps"),
+                                                            (5, "max_steps", "num_train_epochs")])  # fmt: skip
+def test_what_decided_how_long_training_lasted_is_told(max_steps, told, left_out, tmp_path):
+    run = a_run(tmp_path / "run", training_config={"num_train_epochs": 3, "max_steps": max_steps})
+    names = Page(write_report([str(run)])).found["th"]
+    assert told in names and left_out not in names
