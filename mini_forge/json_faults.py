@@ -1,6 +1,6 @@
 """What is wrong with a text that is no JSON, and what to do about it: json's own words are a programmer's.
 
-And JSON files that programs write, of models and runs, as they are read wherever they are wanted."""
+And the files of models and runs, as they are read wherever they are wanted."""
 
 import json
 import re
@@ -9,21 +9,29 @@ from pathlib import Path
 from mini_forge.errors import CheckpointError, reason_of
 
 
+def read_text(file: Path) -> str | None:
+    """The text of an optional file, line ends as they are; None when there is none. Raises CheckpointError for one that
+    cannot be read or is not UTF-8."""
+    try:
+        return file.read_bytes().decode("utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file}: not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({reason_of(error)}); give a folder that can be read") from None
+
+
 def read_json(path: Path, absent: dict | None = None, remedy: str = "copy it again from its source") -> dict:
     """A JSON object from a file, or `absent` where there is none. CheckpointError names the file when it is absent and
     nothing stands for it, unreadable, not UTF-8, or no JSON object, of which `remedy` tells what to do."""
+    text = read_text(path)
+    if text is None and absent is None:
+        raise CheckpointError(f"{path}: file not found; a model folder needs it")
+    if text is None:
+        return absent
     try:
-        content = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        if absent is not None:
-            return absent
-        raise CheckpointError(f"{path}: file not found; a model folder needs it") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({reason_of(error)}); give a folder that can be read") from None
-    try:
-        value = json.loads(content.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error}); {remedy}") from None
     if not isinstance(value, dict):

@@ -40,8 +40,8 @@ FACTS = ("model_name", "dataset", "task", "strategy", "loss_type", "beta", "adva
          "gradient_checkpointing", "lora_r", "lora_alpha", "lora_dropout", "seed")  # fmt: skip
 ONLY_OF = {"loss_type": "dpo", "beta": "dpo", "advantage": "rlhf", "kl_coef": "rlhf"}  # a strategy
 OF_REWARD = {"reward_learning_rate", "reward_epochs"}  # the training of a reward model, which has no
-REMEDIES = {CONFIG_FILE: "put the run's own back"}
 OF_OTHERS = {"learning_rate", "num_train_epochs", "max_steps", "advantage", "kl_coef"}
+REMEDIES = {CONFIG_FILE: "put the run's own back"}  # of a broken file; any other the report can do without
 STYLE = """
 :root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif; }
 body { max-width: 1180px; margin: 2em auto; padding: 0 1em; overflow-wrap: anywhere; }

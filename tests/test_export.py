@@ -20,7 +20,7 @@ from mini_forge.errors import CheckpointError, ConfigError
 from mini_forge.export import TYPES
 from mini_forge.export.architectures import ARCHITECTURES
 from mini_forge.export.gguf_file import export_gguf
-from mini_forge.export.vocabulary import model_name, vocabulary
+from mini_forge.export.vocabulary import vocabulary
 from mini_forge.io.adapters import save_adapter
 from mini_forge.model.families import MODULES
 from mini_forge.model.lora import LoraSpec, inject, lora_layers, merge
@@ -217,7 +217,7 @@ def test_a_way_to_cut_text_has_the_name_under_which_llama_cpp_cuts_it_so(name, t
     state["pre_tokenizer"], state["model"]["ignore_merges"] = cut["pre_tokenizer"], cut["ignore_merges"]
     tokenizer = tokenizer_folder(tmp_path / "t", state)
     assert [tokenizer.encode(text) for text in TOKENIZERS["texts"]] == cut["ids"]  # llama.cpp's
-    values, notes = vocabulary(tokenizer, tokenizer.vocab_size)
+    values, notes = vocabulary(tokenizer, tokenizer.vocab_size, "base")
     assert values["tokenizer.ggml.model"] == "gpt2" and values["tokenizer.ggml.pre"] == name
     assert ["combining marks" in note for note in notes] == [True] * (name in ("tekken", "gpt-4o"))
     assert values["tokenizer.ggml.merges"][:2] == [" ".join(merge) for merge in state["model"]["merges"][:2]]
@@ -240,7 +240,7 @@ def test_sentencepieces_kind_has_scores_by_which_llama_cpp_merges_alike(adds_spa
     texts, differs = TOKENIZERS["texts"], form == "metaspace" and adds_space
     same = [i for i, text in enumerate(texts) if not (differs and text.startswith(" "))]  # has one already
     assert len(same) > 3 and all(tokenizer.encode(texts[i]) == golden["ids"][str(adds_space)][i] for i in same)
-    values, notes = vocabulary(tokenizer, tokenizer.vocab_size + 2, end="<unk>")
+    values, notes = vocabulary(tokenizer, tokenizer.vocab_size + 2, "base", ends=[2, 0])
     assert ["even where it begins with one" in note for note in notes] == [True] * differs
     assert values["tokenizer.ggml.model"] == "llama" and values["tokenizer.ggml.add_space_prefix"] == adds_space
     assert values["tokenizer.ggml.token_type"] == [2, 3, 3, *[6] * 256, *[1] * (tokenizer.vocab_size - 259), 5, 5]
@@ -259,7 +259,7 @@ def test_a_space_before_a_text_alone_is_not_one_behind_its_bos(begins_with_bos, 
     state["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
     tokenizer = tokenizer_folder(tmp_path / "t", state, bos_token="<s>", eos_token="</s>")
     assert tokenizer.encode("<s>Hello")[1:] == tokenizer.encode("</s>Hello")[1:] != tokenizer.encode("Hello")
-    values, notes = vocabulary(tokenizer, tokenizer.vocab_size, begins_with_bos)
+    values, notes = vocabulary(tokenizer, tokenizer.vocab_size, "base", begins_with_bos)
     assert values["tokenizer.ggml.add_bos_token"] == begins_with_bos
     assert values["tokenizer.ggml.add_space_prefix"] == (not begins_with_bos) and len(notes) == 1
 
@@ -294,10 +294,10 @@ def with_added(state, content, special=False, **flags):
 def test_added_tokens_are_spelled_as_the_text_has_them(tmp_path):
     state = with_added(PIECES, "▁▁")
     tokenizer = tokenizer_folder(tmp_path / "t", state)
-    values, _ = vocabulary(tokenizer, tokenizer.vocab_size + 1)
+    values, _ = vocabulary(tokenizer, tokenizer.vocab_size + 1, "base")
     assert (values["tokenizer.ggml.tokens"][-1], values["tokenizer.ggml.token_type"][-1]) == ("  ", 4)
     tokenizer = tokenizer_folder(tmp_path / "u", with_added(BYTES, "<|tool|>"))
-    assert vocabulary(tokenizer, tokenizer.vocab_size + 1)[0]["tokenizer.ggml.token_type"][-1] == 3
+    assert vocabulary(tokenizer, tokenizer.vocab_size + 1, "base")[0]["tokenizer.ggml.token_type"][-1] == 3
 
 
 @pytest.mark.parametrize(("change", "note"), [
@@ -311,7 +311,7 @@ def test_what_llama_cpp_takes_otherwise_in_rare_texts_is_told(change, note, tmp_
     state = copy.deepcopy(BYTES)
     change(state)
     tokenizer = tokenizer_folder(tmp_path / "t", state)
-    notes = vocabulary(tokenizer, 700)[1]
+    notes = vocabulary(tokenizer, 700, "base")[1]
     assert len(notes) == 1 and note in notes[0]
 
 
@@ -319,7 +319,7 @@ def test_pieces_that_can_be_made_in_ways_that_no_merge_names_are_told(tmp_path):
     state = copy.deepcopy(PIECES)
     del state["model"]["merges"][5]
     tokenizer = tokenizer_folder(tmp_path / "t", state)
-    notes = vocabulary(tokenizer, tokenizer.vocab_size)[1]
+    notes = vocabulary(tokenizer, tokenizer.vocab_size, "base")[1]
     assert len(notes) == 1 and "pieces in more ways" in notes[0]
 
 
@@ -334,8 +334,9 @@ def test_a_name_tells_llama_cpp_whether_special_tokens_swallow_spaces(name, swal
     state = with_added(PIECES, "<|endoftext|>" if is_phi else "<|other|>", special=True)
     for token in state["added_tokens"]:
         token["rstrip"] = swallows and token["content"] not in ("<unk>", "<s>", "<|endoftext|>")
-    tokenizer, notes = tokenizer_folder(tmp_path / "t", state), []
-    assert model_name(name, tokenizer, notes) == named
+    tokenizer = tokenizer_folder(tmp_path / "t", state)
+    values, notes = vocabulary(tokenizer, tokenizer.vocab_size + 1, name)
+    assert values["general.name"] == named
     assert [note for note in notes if "leaves the spaces behind" in note] == notes and len(notes) == told
 
 
@@ -352,19 +353,19 @@ def test_a_name_tells_llama_cpp_whether_special_tokens_swallow_spaces(name, swal
 def test_a_tokenizer_that_cannot_be_said_in_llama_cpps_words_is_refused(change, message, tmp_path):
     tokenizer = tokenizer_folder(tmp_path / "t", copy.deepcopy(BYTES) | change)
     with pytest.raises(CheckpointError) as caught:
-        vocabulary(tokenizer, 700)
+        vocabulary(tokenizer, 700, "base")
     assert "tokenizer.json: " in str(caught.value) and message in str(caught.value)
 
 
 def test_a_tokenizer_may_leave_out_what_it_has_not(tmp_path):
     state = {k: v for k, v in BYTES.items() if k not in ("normalizer", "added_tokens")}
-    assert vocabulary(tokenizer_folder(tmp_path / "t", state), 700)[0]["tokenizer.ggml.pre"] == "gpt-2"
+    assert vocabulary(tokenizer_folder(tmp_path / "t", state), 700, "base")[0]["tokenizer.ggml.pre"] == "gpt-2"
 
 
 def test_more_tokens_than_rows_are_refused(tmp_path):
     tokenizer = tokenizer_folder(tmp_path / "t", BYTES)
     with pytest.raises(CheckpointError, match="embedding 64 rows"):
-        vocabulary(tokenizer, 64)
+        vocabulary(tokenizer, 64, "base")
 
 
 @pytest.mark.parametrize(("name", "words"), [

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from mini_forge.errors import CheckpointError, DataError, reason_of
-from mini_forge.json_faults import read_json
+from mini_forge.errors import CheckpointError, DataError
+from mini_forge.json_faults import read_json, read_text
 
 FILES = (
     "tokenizer.json",
@@ -101,7 +101,7 @@ def load_tokenizer(path) -> Tokenizer:
     """The tokenizer of a model or run folder. Raises CheckpointError when the folder has none that can be read."""
     path = Path(path)
     file = path / "tokenizer.json"
-    text = _read_text(file)
+    text = read_text(file)
     if text is None:
         raise CheckpointError(
             f"{path}: no tokenizer.json here, and only fast tokenizers are read; save one with "
@@ -140,18 +140,6 @@ def _check_text(text: str):
         raise DataError(f"text: {shown!r}: has half a character, which no UTF-8 text has; give it as UTF-8") from None
 
 
-def _read_text(file: Path) -> str | None:
-    """The text of an optional file, line ends as they are; None when there is none."""
-    try:
-        return file.read_bytes().decode("utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{file}: not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read ({reason_of(error)}); give a folder that can be read") from None
-
-
 def _special_tokens(path: Path, config: dict, special_map: dict) -> dict[str, str | None]:
     """bos, eos, pad and unk as text; a token is stored as a string or as {"content": …}."""
     tokens = {}
@@ -184,7 +172,7 @@ def _adds_bos(backend: tokenizers.Tokenizer, bos_token: str | None) -> bool:
 
 def _chat_template(path: Path, config: dict) -> str | None:
     """The Jinja text: chat_template.jinja, else the configuration's (one string, or named ones: the default)."""
-    text = _read_text(path / "chat_template.jinja")
+    text = read_text(path / "chat_template.jinja")
     if text is not None:
         return text
     template = config.get("chat_template")

@@ -70,7 +70,7 @@ def metadata(arch: Architecture, spec: DecoderSpec) -> dict[str, int | float | s
         "attention.key_length": spec.head_size,
         "attention.value_length": spec.head_size,
         "attention.layer_norm_rms_epsilon": float(spec.norm_eps),
-        "rope.dimension_count": rotated_channels(spec),
+        "rope.dimension_count": spec.rope.channels(spec.head_size),
         "rope.freq_base": float(rope.theta),
     }
     if rope.kind in ("linear", "yarn"):
@@ -106,21 +106,17 @@ def metadata(arch: Architecture, spec: DecoderSpec) -> dict[str, int | float | s
     return {f"{name}.{key}": value for key, value in values.items()}
 
 
-def rotated_channels(spec: DecoderSpec) -> int:
-    return int(spec.head_size * spec.rope.get("partial_rotary_factor", 1.0))
-
-
 def _unusual_magnitude(spec: DecoderSpec) -> float:
     """YaRN's factor on cos and sin over 0.1·ln(factor) + 1, which llama.cpp makes of it by itself."""
     usual = 0.1 * math.log(max(spec.rope.get("factor"), 1.0)) + 1.0
-    return inverse_frequencies(spec.rope, rotated_channels(spec))[1] / usual
+    return inverse_frequencies(spec.rope, spec.rope.channels(spec.head_size))[1] / usual
 
 
 def rope_factors(spec: DecoderSpec) -> torch.Tensor | None:
     """What the llama3 rule divides each frequency by, (C/2,) float32; None for other rules."""
     if spec.rope.kind != "llama3":
         return None
-    channels = rotated_channels(spec)
+    channels = spec.rope.channels(spec.head_size)
     plain, scaled = (inverse_frequencies(rope, channels)[0] for rope in (RopeSpec(spec.rope.theta), spec.rope))
     return plain / scaled
 
@@ -128,23 +124,16 @@ def rope_factors(spec: DecoderSpec) -> torch.Tensor | None:
 def problems(arch: Architecture, spec: DecoderSpec) -> list[str]:
     """What makes llama.cpp compute another model than this one, or none at all."""
     rope, layers, has_experts = spec.rope, spec.layers, any(layer.experts for layer in spec.layers)
-    missing = {
-        "out_bias": spec.out_bias,
-        "mlp_bias": spec.mlp_bias,
-        "rope_factors": rope.kind == "llama3",
-        "part_turned": rotated_channels(spec) != spec.head_size,
-        "wide_heads": spec.heads * spec.head_size != spec.hidden_size,
-        "experts": has_experts,
+    heads = f"{spec.heads} heads of {spec.head_size} channels beside {spec.hidden_size} hidden ones"
+    needs = {
+        "out_bias": (spec.out_bias, "a bias on attention's output"),
+        "mlp_bias": (spec.mlp_bias, "biases in the MLP"),
+        "rope_factors": (rope.kind == "llama3", "the llama3 scaling of rotations"),
+        "part_turned": (rope.channels(spec.head_size) != spec.head_size, "rotations of a part of each head"),
+        "wide_heads": (spec.heads * spec.head_size != spec.hidden_size, heads),
+        "experts": (has_experts, "experts"),
     }
-    words = {
-        "out_bias": "a bias on attention's output",
-        "mlp_bias": "biases in the MLP",
-        "rope_factors": "the llama3 scaling of rotations",
-        "part_turned": "rotations of a part of each head",
-        "wide_heads": f"{spec.heads} heads of {spec.head_size} channels beside {spec.hidden_size} hidden ones",
-        "experts": "experts",
-    }
-    found = [words[name] for name, is_there in missing.items() if is_there and name not in arch.takes]
+    found = [words for name, (is_there, words) in needs.items() if is_there and name not in arch.takes]
     if arch.name in ("llama", "qwen3moe") and has_experts and not all(layer.experts for layer in layers):
         found.append("experts in some layers only")
     if spec.experts is not None and spec.experts.router == "softmax" and not spec.experts.normalized:

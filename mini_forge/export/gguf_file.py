@@ -23,7 +23,7 @@ from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.errors import CheckpointError, ConfigError, DataError
 from mini_forge.export import TYPES
 from mini_forge.export.architectures import ARCHITECTURES, metadata, notes, problems, rope_factors
-from mini_forge.export.vocabulary import model_name, vocabulary
+from mini_forge.export.vocabulary import vocabulary
 from mini_forge.io.adapters import read_adapter_config
 from mini_forge.io.merge import Merger, added
 from mini_forge.io.models import require_adapter
@@ -95,14 +95,14 @@ class Export:
                 *(f"{folder}/config.json: {text}: llama.cpp's {self.arch.name} has none; use `merge`" for text in wrong)
             )
         _, tokenizer, template = spelling_of(str(run))
+        end, base = tokenizer.token_id(template.end), Path(read_adapter_config(run)[1]).name
+        ends = sorted(template.stop_ids(tokenizer), key=lambda i: (i != tokenizer.eos_id, i != end))
         begins_with_bos = _begins_with_bos(template, tokenizer)
-        words, self.notes = vocabulary(tokenizer, self.spec.vocab_size, begins_with_bos, template.end)
-        name = model_name(Path(read_adapter_config(run)[1]).name, tokenizer, self.notes)
-        self.notes = [*notes(self.arch, self.spec), *self.notes]
+        words, told = vocabulary(tokenizer, self.spec.vocab_size, base, begins_with_bos, ends)
+        self.notes = [*notes(self.arch, self.spec), *told]
         if tokenizer.bos_token is None and "bos_token" in template.source:
             self.notes.append("llama.cpp spells some token for the chat template's bos_token; this tokenizer has none")
-        self.values = {"general.name": name, **metadata(self.arch, self.spec), **words}
-        self.values["tokenizer.chat_template"] = template.source
+        self.values = {**metadata(self.arch, self.spec), **words, "tokenizer.chat_template": template.source}
         kinds = {name: kind for kind, name in self.gguf.MODEL_ARCH_NAMES.items()}
         self.names = self.gguf.get_tensor_name_map(kinds[self.arch.name], len(self.spec.layers))
         self.divisors = rope_factors(self.spec)

@@ -11,6 +11,7 @@ What llama.cpp takes otherwise in rare texts only is told in notes.
 
 import json
 import re
+from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
 
@@ -65,13 +66,15 @@ SWALLOWING, MUST_BE_TOKENS = re.compile("phi-?3", re.IGNORECASE), ("<unk>", "<s>
 
 
 def vocabulary(
-    tokenizer: Tokenizer, rows: int, begins_with_bos: bool = False, end: str | None = None
+    tokenizer: Tokenizer, rows: int, name: str, begins_with_bos: bool = False, ends: Sequence[int] = ()
 ) -> tuple[dict, list[str]]:
-    """The tokenizer by its GGUF keys, and notes on where llama.cpp cuts text otherwise, a line each.
+    """The tokenizer by its GGUF keys, with the model's name, and notes on where llama.cpp cuts text otherwise, a line
+    each.
 
     rows: of the embedding, which may be more than tokens. begins_with_bos: whether the template begins a text with a
-    BOS, which llama.cpp then puts before any, as in training. end: the token that it puts behind a response.
-    Raises CheckpointError for a tokenizer that cannot be said in llama.cpp's words."""
+    BOS, which llama.cpp then puts before any, as in training. ends: the tokens that end a response, the tokenizer's own
+    first; the file has room for three, others llama.cpp knows by their names. Raises CheckpointError for a tokenizer
+    that cannot be said in llama.cpp's words."""
     where = tokenizer.path / "tokenizer.json"
     state, notes = {"added_tokens": [], "normalizer": None, "pre_tokenizer": None} | read_json(where), []
     model = state["model"]
@@ -82,25 +85,26 @@ def vocabulary(
         raise _unknown(where, f"a model {model.get('type')!r} without merges")
     tokens, kinds = _tokens(state, rows, where, notes)
     merges = [merge if isinstance(merge, list) else merge.split(" ", 1) for merge in model["merges"]]
-    values = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [int(kind) for kind in kinds]}
+    values = {
+        "general.name": _model_name(name, state["added_tokens"], tokenizer, notes),
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [int(kind) for kind in kinds],
+    }
     if model.get("byte_fallback"):
         values |= _sentencepiece(state, tokens, kinds, merges, where, begins_with_bos, notes)
     else:
         values |= _byte_level(state, merges, where, notes)
     if any(token.get("lstrip") or token.get("single_word") for token in state["added_tokens"]):
         notes.append("llama.cpp leaves the spaces around special tokens, some of which swallow them here")
-    stops = dict.fromkeys(i for i in (*tokenizer.eos_ids, tokenizer.token_id(end)) if i is not None)
-    ends = sorted(stops, key=lambda i: (i != tokenizer.eos_id, i != tokenizer.token_id(end)))
     ids = {"bos": tokenizer.bos_id, "unknown": tokenizer.token_id(tokenizer.unk_token), "padding": tokenizer.pad_id}
-    ids |= dict(zip(("eos", "eot", "eom"), ends, strict=False))  # others it knows by their names
+    ids |= dict(zip(("eos", "eot", "eom"), ends, strict=False))
     values |= {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items() if i is not None}
     return values | {"tokenizer.ggml.add_bos_token": begins_with_bos, "tokenizer.ggml.add_eos_token": False}, notes
 
 
-def model_name(name: str, tokenizer: Tokenizer, notes: list[str]) -> str:
+def _model_name(name: str, added: list[dict], tokenizer: Tokenizer, notes: list[str]) -> str:
     """The name, so that llama.cpp takes the spaces behind special tokens as this tokenizer does; a note where it
     cannot."""
-    added = read_json(tokenizer.path / "tokenizer.json").get("added_tokens", [])
     swallows = any(token.get("rstrip") for token in added)
     usual = all(bool(token.get("rstrip")) == (token["content"] not in MUST_BE_TOKENS[:3]) for token in added)
     if swallows and usual and all(tokenizer.token_id(token) is not None for token in MUST_BE_TOKENS):
@@ -114,14 +118,14 @@ def _tokens(state: dict, rows: int, where: Path, notes: list[str]) -> tuple[list
     """All tokens in order of their ids, and their kinds; rows of the embedding without a token have a name too."""
     tokens, kinds = [f"[PAD{i}]" for i in range(rows)], [Kind.UNUSED] * rows
     model = state["model"]
+    has_bytes = bool(model.get("byte_fallback"))
     if max(model["vocab"].values()) >= rows:
         raise CheckpointError(
             f"{where}: has tokens up to id {max(model['vocab'].values())}, the model's embedding {rows} rows; take "
             "tokenizer and weights from one source"
         )
     for text, i in model["vocab"].items():
-        is_byte = bool(model.get("byte_fallback")) and BYTE.fullmatch(text) is not None
-        tokens[i], kinds[i] = text, Kind.BYTE if is_byte else Kind.NORMAL
+        tokens[i], kinds[i] = text, Kind.BYTE if has_bytes and BYTE.fullmatch(text) else Kind.NORMAL
     for token in state["added_tokens"]:
         i, text = token["id"], token["content"]
         if i >= rows:  # Gemma's picture token, of models with pictures
@@ -131,7 +135,7 @@ def _tokens(state: dict, rows: int, where: Path, notes: list[str]) -> tuple[list
         elif token["special"] or CONTROLS.fullmatch(text):
             tokens[i], kinds[i] = text, Kind.CONTROL
         else:  # which llama.cpp finds in the text, and prints, as they are
-            tokens[i] = text.replace(SPACE, " ") if model.get("byte_fallback") else text
+            tokens[i] = text.replace(SPACE, " ") if has_bytes else text
             kinds[i] = Kind.USER_DEFINED
     return tokens, kinds
 

@@ -46,10 +46,8 @@ def merge_adapter(run: str | Path, out: str | Path) -> Path:
     if is_taken:
         raise ConfigError(f"{out}: exists and is not empty; name a new folder")
     merger = Merger(run)
-    for folder in (run, merger.checkpoint.folder):  # the one that is copied must be readable
-        if (folder / "tokenizer.json").is_file():
-            load_tokenizer(folder)
-            break
+    if any((folder / "tokenizer.json").is_file() for folder in (run, merger.checkpoint.folder)):
+        load_tokenizer(run)  # what is copied must be readable
     try:
         _write_merged(merger, run, out)
     except OSError as error:

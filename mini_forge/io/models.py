@@ -34,9 +34,10 @@ def require_adapter(folder: Path, command: str):
 
 
 def refuse_unfinished(folder: Path):
-    """Raise CheckpointError for a run's folder without an adapter: before it ends, its checkpoints alone have one."""
-    if is_adapter(folder) or not os.path.isfile(folder / CONFIG_FILE) or os.path.isfile(folder / "config.json"):
-        return  # the last: a whole model beside somebody's configuration
+    """Raise CheckpointError if this folder without an adapter is a run's: before it ends, its checkpoints alone have
+    one."""
+    if not os.path.isfile(folder / CONFIG_FILE) or os.path.isfile(folder / "config.json"):
+        return  # the latter: a whole model beside somebody's configuration
     run = RunFolder(folder)
     instead = f", or use {run.checkpoint(run.steps()[-1])}" if run.steps() else ""
     raise CheckpointError(

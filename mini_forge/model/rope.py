@@ -23,6 +23,10 @@ class RopeSpec:
     def get(self, key: str, default=None):
         return dict(self.scaling).get(key, default)
 
+    def channels(self, head_size: int) -> int:
+        """How many channels of a head are rotated, the first ones: most checkpoints rotate all."""
+        return int(head_size * self.get("partial_rotary_factor", 1.0))
+
 
 def inverse_frequencies(spec: RopeSpec, channels: int) -> tuple[torch.Tensor, float]:
     """(C/2,) float32 frequencies in radians a token, and the factor on cos and sin."""
@@ -136,8 +140,7 @@ class Rope(torch.nn.Module):
 
     def __init__(self, spec: RopeSpec, head_size: int):
         super().__init__()
-        # Some checkpoints turn only the first channels of a head.
-        self.spec, self.channels = spec, int(head_size * spec.get("partial_rotary_factor", 1.0))
+        self.spec, self.channels = spec, spec.channels(head_size)
         self._by_device: dict[torch.device, torch.Tensor] = {}
 
     def forward(self, position: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
