@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mini_forge.config_keys import show
 from mini_forge.errors import ConfigError
-from mini_forge.json_faults import json_fault
+from mini_forge.json_faults import json_fault, located_fault
 
 
 def read_object(path: str | Path) -> dict:
@@ -15,8 +15,7 @@ def read_object(path: str | Path) -> dict:
     try:
         value = json.loads(text, object_pairs_hook=lambda pairs: unique(pairs, str(path), problems))
     except (ValueError, RecursionError) as error:
-        where = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else path
-        raise ConfigError(f"{where}: {json_fault(error)}") from None
+        raise ConfigError(located_fault(path, error)) from None
     if problems:
         raise ConfigError(*problems)
     if not isinstance(value, dict):

@@ -33,10 +33,16 @@ def read_json(path: Path, absent: dict | None = None, remedy: str = "copy it aga
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); {remedy}") from None
+        raise CheckpointError(f"{located_fault(path, error)}, or {remedy}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: must hold a JSON object, not {type(value).__name__}; {remedy}")
     return value
+
+
+def located_fault(path: str | Path, error: ValueError | RecursionError) -> str:
+    """`json_fault` of the text of a file, with the line where it is known."""
+    line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+    return f"{path}{line}: {json_fault(error)}"
 
 
 def json_fault(error: ValueError | RecursionError) -> str:

@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 
 from mini_forge.config_plan import GIB
+from mini_forge.durable import write_atomic
 from mini_forge.errors import ConfigError, is_disk_full, reason_of
 from mini_forge.io.runs import (
     CONFIG_FILE,
@@ -24,7 +25,6 @@ from mini_forge.io.runs import (
     SUMMARY_FILE,
     is_report,
     read_records,
-    write_atomic,
 )
 from mini_forge.json_faults import read_json
 from mini_forge.plots import COLOURS, LARGEST, Line, chart, number

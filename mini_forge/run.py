@@ -11,20 +11,14 @@ import torch
 from mini_forge import __version__
 from mini_forge.config import TrainingConfig
 from mini_forge.data.pairs import data_fingerprint
+from mini_forge.durable import write_json
 from mini_forge.errors import ConfigError, TrainingError, is_out_of_memory
 from mini_forge.inference.evaluate import evaluate_labelled, evaluate_loss, evaluate_pairs
 from mini_forge.io.adapters import fill_adapter, save_adapter
 from mini_forge.io.card import model_card
 from mini_forge.io.fitting import check_adapter_format
 from mini_forge.io.models import load_model
-from mini_forge.io.runs import (
-    REFERENCE_FILE,
-    SUMMARY_FILE,
-    RunFolder,
-    rng_state,
-    save_state,
-    write_json,
-)
+from mini_forge.io.runs import REFERENCE_FILE, SUMMARY_FILE, RunFolder, rng_state, save_state
 from mini_forge.io.weights import load_base
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.lora import LoraSpec, inject

@@ -19,6 +19,7 @@ from mini_forge.config import Plan, TrainingConfig
 from mini_forge.data.chat import Template
 from mini_forge.data.pairs import collate_pairs, data_fingerprint
 from mini_forge.data.tokenizer import Tokenizer
+from mini_forge.durable import write_atomic, write_json
 from mini_forge.inference.evaluate import evaluate_pairs
 from mini_forge.inference.generate import spelled_end, until
 from mini_forge.io.adapters import fill_adapter, save_adapter
@@ -34,8 +35,6 @@ from mini_forge.io.runs import (
     rng_state,
     save_state,
     set_rng_state,
-    write_atomic,
-    write_json,
 )
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.lora import LoraSpec

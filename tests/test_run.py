@@ -681,7 +681,7 @@ def test_a_disk_that_is_full_at_the_start_harms_nothing(settings, monkeypatch, t
         path.with_name(".tmp-" + path.name).touch()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("mini_forge.io.runs._staged", full)
+    monkeypatch.setattr("mini_forge.io.runs.staged", full)
     new = tmp_path / "new"
     for folder in (first.output_dir, new):
         with pytest.raises(TrainingError, match="No space left on device; no checkpoint was saved yet"):

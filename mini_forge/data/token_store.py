@@ -41,6 +41,7 @@ from mini_forge.data.batches import Document, TokenStats
 from mini_forge.data.chat import Template
 from mini_forge.data.pairs import flatten
 from mini_forge.data.tokenizer import Tokenizer
+from mini_forge.durable import TEMPORARY, flush, sync_folder
 from mini_forge.errors import DataError
 from mini_forge.user_cache import cache_folder
 
@@ -48,7 +49,7 @@ FORMAT = 1  # to be raised when the files' form, or what rows become, changes
 LARGE_BYTES = 16 * 2**20  # of a dataset file: from here on, keeping all of it takes 0.4 GB, and tokenising it 10 s
 ROW = np.dtype([("start", "i8"), ("line", "i4"), ("length", "i4"), ("trained", "i4"), ("is_truncated", "?")])
 IDS, TRAINED, ROWS, MANIFEST = "ids.i32", "is_trained.bool", "rows.bin", "store.json"
-_TEMPORARY, _TEMPORARY_SECONDS = ".tmp-", 24 * 3600  # one that nothing was written to for a day is nobody's
+_TEMPORARY_SECONDS = 24 * 3600  # one that nothing was written to for a day is nobody's
 _LOOKED_AT = 128  # documents; for each the system maps up to 128 KiB of both files: 32 MiB
 _PIECE = 2**20
 
@@ -159,7 +160,7 @@ class TokenCache:
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             _sweep(self.folder.parent)
-            temporary = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{self.folder.name}-", dir=self.folder.parent))
+            temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{self.folder.name}-", dir=self.folder.parent))
             highest = _write(temporary, encoded)
             if _stamp(self.path) != self._seen:
                 raise DataError(f"{self.path}: changed while it was read; start again when it is complete")
@@ -167,7 +168,7 @@ class TokenCache:
             manifest = {"dataset": str(self.path.absolute()), "key": self._key, "files": files, "highest": highest}
             with (temporary / MANIFEST).open("w", encoding="utf-8") as file:
                 json.dump(manifest, file, indent=2)
-                _sync(file)
+                flush(file)
             self.stored = _open(temporary, highest)  # before it has its name: another run may put its own in its place
             _publish(temporary, self.folder, is_in_the_way=self._is_damaged)
         except OSError as error:
@@ -242,7 +243,7 @@ def _write(folder: Path, encoded: Iterable[tuple[Document | None, bool]]) -> int
             rows.write(np.array([(start, document.line, length, count, is_truncated)], ROW))
             highest, start = max(highest, int(document.ids.max())), start + length
         for file in files:
-            _sync(file)
+            flush(file)
     return highest
 
 
@@ -253,9 +254,9 @@ def _open(folder: Path, highest: int) -> StoredRows:
 
 def _publish(temporary: Path, folder: Path, is_in_the_way: bool):
     """Give a whole folder its name. `is_in_the_way`: what has that name is to go."""
-    _sync_folder(temporary)
+    sync_folder(temporary)
     if is_in_the_way:
-        doomed = tempfile.mkdtemp(prefix=_TEMPORARY, dir=folder.parent)
+        doomed = tempfile.mkdtemp(prefix=TEMPORARY, dir=folder.parent)
         with suppress(FileNotFoundError):  # another run has taken it away
             os.rename(folder, Path(doomed, folder.name))
         shutil.rmtree(doomed, ignore_errors=True)
@@ -265,29 +266,16 @@ def _publish(temporary: Path, folder: Path, is_in_the_way: bool):
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         return  # another run was quicker, and its tokens are the same
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
 
 
 def _sweep(root: Path):
     """Remove what killed runs left half-written."""
-    for leftover in root.glob(_TEMPORARY + "*"):
+    for leftover in root.glob(TEMPORARY + "*"):
         with suppress(FileNotFoundError):  # it has just been published
             newest = max(path.stat().st_mtime for path in (leftover, *leftover.iterdir()))
             if newest < time.time() - _TEMPORARY_SECONDS:
                 shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _sync(file):
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path):
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _stamp(path) -> tuple[int, ...] | None:

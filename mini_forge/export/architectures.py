@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mini_forge.model.rope import RopeSpec, inverse_frequencies
+from mini_forge.model.rope import RopeSpec, inverse_frequencies, yarn_magnitude
 from mini_forge.model.spec import DecoderSpec
 
 
@@ -107,9 +107,9 @@ def metadata(arch: Architecture, spec: DecoderSpec) -> dict[str, int | float | s
 
 
 def _unusual_magnitude(spec: DecoderSpec) -> float:
-    """YaRN's factor on cos and sin over 0.1·ln(factor) + 1, which llama.cpp makes of it by itself."""
-    usual = 0.1 * math.log(max(spec.rope.get("factor"), 1.0)) + 1.0
-    return inverse_frequencies(spec.rope, spec.rope.channels(spec.head_size))[1] / usual
+    """YaRN's factor on cos and sin over the usual one, which llama.cpp makes of it by itself."""
+    magnitude = inverse_frequencies(spec.rope, spec.rope.channels(spec.head_size))[1]
+    return magnitude / yarn_magnitude(spec.rope.get("factor"))
 
 
 def rope_factors(spec: DecoderSpec) -> torch.Tensor | None:

@@ -10,7 +10,6 @@ rounding are those of its own package `gguf`, which the extra of that name insta
 """
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 
 from mini_forge.data.chat import Template
 from mini_forge.data.tokenizer import Tokenizer
+from mini_forge.durable import new_output
 from mini_forge.errors import CheckpointError, ConfigError, DataError
 from mini_forge.export import TYPES
 from mini_forge.export.architectures import ARCHITECTURES, metadata, notes, problems, rope_factors
@@ -27,7 +27,6 @@ from mini_forge.export.vocabulary import vocabulary
 from mini_forge.io.adapters import read_adapter_config
 from mini_forge.io.merge import Merger, added
 from mini_forge.io.models import require_adapter
-from mini_forge.io.runs import TEMPORARY
 from mini_forge.io.weights import Loader
 from mini_forge.model.decoder import RMSNorm
 from mini_forge.model.mxfp4 import BLOCK
@@ -60,23 +59,9 @@ def export_gguf(run: str | Path, out: str | Path, kind: str = "f16") -> list[str
     if kind not in TYPES:
         raise ConfigError(f"kind: {kind!r} must be one of {', '.join(TYPES)}")
     require_adapter(run, "export")
-    try:
-        is_taken = out.exists()
-        temporary = out.with_name(TEMPORARY + out.name)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{out}: cannot be a file to write ({error}); name another file") from None
-    if is_taken:
-        raise ConfigError(f"{out}: exists; name a new file")
-    export = Export(run, kind)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            export.write(temporary)
-            os.rename(temporary, out)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:  # numpy's, of a full disk, has no strerror
-        raise ConfigError(f"{out}: cannot be written ({error.strerror or error}); name another file") from None
+    with new_output(out, "file") as temporary:
+        export = Export(run, kind)
+        export.write(temporary)
     return export.notes
 
 

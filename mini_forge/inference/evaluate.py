@@ -15,11 +15,12 @@ from mini_forge.data.labelled import LabelledBatch, LabelledDocument, collate_la
 from mini_forge.data.pairs import PairBatch, PairDocument, collate_pairs
 from mini_forge.data.tasks import Example
 from mini_forge.data.tokenizer import Tokenizer
+from mini_forge.durable import write_atomic, write_json
 from mini_forge.errors import ConfigError, DataError, TrainingError
 from mini_forge.inference.generate import evaluating, generate, spelled_end, until
 from mini_forge.inference.metrics import answer_f1, exact_match, perplexity, rouge
 from mini_forge.inference.spans import ContextSpans, TokenBytes
-from mini_forge.io.runs import EVAL_FILE, PREDICTIONS_FILE, write_atomic, write_json
+from mini_forge.io.runs import EVAL_FILE, PREDICTIONS_FILE
 from mini_forge.model.decoder import Decoder
 
 SAMPLES = 8  # rows generated for a task without scores: enough to look at

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from mini_forge.errors import CheckpointError, ConfigError
+from mini_forge.durable import new_output
+from mini_forge.errors import CheckpointError
 from mini_forge.io.adapters import PREFIX, read_adapter_config, read_adapter_tensors
 from mini_forge.io.expert_adapters import fuse, stack_targets
 from mini_forge.io.models import base_of, load_tokenizer, require_adapter
 from mini_forge.io.records import spec_of
-from mini_forge.io.runs import TEMPORARY, publish_folder
 from mini_forge.io.weights import BNB_SUFFIXES, Checkpoint, Loader, weight_files, write_safetensors
 from mini_forge.json_faults import read_json
 from mini_forge.model.families import expert_layout
@@ -39,37 +39,16 @@ def merge_adapter(run: str | Path, out: str | Path) -> Path:
     `largest_difference` tells what rounding the merged weights has done."""
     run, out = Path(run).expanduser(), Path(out).expanduser()
     require_adapter(run, "merge")
-    try:
-        is_taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
-    except OSError as error:
-        raise ConfigError(f"{out}: cannot be a folder to write to ({error.strerror}); name another folder") from None
-    if is_taken:
-        raise ConfigError(f"{out}: exists and is not empty; name a new folder")
-    merger = Merger(run)
-    if any((folder / "tokenizer.json").is_file() for folder in (run, merger.checkpoint.folder)):
-        load_tokenizer(run)  # what is copied must be readable
-    try:
-        _write_merged(merger, run, out)
-    except OSError as error:
-        raise ConfigError(f"{out}: cannot be written ({error.strerror}); name another folder") from None
-    return out
-
-
-def _write_merged(merger: "Merger", run: Path, out: Path):
-    temporary = out.with_name(TEMPORARY + out.name)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with new_output(out, "folder") as temporary:
+        merger = Merger(run)
+        if any((folder / "tokenizer.json").is_file() for folder in (run, merger.checkpoint.folder)):
+            load_tokenizer(run)  # what is copied must be readable
         for file in weight_files(merger.checkpoint.folder):
             stored = [n for n, e in merger.checkpoint.entries.items() if e.file == file and not _is_companion(n)]
             entries = [merger.entries[name] for name in stored]
             write_safetensors(temporary / file.name, entries, (merger.merged(name) for name in stored))
         _write_records(merger, run, temporary)
-        if out.exists():
-            out.rmdir()
-        publish_folder(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    return out
 
 
 def _is_companion(name: str) -> bool:

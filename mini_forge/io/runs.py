@@ -1,6 +1,6 @@
 """A run's folder: what is written when, and how it survives being killed at any moment.
 
-Files appear whole or not at all: each is written under a temporary name, flushed to the disk and renamed. A checkpoint
+Files appear whole or not at all (`durable`). A checkpoint
 is a folder `checkpoints/step-N` that appears by one rename; a half-written one keeps its temporary name and is swept
 away by the next run.
 """
@@ -24,11 +24,20 @@ import numpy as np
 import torch
 
 from mini_forge.data.tokenizer import FILES as TOKENIZER_FILES
+from mini_forge.durable import (
+    REPLACED,
+    TEMPORARY,
+    json_text,
+    publish_file,
+    publish_folder,
+    staged,
+    sync_folder,
+    write_atomic,
+)
 from mini_forge.errors import CheckpointError, ConfigError, TrainingError, is_disk_full, is_out_of_memory
 from mini_forge.io.adapters import WEIGHTS_FILE
 from mini_forge.json_faults import read_json
 
-TEMPORARY, REPLACED = ".tmp-", ".old-"
 CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = "training_config.json", "metrics.jsonl", "summary.json"
 # What torch.load raises for another program's archive, or for bytes that only look like a pickle.
 FOREIGN = (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError,
@@ -43,52 +52,6 @@ RUN_FILES = (  # what a run and its evaluation write, but for the configuration,
 )  # fmt: skip
 
 ROOM = 100  # bytes of a path that the names within a run's folder may need
-
-
-def write_atomic(path: Path, text: str):
-    """Write a text file so that a reader sees the old one or the whole new one."""
-    os.replace(_staged(path, text), path)
-
-
-def _staged(path: Path, text: str) -> Path:
-    """The text on the disk under a temporary name beside `path`."""
-    temporary, content = path.with_name(TEMPORARY + path.name), text.encode("utf-8")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return temporary
-
-
-def json_text(value) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def write_json(path: Path, value):
-    write_atomic(path, json_text(value))
-
-
-def publish_folder(temporary: Path, final: Path):
-    """Flush a finished temporary folder to the disk and give it its name, in place of what had that name."""
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            with file.open("rb+") as handle:
-                os.fsync(handle.fileno())
-    _sync_folder(temporary)
-    old = final.with_name(REPLACED + final.name)
-    if final.exists():
-        os.rename(final, old)  # if the next rename never comes, `RunFolder.sweep` takes this one back
-    os.rename(temporary, final)
-    _sync_folder(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync_folder(folder: Path):
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class RunFolder:
@@ -196,11 +159,11 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take()
             self.sweep()
-            staged = _staged(place, json_text(config))
+            fresh = staged(place, json_text(config))
             self._remove_old(config)
             clear()
             self.checkpoints.mkdir()
-            os.replace(staged, place)
+            os.replace(fresh, place)
             (self.path / METRICS_FILE).touch()
         except OSError as error:
             place.with_name(TEMPORARY + place.name).unlink(missing_ok=True)
@@ -271,11 +234,9 @@ class RunFolder:
         temporary.mkdir()
         write(temporary)
         for file in sorted(temporary.iterdir()):
-            with file.open("rb+") as handle:
-                os.fsync(handle.fileno())
-            os.replace(file, self.path / file.name)
+            publish_file(file, self.path / file.name)
         temporary.rmdir()
-        _sync_folder(self.path)
+        sync_folder(self.path)
 
     def append_metrics(self, record: dict):
         with (self.path / METRICS_FILE).open("a", encoding="utf-8") as file:

@@ -70,18 +70,20 @@ def _yarn(spec, base, channels):
     low, high = max(low, 0), min(high, channels - 1)
     ramp = (torch.arange(channels // 2).float() - low) / max(high - low, 0.001)
     keep = 1 - ramp.clamp(0, 1)
-    return base / factor * (1 - keep) + base * keep, _yarn_magnitude(spec, factor)
+    return base / factor * (1 - keep) + base * keep, _magnitude(spec, factor)
 
 
-def _yarn_magnitude(spec, factor):
-    def magnitude(scale, coefficient=1.0):
-        return 1.0 if scale <= 1 else 0.1 * coefficient * math.log(scale) + 1.0
+def yarn_magnitude(factor: float, coefficient: float = 1.0) -> float:
+    """YaRN's 0.1·coefficient·ln(factor) + 1 on cos and sin, where a record names no other."""
+    return 1.0 if factor <= 1 else 0.1 * coefficient * math.log(factor) + 1.0
 
+
+def _magnitude(spec, factor):
     if spec.get("attention_factor") is not None:
         return spec.get("attention_factor")
     if spec.get("mscale") and spec.get("mscale_all_dim"):
-        return magnitude(factor, spec.get("mscale")) / magnitude(factor, spec.get("mscale_all_dim"))
-    return magnitude(factor)
+        return yarn_magnitude(factor, spec.get("mscale")) / yarn_magnitude(factor, spec.get("mscale_all_dim"))
+    return yarn_magnitude(factor)
 
 
 SCALINGS = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}

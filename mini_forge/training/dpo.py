@@ -17,7 +17,7 @@ import torch
 
 from mini_forge.data.batches import Batch
 from mini_forge.data.pairs import PairBatch, PairDocument, collate_pairs
-from mini_forge.io.runs import write_atomic
+from mini_forge.durable import write_atomic
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.lora import disabled
 from mini_forge.training.losses import LossSum, Objective, nll_of

@@ -1,0 +1,71 @@
+"""Files and folders that appear whole or not at all."""
+
+import errno
+import os
+
+import pytest
+
+from mini_forge.durable import new_output
+from mini_forge.errors import CheckpointError, ConfigError
+
+
+def make(temporary, kind):
+    (temporary / "a" if kind == "folder" else temporary).write_text("whole")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_an_output_has_its_name_only_when_it_is_whole(tmp_path, kind):
+    out = tmp_path / "new" / "deep" / "out"
+    with new_output(out, kind) as temporary:
+        make(temporary, kind)
+        assert not out.exists() and temporary.parent == out.parent
+    assert (out / "a" if kind == "folder" else out).read_text() == "whole"
+    assert list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("failure, raised", [
+    (lambda: CheckpointError("no"), CheckpointError), (KeyboardInterrupt, KeyboardInterrupt),
+    (lambda: OSError(errno.EIO, "broken"), ConfigError), (lambda: OSError(errno.ENOSPC, "full"), OSError),
+])  # fmt: skip
+def test_an_output_that_fails_leaves_nothing(tmp_path, kind, failure, raised):
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(raised) as caught, new_output(tmp_path / "kept" / "new" / "deep" / "out", kind) as temporary:
+        make(temporary, kind)
+        raise failure()
+    assert list(tmp_path.iterdir()) == [tmp_path / "kept"] and not any((tmp_path / "kept").iterdir())
+    assert raised is not OSError or caught.value.filename == str(tmp_path / "kept" / "new" / "deep" / "out")
+    assert raised is not ConfigError or f"cannot be written (broken); name another {kind}" in str(caught.value)
+
+
+def test_a_folder_made_for_an_output_stays_where_another_has_put_something(tmp_path):
+    with pytest.raises(CheckpointError), new_output(tmp_path / "new" / "out", "file"):
+        (tmp_path / "new" / "other").write_text("theirs")
+        raise CheckpointError("no")
+    assert os.listdir(tmp_path / "new") == ["other"]
+
+
+def test_what_is_there_is_not_replaced_but_an_empty_folder(tmp_path):
+    file, full, empty = tmp_path / "file", tmp_path / "full", tmp_path / "empty"
+    file.write_text("mine")
+    full.mkdir()
+    (full / "a").write_text("mine")
+    empty.mkdir()
+    for out, kind in ((file, "file"), (file, "folder"), (full, "folder"), (full, "file"), (empty, "file")):
+        with pytest.raises(ConfigError, match=f"exists.*; name a new {kind}"), new_output(out, kind):
+            raise AssertionError
+    with new_output(empty, "folder") as temporary:
+        make(temporary, "folder")
+    assert (empty / "a").read_text() == "whole" and file.read_text() == (full / "a").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "a\0b", "file/out"])
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_place_that_cannot_be_is_refused(tmp_path, name, kind):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(ConfigError, match=f"cannot be written .*; name another {kind}"),
+        new_output(tmp_path / name, kind),
+    ):
+        raise AssertionError
+    assert os.listdir(tmp_path) == ["file"]
