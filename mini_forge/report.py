@@ -41,6 +41,7 @@ FACTS = ("model_name", "dataset", "task", "strategy", "loss_type", "beta", "adva
 ONLY_OF = {"loss_type": "dpo", "beta": "dpo", "advantage": "rlhf", "kl_coef": "rlhf"}  # a strategy
 OF_REWARD = {"reward_learning_rate", "reward_epochs"}  # the training of a reward model, which has no
 OF_OTHERS = {"learning_rate", "num_train_epochs", "max_steps", "advantage", "kl_coef"}
+REWARD = "reward model"
 REMEDIES = {CONFIG_FILE: "put the run's own back"}  # of a broken file; any other the report can do without
 STYLE = """
 :root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif; }
@@ -69,6 +70,12 @@ class Run:
     summary: dict
     evaluation: dict
     is_reward: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Whose losses can be compared with its own: the strategy, of which qlora is sft in 4 bits."""
+        strategy = _text(str(self.config.get("strategy") or "training"))
+        return REWARD if self.is_reward else "sft" if strategy == "qlora" else strategy
 
     def points(self, name: str) -> list[tuple[float, float]]:
         """(step, value) wherever a record has a number of that name, by step."""
@@ -103,7 +110,7 @@ def read_run(folder: str) -> list[Run]:
     path, name = _expanded(folder), folder.rstrip(os.sep) or folder
     if not os.path.isdir(path):
         raise ConfigError(f"arguments: {folder!r} is not a folder; report takes folders that train has written")
-    stages = {path / REWARD_FOLDER: f"{name}: reward model", path: name}
+    stages = {path / REWARD_FOLDER: f"{name}: {REWARD}", path: name}
     if not any(os.path.isfile(place / METRICS_FILE) for place in stages):
         raise ConfigError(f"{path}: has no {METRICS_FILE}; report takes folders that train has written")
     runs = []
@@ -132,9 +139,10 @@ def page(runs: list[Run]) -> str:
         f"<title>{_text(title)}</title>\n<style>{STYLE}</style>\n<h1>{_text(title)}</h1>",
         f"<p>{keys}<br>Solid: training. Dashed: evaluation.</p>",
     ]
-    for is_reward, heading in ((False, "training"), (True, "reward model")):  # whose losses are another's
-        those = [(i, run) for i, run in enumerate(runs) if run.is_reward == is_reward]
-        parts += [f"<h2>{heading}</h2>\n{_charts(those)}"] if those else []
+    kinds = sorted({run.kind for run in runs}, key=lambda kind: (kind == REWARD, kind))
+    for kind in kinds:  # each with a loss of its own
+        heading = kind if kind == REWARD or len(set(kinds) - {REWARD}) > 1 else "training"
+        parts.append(f"<h2>{heading}</h2>\n{_charts([(i, run) for i, run in enumerate(runs) if run.kind == kind])}")
     parts.append(f"<h2>facts</h2>\n{_table(runs, [_facts(run) for run in runs])}")
     if evaluated := [run for run in runs if run.evaluation]:
         parts.append(f"<h2>eval</h2>\n{_table(evaluated, [run.evaluation for run in evaluated])}")

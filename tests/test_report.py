@@ -167,6 +167,17 @@ def test_several_runs_share_charts_each_in_its_colour(tmp_path):
     assert not (runs[0] / "report.html").exists()
 
 
+def test_runs_of_different_losses_share_no_chart(tmp_path):
+    strategies = {"one": "sft", "two": "dpo", "three": "qlora"}
+    runs = [str(a_run(tmp_path / name, training_config={"strategy": kind})) for name, kind in strategies.items()]
+    page = Page(write_report(runs, str(tmp_path / "page.html")))
+    assert page.found["h2"] == ["dpo", "sft", "facts"]
+    drawn = [
+        {line.find(f"{SVG}title").text.split(",")[0] for line in chart.iter(f"{SVG}polyline")} for chart in page.charts
+    ]
+    assert drawn == [{runs[1]}] * 4 + [{runs[0], runs[2]}] * 4
+
+
 def test_a_run_that_goes_on_is_shown_as_far_as_it_is(tmp_path):
     run = a_run(tmp_path / "x", RECORDS[:2])
     with (run / "metrics.jsonl").open("a") as file:

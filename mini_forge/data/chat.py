@@ -262,7 +262,10 @@ def _template(name: str, source: str, notes: list[str], tokenizer: Tokenizer, no
     try:
         spell = partial(_spell, compile_template(source, now), tokenizer, name)
     except TemplateFailure as failure:
-        raise CheckpointError(f"{tokenizer.path}: its chat template does not compile: {failure}") from failure
+        raise CheckpointError(
+            f"{tokenizer.path}: its chat template does not compile: {failure}; "
+            "mend it there, or give chat_template another format"
+        ) from failure
     ask = ({"role": "user", "content": "x"},)
     template = Template(name, source, notes, "", None, "", True, spell, tokenizer)
     try:

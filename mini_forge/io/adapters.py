@@ -93,9 +93,16 @@ def read_adapter_config(folder: Path) -> tuple[LoraSpec, str]:
     record = read_json(path)
     if record.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: peft_type {record.get('peft_type')!r} is not supported; supported: 'LORA'")
+    if record.get("task_type") == "SEQ_CLS":
+        raise CheckpointError(
+            f"{path}: task_type 'SEQ_CLS' is that of a reward model, which scores texts and writes none; "
+            "give a run's own folder, or name this one as reward_model"
+        )
     for key, neutral in NEUTRAL.items():
         if record.get(key) not in neutral:
-            raise CheckpointError(f"{path}: {key} = {record[key]!r} is not supported; plain LoRA only")
+            raise CheckpointError(
+                f"{path}: {key} = {record[key]!r} is not supported, plain LoRA only; train an adapter without it"
+            )
     return lora_spec(record, path), named_base(record, path)
 
 
@@ -180,12 +187,13 @@ def fill_adapter(model: Decoder, folder: Path):
     if missing or unexpected:
         raise CheckpointError(
             f"{path}: does not fit this model: {len(missing)} tensors missing {missing[:3]}, "
-            f"{len(unexpected)} unexpected {unexpected[:3]}"
+            f"{len(unexpected)} unexpected {unexpected[:3]}; give the base it was trained on"
         )
     for name, parameter in places.items():
         if tensors[name].shape != parameter.shape:
             raise CheckpointError(
-                f"{path}: {name} has shape {list(tensors[name].shape)}, the model needs {list(parameter.shape)}"
+                f"{path}: {name} has shape {list(tensors[name].shape)}, the model needs "
+                f"{list(parameter.shape)}; give the base it was trained on"
             )
         with torch.no_grad():
             parameter.copy_(tensors[name])

@@ -168,7 +168,9 @@ def _factors(model: Decoder, names: list[str], tensors: dict, spec: LoraSpec, pa
         suffix = "" if name in stacks else ".weight"
         keys = [f"{name}.lora_{letter}{suffix}" for letter in "AB"]
         if any(key not in tensors for key in keys):
-            raise CheckpointError(f"{path}: does not fit this model: no adapter of {name}")
+            raise CheckpointError(
+                f"{path}: does not fit this model: no adapter of {name}; give the base it was trained on"
+            )
         # copies: what was read is a map of the file, which may be written anew
         A, B = (tensors[key].to(model.device, torch.float32, copy=True) for key in keys)
         _check_shapes(path, name, A, B, layers[name], spec.rank)
@@ -176,7 +178,10 @@ def _factors(model: Decoder, names: list[str], tensors: dict, spec: LoraSpec, pa
         used.update(keys)
     unexpected = sorted(tensors.keys() - used)
     if unexpected:
-        raise CheckpointError(f"{path}: does not fit this model: {len(unexpected)} unexpected {unexpected[:3]}")
+        raise CheckpointError(
+            f"{path}: does not fit this model: {len(unexpected)} unexpected {unexpected[:3]}; give the base it was "
+            "trained on"
+        )
     return factors
 
 
@@ -185,7 +190,7 @@ def _check_shapes(path: Path, name: str, A: torch.Tensor, B: torch.Tensor, layer
     if A.shape != (*experts, rank, width) or B.shape != (*experts, out, rank):
         raise CheckpointError(
             f"{path}: {name} has factors {list(A.shape)} and {list(B.shape)}, the model needs "
-            f"{[*experts, rank, width]} and {[*experts, out, rank]}"
+            f"{[*experts, rank, width]} and {[*experts, out, rank]}; give the base it was trained on"
         )
 
 
