@@ -14,9 +14,10 @@ from mini_forge.data.labelled import show_labelled
 from mini_forge.data.pairs import each, show_pair
 from mini_forge.data.tasks import TASKS, load_examples
 from mini_forge.errors import ConfigError, DataError, UserError
+from mini_forge.inputs import adapter_spec
 from mini_forge.io.runs import RunFolder
 from mini_forge.memory_plan import format_memory, memory_plan, memory_report
-from mini_forge.prepare import Prepared, adapter_spec, prepare
+from mini_forge.prepare import Prepared, prepare
 from mini_forge.providers import PROVIDERS
 from mini_forge.resume import resume_problems
 from mini_forge.run import windows

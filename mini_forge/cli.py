@@ -7,6 +7,7 @@ Exit codes: 0 done; 2 the user's input is wrong, one line `error: …` on stderr
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from functools import partial
@@ -117,6 +118,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = build_parser().parse_args(arguments)
         options.is_own_process = arguments is None  # else somebody calls us from theirs
+        if options.is_own_process:  # so that nothing half-written stays
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         COMMANDS[options.command](options)
         return 0
     except UserError as error:
@@ -124,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"error: {' '.join(problem.split())}", file=sys.stderr)
         return 2
     except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -195,6 +198,9 @@ def _train(options):
             result = train(config, resume=options.resume, overwrite=options.overwrite, report=display.line,
                            on_metrics=display.metrics, on_step=display.step)  # fmt: skip
         except Interrupted as stopped:
+            if options.is_own_process:  # all is saved: what else comes changes no exit code
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    signal.signal(number, signal.SIG_IGN)
             display.close()
             raise SystemExit(128 + stopped.signal_number) from None
     print(f"adapter saved in {result.output_dir}")
@@ -243,8 +249,8 @@ def _eval(options):
         options.run, dataset=options.dataset, limit=options.limit, constrained=not options.free,
         max_new_tokens=options.max_new_tokens,
     )  # fmt: skip
+    print(format_table(metrics), flush=True)
     write_eval(Path(options.run), metrics, predictions)
-    print(format_table(metrics))
 
 
 def _generate(options):

@@ -341,7 +341,8 @@ class _Reader:
 
 
 def _one_line(name) -> str:
-    return name if isinstance(name, str) and name.isprintable() else show(name)
+    is_plain = isinstance(name, str) and name.isprintable() and name == name.strip() != ""
+    return name if is_plain else show(name)
 
 
 def _located(name: str, value, folder: Path):

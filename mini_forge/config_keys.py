@@ -62,6 +62,8 @@ class Rule:
         value = READERS[self.kind](value)
         if self.choices and value not in self.choices:
             raise Broken(self.text(), f"the nearest is {show(nearest(value, self.choices))}")
+        if self.kind == "integer" and value > MOST and "maximum" not in (self.limits or {}):
+            raise Broken(f"Must be ≤ {MOST}", "give fewer")
         if not all(LIMITS[name](value, limit) for name, limit in (self.limits or {}).items()):
             raise Broken(self.text(), "give it a value" if required else "correct it, or leave the key out")
         return value
@@ -75,6 +77,7 @@ class Rule:
         }
 
 
+MOST = 2**31 - 1  # of integers that have no other limit, so that products of two can be counted with
 REQUIRED = MISSING  # the default of a key that has none
 
 
@@ -164,7 +167,9 @@ def _integer(value):
 def _number(value):
     if isinstance(value, bool) or not isinstance(value, int | float):
         number = _number_in(value)
-        raise Broken("Must be a number", f"write {value} without quotes" if number is not None else "write a number")
+        raise Broken(
+            "Must be a number", "write a number" if number is None else f"write {_as_json(value)} without quotes"
+        )
     try:
         number = float(value)
     except OverflowError:  # an integer beyond 1.8e308
@@ -172,6 +177,15 @@ def _number(value):
     if not math.isfinite(number):
         raise Broken("Must be a finite number", "correct it")
     return number
+
+
+def _as_json(value: str) -> str:
+    """The number in a string, as it is where JSON writes it so."""
+    try:
+        json.loads(value)
+    except ValueError:
+        return repr(float(value))
+    return value
 
 
 def _number_in(value) -> float | None:

@@ -18,12 +18,35 @@ def write_atomic(path: Path, text: str):
     os.replace(staged(path, text), path)
 
 
+def write_together(folder: Path, texts: dict[str, str | None]):
+    """Write files of a folder, all or none of them; None removes one."""
+    fresh: dict[Path, Path] = {}
+    try:
+        for name, text in texts.items():
+            if text is not None:
+                fresh[folder / name] = staged(folder / name, text)
+        for name in texts:
+            path = folder / name
+            if path in fresh:
+                os.replace(fresh[path], path)
+            else:
+                path.unlink(missing_ok=True)
+    finally:
+        for temporary in fresh.values():
+            temporary.unlink(missing_ok=True)
+
+
 def staged(path: Path, text: str) -> Path:
     """The text on the disk under a temporary name beside `path`."""
     temporary, content = path.with_name(TEMPORARY + path.name), text.encode("utf-8")
-    with temporary.open("wb") as file:
-        file.write(content)
-        flush(file)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            flush(file)
+    except OSError as error:  # as of a full disk
+        temporary.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)
+        raise
     return temporary
 
 

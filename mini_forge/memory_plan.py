@@ -21,6 +21,7 @@ from mini_forge.config_plan import GIB
 from mini_forge.data.batches import plan_epoch
 from mini_forge.data.pairs import collate_pairs, flatten
 from mini_forge.data.token_store import inputs_of
+from mini_forge.inputs import adapter_spec, has_reference
 from mini_forge.io.adapters import PREFIX, read_adapter_tensors
 from mini_forge.io.hub import resolve_model
 from mini_forge.io.models import is_adapter
@@ -48,7 +49,7 @@ from mini_forge.memory_items import (
     working_bytes,
 )
 from mini_forge.model.decoder import Decoder
-from mini_forge.prepare import Prepared, adapter_spec, has_reference, in_bfloat16, trains_reward
+from mini_forge.prepare import Prepared, in_bfloat16, trains_reward
 from mini_forge.training.windows import Windows
 from mini_forge_kernels import amx_product, frozen_product
 
@@ -59,12 +60,14 @@ COMPILER_BYTES = 38 * MIB  # torch's compiler, which torch.utils.checkpoint and 
 BITSANDBYTES_BYTES = 44 * MIB
 TRITON_BYTES = 52 * MIB  # beside a GPU, where it is installed
 CUDA_CONTEXT_BYTES = GIB // 2  # not measured
-# Holes in the heap, fitted to 25 runs of 45 to 135M parameters, 6 to 30 layers, 300 to 2000 tokens, with and without
-# each of what follows. They peaked at 0.75 to 1.7 GiB, up to 7 % apart from run to run, and were predicted to 0.91 to
-# 1.12 of that. What loading leaves is at most the weights; then shares of what is kept, by plain ops, between
-# recomputed tiles and beside the float32 temporaries of 16 bits; and of what one layer's backward makes.
+# Holes in the heap, fitted to 35 runs of 45 to 135M parameters, 6 to 30 layers, 300 to 2000 tokens, with and without
+# each of what follows. They peaked at 0.65 to 2 GiB, up to 7 % apart from run to run, and were predicted to 0.91 to
+# 1.12 of that; but a quarter apart where plain ops make whole layers again, and 0.8 to 1.08. What loading leaves is at
+# most the weights; then shares of what is kept, by plain ops, between recomputed tiles and beside the float32
+# temporaries of 16 bits; of what one layer's backward makes; and of what whole layers make again, all of them together.
 HOLES_LOADING = 100 * MIB
-HOLES_PLAIN, HOLES_SELECTIVE, HOLES_16BIT, HOLES_WORKING = 0.1, 0.3, 0.3, 1.1
+HOLES_PLAIN, HOLES_SELECTIVE, HOLES_16BIT, HOLES_WORKING = 0.25, 0.3, 0.3, 1.1
+HOLES_WHOLE, HOLES_WHOLE_PLAIN = 0.1, 0.5
 EPOCHS_LOOKED_AT = 3
 
 
@@ -170,7 +173,11 @@ def hole_bytes(sizes: Sizes, job: Job, kept: int, working: int) -> int:
     weights = sum(stored_bytes(sizes, name, job) for name in sizes.shapes)
     share = HOLES_PLAIN * (not job.is_fused) + HOLES_SELECTIVE * (job.recompute == "selective")
     share += HOLES_16BIT * (job.width == 2)
-    return min(HOLES_LOADING, weights) + int(share * kept + HOLES_WORKING * working)
+    holes = share * kept + HOLES_WORKING * working
+    if job.recompute == "full":
+        again = sum(kept_bytes(sizes, i, replace(job, recompute=None)) for i in range(len(sizes.spec.layers)))
+        holes += (HOLES_WHOLE if job.is_fused else HOLES_WHOLE_PLAIN) * again
+    return min(HOLES_LOADING, weights) + int(holes)
 
 
 def largest_microbatch(window: Windows, steps: int) -> tuple[list, object]:

@@ -4,9 +4,7 @@
 """
 
 import hashlib
-import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import compress
@@ -15,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mini_forge.config import PATHS, UNPAIRED_LOSSES, Plan, TrainingConfig, detect_machine, resolve
+from mini_forge.config import UNPAIRED_LOSSES, Plan, TrainingConfig, detect_machine, resolve
 from mini_forge.data.batches import Document, TokenStats, collate, encode, held_out, tokenize
 from mini_forge.data.chat import Template, choose_template
 from mini_forge.data.labelled import LabelledDocument, collate_labelled, labelled_fingerprint, tokenize_labelled
@@ -25,17 +23,17 @@ from mini_forge.data.tasks import Example, Labelled, Pair, load_examples, read_e
 from mini_forge.data.token_store import StoredRows, TokenCache, TokenStore, highest_token, is_large, recipe
 from mini_forge.data.tokenizer import Tokenizer, load_tokenizer
 from mini_forge.errors import CheckpointError, ConfigError, DataError, UserError
-from mini_forge.io.adapters import read_adapter_config, read_adapter_tensors
-from mini_forge.io.expert_adapters import stack_targets
+from mini_forge.inputs import adapter_spec, has_reference, own_inputs, with_absolute_paths, with_init_adapter
 from mini_forge.io.fitting import check_weights
 from mini_forge.io.hub import resolve_model
+from mini_forge.io.models import is_adapter
 from mini_forge.io.records import read_spec, spec_of
 from mini_forge.io.rewards import load_function
 from mini_forge.io.storage import multiplies_stored
 from mini_forge.io.weights import bfloat16_matrices, other_parts, weight_files
 from mini_forge.json_faults import read_json
 from mini_forge.model.decoder import Decoder, DecoderSpec
-from mini_forge.model.lora import LoraSpec, target_names
+from mini_forge.model.lora import target_names
 from mini_forge.providers import PROVIDERS
 from mini_forge.training.rollouts import Prompt, encode_prompts, prompt_document
 
@@ -107,11 +105,6 @@ def trains_reward(config: TrainingConfig) -> bool:
     return config.strategy == "rlhf" and not config.reward_model and not config.reward_function
 
 
-def has_reference(config: TrainingConfig) -> bool:
-    """Whether the run compares the model with itself before training, and so has neither dropout nor noise."""
-    return config.strategy in ("dpo", "rlhf")
-
-
 def shares_prefixes(config: TrainingConfig, spec: DecoderSpec) -> bool:
     """Whether what a microbatch's documents begin with is computed once: where that changes no result, so not with
     noise that is drawn for each token, nor where a balance loss counts tokens."""
@@ -133,6 +126,7 @@ def prepare(config: TrainingConfig) -> Prepared:
             return None
 
     config = with_absolute_paths(config)
+    problems += own_inputs(config)
     adapted = attempt(with_init_adapter, config)
     config = adapted or config
     plan = attempt(lambda: resolve(config, detect_machine(config.device)))
@@ -176,13 +170,6 @@ def _dataset(config: TrainingConfig, path: str, opened):
     return cache
 
 
-def with_absolute_paths(config: TrainingConfig) -> TrainingConfig:
-    """The configuration with the local files it names given from the root, so that the run can be used anywhere."""
-    named = {name: getattr(config, name) for name in PATHS}
-    local = {name: os.path.abspath(value) for name, value in named.items() if value and os.path.exists(value)}
-    return replace(config, **local)
-
-
 def in_bfloat16(prepared: Prepared, folder: Path) -> frozenset[str]:
     """The matrices of a checkpoint that the run keeps in bfloat16, where they are not quantized."""
     plan = prepared.plan
@@ -204,6 +191,11 @@ def model_identity(prepared: Prepared) -> str:
 
 def _open_model(config: TrainingConfig):
     folder = resolve_model(config.model_name)
+    if is_adapter(folder) and not (folder / "config.json").exists():
+        raise ConfigError(
+            f"model_name: {config.model_name!r} is the folder of an adapter, not of a model; give its base with this "
+            "folder as init_adapter, or `merge` it first"
+        )
     record = read_json(folder / "config.json")
     spec = spec_of(record, folder)
     tokenizer = load_tokenizer(folder)
@@ -214,52 +206,6 @@ def _open_model(config: TrainingConfig):
     if "text_config" in record and (other := other_parts(folder)):
         template.notes.append(f"{config.model_name}: only its text model is read, not {other} tensors of other parts")
     return folder, spec, tokenizer, template
-
-
-def adapter_spec(config: TrainingConfig) -> LoraSpec:
-    """The run's LoRA. Against a reference it has no dropout: noise on one side is no preference."""
-    dropout = 0.0 if has_reference(config) else config.lora_dropout
-    targets = None if config.target_modules == "all-linear" else tuple(config.target_modules)
-    return LoraSpec(config.lora_r, config.lora_alpha, dropout, targets, config.use_rslora)
-
-
-def with_init_adapter(config: TrainingConfig) -> TrainingConfig:
-    """The configuration with its initial adapter's rank, alpha and targets. ConfigError where others are given."""
-    if not config.init_adapter:
-        return config
-    folder = Path(os.path.expanduser(config.init_adapter))
-    if not folder.is_dir():
-        raise ConfigError(f"init_adapter: {config.init_adapter!r} is not a folder; give a run's or an adapter's folder")
-    asked, (found, _) = adapter_spec(config), read_adapter_config(folder)
-    targets = "all-linear" if found.targets is None else stack_targets(found.targets, read_adapter_tensors(folder))
-    alpha, use_rslora = found.alpha, found.use_rslora
-    if not float(alpha).is_integer():  # as we write an rsLoRA adapter: alpha·√rank with the plain scaling
-        alpha, use_rslora = round(alpha / math.sqrt(found.rank), 6), not use_rslora
-    if not float(alpha).is_integer():
-        raise ConfigError(f"init_adapter: {config.init_adapter!r} has lora_alpha {found.alpha}; it must be an integer")
-    shape = {"lora_r": found.rank, "lora_alpha": int(alpha), "target_modules": targets, "use_rslora": use_rslora}
-    written = {key for key, source in config.provenance.items() if source.startswith(("file", "override"))}
-    same_scaling = math.isclose(asked.scaling, found.scaling, rel_tol=1e-6)
-    clashes = [
-        f"{key}: {getattr(config, key)!r} differs from {value!r} in init_adapter {config.init_adapter!r}; "
-        f"leave {key} out, or give the adapter's value"
-        for key, value in shape.items()
-        if key in written and getattr(config, key) != value
-        if not (key in ("lora_alpha", "use_rslora") and same_scaling)
-        if not (key == "target_modules" and _name_the_same(config, config.target_modules, targets))
-    ]
-    if clashes:
-        raise ConfigError(*clashes)
-    sources = {**config.provenance, **dict.fromkeys(shape, "init_adapter")}
-    return replace(config, **shape, provenance=sources)
-
-
-def _name_the_same(config: TrainingConfig, *targets: str | Sequence[str]) -> bool:
-    """Whether values of `target_modules` name the same layers of the model, be it in another order or in full."""
-    with torch.device("meta"):
-        model = Decoder(read_spec(resolve_model(config.model_name)))
-    first, second = (target_names(model, None if t == "all-linear" else tuple(t)) for t in targets)
-    return first == second
 
 
 def tokenise_rows(config: TrainingConfig, template: Template, tokenizer: Tokenizer, limit: int, rows: list):
@@ -294,10 +240,12 @@ def _prompts(config: TrainingConfig, template: Template, tokenizer: Tokenizer, l
     if config.strategy != "rlhf":
         return [], [], []
     if config.max_new_tokens >= limit:
+        is_models = config.max_seq_length is None or config.max_seq_length > limit
         raise ConfigError(
-            f"max_new_tokens: {config.max_new_tokens} leaves no room for a prompt in {limit} tokens; give fewer, or "
-            "raise max_seq_length"
-        )
+            f"max_new_tokens: {config.max_new_tokens} leaves no room for a prompt in "
+            + (f"the model's {limit} positions; give fewer" if is_models else
+               f"{limit} tokens; give fewer, or raise max_seq_length")
+        )  # fmt: skip
     sides, cut = [], 0
     for rows, path in ((train_rows, config.dataset), (eval_rows, config.eval_dataset or config.dataset)):
         fields = {row.line: row.fields for row in read_rows(path)} if rows else {}

@@ -235,6 +235,8 @@ def _check_target(target: Path):
         raise ConfigError(f"--out: {str(target.parent)!r} is not a folder; make it, or name another file")
     if target.name in {CONFIG_FILE, *RUN_FILES} - {REPORT_FILE}:
         raise ConfigError(f"--out: {target.name} is a file of a run; name another file")
+    if target.suffix.lower() not in ("", ".html", ".htm"):
+        raise ConfigError(f"--out: {shown!r} must end in .html; the report is an HTML page")
     if not os.path.lexists(target):
         return
     if os.path.islink(target) or not os.path.isfile(target):

@@ -14,6 +14,7 @@ from mini_forge.data.pairs import data_fingerprint
 from mini_forge.durable import write_json
 from mini_forge.errors import ConfigError, TrainingError, is_out_of_memory
 from mini_forge.inference.evaluate import evaluate_labelled, evaluate_loss, evaluate_pairs
+from mini_forge.inputs import adapter_spec, has_reference
 from mini_forge.io.adapters import fill_adapter, save_adapter
 from mini_forge.io.card import model_card
 from mini_forge.io.fitting import check_adapter_format
@@ -22,10 +23,10 @@ from mini_forge.io.runs import REFERENCE_FILE, SUMMARY_FILE, RunFolder, rng_stat
 from mini_forge.io.weights import load_base
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.lora import LoraSpec, inject
-from mini_forge.prepare import Prepared, adapter_spec, has_reference, is_labelled, is_paired, model_identity, prepare
+from mini_forge.prepare import Prepared, is_labelled, is_paired, model_identity, prepare
 from mini_forge.providers import PROVIDERS, equip
 from mini_forge.resume import is_to_resume, restore
-from mini_forge.stages import Stages, clear, loop_settings
+from mini_forge.stages import Stages, clear, last_checkpoint, loop_settings
 from mini_forge.training.dpo import fill_reference, preference_objective
 from mini_forge.training.kto import KTOOptions, kto_objective, label_means
 from mini_forge.training.loop import Interrupted, Loop, peak_memory_bytes, stop_signals
@@ -77,15 +78,15 @@ def train(
         raise ConfigError(f"config: {config!r} must be a TrainingConfig, as TrainingConfig.from_file(…) makes one")
     config = config.checked()
     folder = RunFolder(config.output_dir)
+    if resume and folder.is_finished():
+        report(f"{folder.path}: this run is finished; nothing to do")
+        return RunResult(folder.path, folder.metrics())
     folder.check_usable(resume=resume, overwrite=overwrite)
     with folder.held():
         return _train(config, folder, resume, report, on_metrics, on_step)
 
 
 def _train(config: TrainingConfig, folder: RunFolder, resume: bool, report, on_metrics, on_step) -> RunResult:
-    if resume and folder.is_finished():
-        report(f"{folder.path}: this run is finished; nothing to do")
-        return RunResult(folder.path, folder.metrics())
     prepared = prepare(config)
     config = prepared.config
     keep_freed_memory()
@@ -270,8 +271,8 @@ def _run(prepared: Prepared, model: Decoder, lora: LoraSpec, folder: RunFolder, 
     except (TrainingError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not isinstance(error, TrainingError) and not is_out_of_memory(error):
             raise  # our own mistake: its traceback is wanted
-        steps = folder.steps()
-        good = f"last good checkpoint: {folder.checkpoint(steps[-1])}" if steps else "no checkpoint was saved yet"
+        last = last_checkpoint(folder)
+        good = f"last good checkpoint: {last}" if last else "no checkpoint was saved yet"
         raise TrainingError(f"{_reason(error)}; {good}") from error
     return RunResult(folder.path, folder.metrics(), model)
 

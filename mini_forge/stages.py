@@ -266,6 +266,14 @@ def has_begun(folder: RunFolder) -> bool:
     return bool(folder.steps() or reward.steps() or reward.is_finished())
 
 
+def last_checkpoint(folder: RunFolder) -> Path | None:
+    """Of the run or, before it has one, of its reward model."""
+    for each in (folder, RunFolder(folder.path / REWARD_FOLDER)):
+        if each.steps():
+            return each.checkpoint(each.steps()[-1])
+    return None
+
+
 def clear(folder: RunFolder, reward_model: str | None):
     """Remove what an earlier rlhf run left here beside what every run leaves, but not the reward model to be used."""
     reward = folder.path / REWARD_FOLDER

@@ -17,10 +17,11 @@ from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.errors import ConfigError
 from mini_forge.inference.evaluate import evaluate_generation, evaluate_loss
 from mini_forge.inference.generate import TextStream, generate, spelled_end, until
+from mini_forge.inputs import has_reference
 from mini_forge.io.models import load_model, load_tokenizer
 from mini_forge.io.runs import CONFIG_FILE, RunFolder
 from mini_forge.model.decoder import Decoder
-from mini_forge.prepare import has_reference, is_labelled, tokenise_rows
+from mini_forge.prepare import is_labelled, tokenise_rows
 from mini_forge.run import held_out_metrics
 from mini_forge.stages import sampling_of, scorer_of
 from mini_forge.training.reward import Scorer

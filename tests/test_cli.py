@@ -1,5 +1,6 @@
 """The command line: every command on a real run, the form of errors, exit codes."""
 
+import errno
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import torch
 
 import mini_forge
 from mini_forge.cli import main
+from mini_forge.durable import staged
 from mini_forge.use import Session, run_folder
 from tests.test_run import damaged
 from tests.tiny import write_checkpoint, write_rows
@@ -316,6 +318,105 @@ def test_check_refuses_a_folder_that_no_run_can_have(config, tmp_path, capsys, n
         lines.append(capsys.readouterr().err)
     assert lines[0] == lines[1] and lines[0].startswith("error: output_dir: ") and lines[0].count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("key", "inner"), [
+    ("init_adapter", "."), ("init_adapter", "checkpoints/step-3"), ("dataset", "predictions.jsonl"),
+    ("eval_dataset", "checkpoints/rows.jsonl"),
+])  # fmt: skip
+def test_a_run_does_not_begin_from_what_it_removes(config, trained, capsys, key, inner):
+    if key != "init_adapter":
+        (trained / inner).write_bytes((config.parent / "rows.jsonl").read_bytes())
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    assert main(["train", str(config), "--overwrite", "--set", f"{key}={trained / inner}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {key}: ") and "which a new run there replaces; copy it, or name another" in line
+    assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_may_begin_from_another_run_and_from_a_users_file_beside_its_own(config, trained, tmp_path):
+    shutil.copyfile(tmp_path / "rows.jsonl", trained / "mine.jsonl")
+    assert main(["train", str(config), "--overwrite", "--dataset", str(trained / "mine.jsonl")]) == 0
+    other = str(tmp_path / "other")
+    assert main(["train", str(config), "--output-dir", other, "--set", f"init_adapter={trained}"]) == 0
+
+
+@pytest.mark.parametrize(("key", "words"), [
+    ("init_adapter", "has no adapter_config.json; give a run's or an adapter's folder"),
+    ("model_name", "is the folder of an adapter, not of a model; give its base with this folder as init_adapter, or"),
+])  # fmt: skip
+def test_the_wrong_kind_of_folder_is_told(config, trained, tiny, capsys, key, words):
+    folder = tiny if key == "init_adapter" else trained
+    assert main(["check", str(config), "--set", f"{key}={folder}", "--output-dir", "new"]) == 2
+    assert f"error: {key}: '{folder}' {words}" in capsys.readouterr().err
+
+
+def test_the_home_folder_may_be_written_short(config, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["train", str(config), "--dataset", "~/rows.jsonl", "--set", "eval_dataset=~/rows.jsonl",
+                 "--output-dir", "~/new"]) == 0  # fmt: skip
+    record = json.loads((tmp_path / "new" / "training_config.json").read_text())
+    assert record["dataset"] == record["eval_dataset"] == str(tmp_path / "rows.jsonl")
+    assert main(["eval", "~/new", "--dataset", "~/rows.jsonl", "--limit", "1", "--max-new-tokens", "1"]) == 0
+    assert (tmp_path / "new" / "eval.json").exists()
+
+
+def test_an_evaluation_that_cannot_be_kept_is_still_told(trained, monkeypatch, capsys):
+    (trained / "predictions.jsonl").write_text("of before")
+
+    def full(path, text):
+        if path.name == "eval.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return staged(path, text)
+
+    monkeypatch.setattr("mini_forge.durable.staged", full)
+    capsys.readouterr()
+    assert main(["eval", str(trained), "--limit", "1", "--max-new-tokens", "1"]) == 2
+    told = capsys.readouterr()
+    assert "eval_loss" in told.out and "cannot write the evaluation here (No space left" in told.err
+    assert (trained / "predictions.jsonl").read_text() == "of before" and not list(trained.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("argument", ["--resume", "--overwrite"])
+def test_a_folder_with_another_programs_configuration_is_not_trained_in(config, tmp_path, capsys, argument):
+    place = tmp_path / "run" / "training_config.json"
+    place.parent.mkdir()
+    place.write_text('{"mine": 1}')
+    assert main(["train", str(config), argument]) == 2
+    assert "holds files that are not a run's; name another folder" in capsys.readouterr().err
+    assert place.read_text() == '{"mine": 1}'
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everything")
+def test_a_finished_run_that_may_not_be_written_to_can_be_resumed(config, trained, capsys):
+    trained.chmod(0o500)
+    try:
+        assert main(["train", str(config), "--resume"]) == 0
+    finally:
+        trained.chmod(0o700)
+
+
+def test_a_merge_that_is_terminated_leaves_nothing(trained, tmp_path):
+    code = """if True:
+        import sys
+        import mini_forge.io.merge as merge
+        def stuck(*arguments):
+            print("merging", flush=True)
+            input()
+        merge.write_safetensors = stuck
+        from mini_forge.cli import main
+        sys.argv = ["mini_forge", "merge", *sys.argv[1:]]
+        sys.exit(main())
+    """
+    command = [sys.executable, "-c", code, str(trained), str(tmp_path / "new" / "merged")]
+    other = subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "merging\n" and (tmp_path / "new").exists()
+        other.terminate()
+        assert other.wait(30) == 143 and not (tmp_path / "new").exists()
+    finally:
+        other.kill()
+        other.communicate()
 
 
 def test_check_tells_of_a_run_that_is_there_in_a_note(config, trained, capsys):

@@ -9,10 +9,10 @@ import torch
 
 from mini_forge import config as config_module
 from mini_forge.config import Machine, TrainingConfig
+from mini_forge.inputs import adapter_spec
 from mini_forge.memory_plan import Job, MemoryPlan, is_stored_as_mxfp4, predict, sizes_of
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.families import decoder_spec
-from mini_forge.prepare import adapter_spec
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FIRST_DIALECT = ["low_end", "mid_range", "high_end"]

@@ -531,10 +531,13 @@ def boom(prompts, responses, rows):
     (lambda *_: [1.0], "returned 1 numbers for 2 responses"),
     (lambda *_: None, "returned NoneType None; a list of 2 numbers"),
     (lambda *_: ["good", "bad"], "returned list .*; a list of 2 numbers"),
+    (lambda *_: {0: 1.0, 1: 2.0}, "returned dict .*; a list of 2 numbers"),
+    (lambda *_: "12", "returned str '12'; a list of 2 numbers"),
+    (lambda *_: sys.exit(3), r"raised SystemExit: 3 \(.*test_reward.py:\d+\)"),
     (lambda *_: [1.0, math.inf], "the score of 1 of 2 responses is not a finite number, the first inf for 'r1'"),
     (lambda *_: [math.nan, math.nan], "the score of 2 of 2 responses"),
     (boom, r"raised KeyError: 'absent' \(.*test_reward.py:\d+\)"),
-], ids=["short", "none", "texts", "infinite", "nan", "raises"])  # fmt: skip
+], ids=["short", "none", "texts", "dict", "text", "exits", "infinite", "nan", "raises"])  # fmt: skip
 def test_what_is_no_score_is_refused(function, message):
     with pytest.raises(TrainingError, match="^reward_function rules:score: " + message):
         scored(function)
@@ -569,6 +572,7 @@ def test_functions_are_found_in_the_current_folder_and_in_the_configurations(pla
     ("rules_gone:score", "there is no module 'rules_gone' in .*here or .*there; write rules_gone.py there"),
     ("rules_gone.py:score", "there is no module .rules_gone. in .*; leave .py out: rules_gone:score"),
     ("broken:score", r"importing it raised ZeroDivisionError: .* \(.*broken.py:2\)"),
+    ("leaves:score", r"importing it raised SystemExit: 5 \(.*leaves.py:2\)"),
     ("needs:score", "importing it raised ModuleNotFoundError: No module named 'not_installed'"),
     ("plain:nothing", r"module 'plain' \(.*plain.py\) has no 'nothing'"),
     ("plain:number", r"module 'plain' \(.*plain.py\) has no function 'number'"),
@@ -576,6 +580,7 @@ def test_functions_are_found_in_the_current_folder_and_in_the_configurations(pla
 def test_functions_that_cannot_be_had_are_named(place, name, message):
     here, there = place
     (here / "broken.py").write_text("x = 1\ny = x / 0\n")
+    (here / "leaves.py").write_text("import sys\nsys.exit(5)\n")
     (here / "needs.py").write_text("import not_installed\n")
     (here / "plain.py").write_text("number = 3\n")
     with pytest.raises(ConfigError, match=f"^reward_function: '{name}': {message}"):

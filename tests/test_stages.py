@@ -1,5 +1,6 @@
 """Strategy rlhf, whole: a reward model from pairs, then PPO, by one command; and that stopping changes no bit of it."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,8 +13,8 @@ from safetensors.torch import load_file
 
 import mini_forge
 from mini_forge.cli import main
-from mini_forge.errors import CheckpointError, ConfigError
-from mini_forge.io.runs import RunFolder
+from mini_forge.errors import CheckpointError, ConfigError, TrainingError
+from mini_forge.io.runs import RunFolder, save_state
 from mini_forge.stages import truncate_samples
 from mini_forge.training.loop import Interrupted
 
@@ -276,6 +277,26 @@ def test_a_reward_function_that_fails_ends_the_run_with_1(settings, prompts_only
     changes = {"dataset": str(prompts_only), "reward_function": "rewards_of_test:broken", "eval_split": 0}
     assert cli({**settings, **changes}, tmp_path) == 1
     assert "returned 1 numbers for 8 responses" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["reward model", "policy"])
+def test_a_disk_that_is_full_names_the_last_checkpoint_of_either_stage(settings, monkeypatch, stage):
+    def full(path, state):
+        if path.parent.name.endswith("step-2") and ("reward" in path.parts) == (stage == "reward model"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        save_state(path, state)
+
+    monkeypatch.setattr("mini_forge.stages.save_state", full)
+    inner = "reward/checkpoints" if stage == "reward model" else "checkpoints"
+    with pytest.raises(TrainingError, match=f"No space left on device.*last good checkpoint: .*/run/{inner}/step-1$"):
+        run(settings)
+
+
+def test_a_run_is_no_reward_model_but_has_one(settings, prompts_only, tmp_path, capsys):
+    first, _ = run(settings)
+    changes = {"dataset": str(prompts_only), "reward_model": str(first.output_dir), "output_dir": str(tmp_path / "b")}
+    assert cli({**settings, **changes}, tmp_path) == 2
+    assert f"its reward model is {first.output_dir / 'reward'}, name that" in capsys.readouterr().err
 
 
 def test_overwriting_removes_the_reward_model_and_the_samples_of_the_run_before(settings, tmp_path):

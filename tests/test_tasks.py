@@ -198,7 +198,7 @@ def test_question_answering_formats(answers, gold, tmp_path):
         ({"answers": {"text": ["blue"], "answer_start": ["11"]}}, "answer_start must be one integer"),
         ({"answers": {"answer_start": [11]}}, "answers has the keys answer_start; it needs text"),
         ({"answers": {"text": [], "answer_start": []}}, "answers.text must be a string or a list of at least one"),
-        ({"answers": [1]}, "answers must be a string, is 1"),
+        ({"answers": [1]}, "answers[0] must be a string, is 1"),
         ({"answer": ""}, "answer is empty"),
         ({"answer": "red"}, "the answer 'red' is not in the context; copy it from there"),
         ({}, f"has the keys context, question; a row for {QA} needs context,question,answers · context,question,"),

@@ -26,11 +26,12 @@ from mini_forge.bench.shapes import prepare_shape, random_base, shape_record
 from mini_forge.config import TrainingConfig
 from mini_forge.config_plan import GIB
 from mini_forge.errors import ConfigError
+from mini_forge.inputs import adapter_spec
 from mini_forge.io.runs import RunFolder
 from mini_forge.io.weights import load_base
 from mini_forge.memory_plan import memory_plan
 from mini_forge.model.decoder import Decoder
-from mini_forge.prepare import Prepared, adapter_spec, is_labelled, prepare
+from mini_forge.prepare import Prepared, is_labelled, prepare
 from mini_forge.run import build_loop, build_model, windows
 from mini_forge.training.loop import peak_memory_bytes
 from mini_forge.training.memory import keep_freed_memory

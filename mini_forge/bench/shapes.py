@@ -17,6 +17,7 @@ from mini_forge.config import TrainingConfig, detect_machine, resolve
 from mini_forge.data.batches import Document, TokenStats
 from mini_forge.data.pairs import PairDocument
 from mini_forge.errors import ConfigError
+from mini_forge.inputs import adapter_spec
 from mini_forge.io.storage import Storage, multiplies_stored
 from mini_forge.io.weights import bfloat16_matrices
 from mini_forge.json_faults import read_json
@@ -26,7 +27,7 @@ from mini_forge.model.lora import target_names
 from mini_forge.model.ops import PLAIN, Ops
 from mini_forge.model.quant import Linear16bit
 from mini_forge.model.stacks import Stack4bit, Stack8bit, StackMxfp4
-from mini_forge.prepare import Prepared, adapter_spec, is_paired
+from mini_forge.prepare import Prepared, is_paired
 
 DEFAULT_LENGTH = 512  # tokens of a row
 DEVIATION = 0.02  # of the weights: what most of these models started from

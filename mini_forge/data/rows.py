@@ -7,6 +7,7 @@ JSONL is read as it is consumed, and never held whole; a JSON array's text is (i
 """
 
 import json
+import os
 import re
 from collections import deque
 from collections.abc import Iterator
@@ -80,7 +81,7 @@ def kind(value) -> str:
 
 def _lines(path, problems: list[tuple[int, str]]) -> Iterator[str]:
     """The file's text split at "\\n", without a byte-order mark; a line that is not UTF-8 is noted and left blank."""
-    path, line = Path(path), b""
+    path, line = Path(os.path.expanduser(path)), b""
     if "\0" in str(path):
         raise DataError(f"{str(path)!r}: no file can have a NUL in its name; dataset must be a JSONL or JSON file")
     try:

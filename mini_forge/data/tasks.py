@@ -206,8 +206,9 @@ def _answers(row: dict, key: str, context: str) -> list[str]:
         key = f"{key}.text"
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts:
-        raise _Fault(f"{key} must be a string or a list of at least one, is {kind(value)}")
-    texts = [_text({key: text}, key) for text in texts]
+        raise _Fault(f"{key} must be a string or a list of at least one, is {kind(value)}; remove the row, or fill it")
+    places = [key] if isinstance(value, str) else [f"{key}[{i}]" for i in range(len(texts))]
+    texts = [_text({place: text}, place) for place, text in zip(places, texts, strict=True)]
     if starts is None:
         for text in texts:
             if _letters(text) not in _letters(context):
@@ -291,5 +292,5 @@ def _text(row: dict, key: str, may_be_blank: bool = False) -> str:
     if not may_be_blank and not value.strip():
         raise _Fault(f"{key} is empty; remove the row or fill it")
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise _Fault(f"{key} has half a character (an escape \\ud800 to \\udfff without its other half)")
+        raise _Fault(f"{key} has half a character (an escape \\ud800 to \\udfff without its other half); remove it")
     return value

@@ -15,7 +15,7 @@ from mini_forge.data.labelled import LabelledBatch, LabelledDocument, collate_la
 from mini_forge.data.pairs import PairBatch, PairDocument, collate_pairs
 from mini_forge.data.tasks import Example
 from mini_forge.data.tokenizer import Tokenizer
-from mini_forge.durable import write_atomic, write_json
+from mini_forge.durable import json_text, write_together
 from mini_forge.errors import ConfigError, DataError, TrainingError
 from mini_forge.inference.generate import evaluating, generate, spelled_end, until
 from mini_forge.inference.metrics import answer_f1, exact_match, perplexity, rouge
@@ -172,13 +172,13 @@ def write_eval(folder: str | Path, metrics: dict, predictions: Sequence[dict]):
     predictions do not stay beside new metrics. Raises ConfigError where the folder cannot be written."""
     folder = Path(folder).expanduser()
     try:
-        (folder / PREDICTIONS_FILE).unlink(missing_ok=True)
-        write_json(folder / EVAL_FILE, metrics)
-        if predictions:
-            lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in predictions)
-            write_atomic(folder / PREDICTIONS_FILE, "".join(lines))
+        lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in predictions)
+        write_together(folder, {PREDICTIONS_FILE: "".join(lines) or None, EVAL_FILE: json_text(metrics)})
     except OSError as error:
-        raise ConfigError(f"{folder}: cannot write the evaluation here ({error.strerror})") from error
+        raise ConfigError(
+            f"{folder}: cannot write the evaluation here ({error.strerror}); make it writable, or copy "
+            "it to where it can be"
+        ) from error
 
 
 def format_table(metrics: dict) -> str:

@@ -30,6 +30,7 @@ from mini_forge.io.adapters import (
 from mini_forge.io.expert_adapters import fuse, stack_targets
 from mini_forge.io.hub import resolve_model
 from mini_forge.io.models import is_adapter
+from mini_forge.io.runs import REWARD_FOLDER
 from mini_forge.io.weights import Loader, load_base, write_safetensors
 from mini_forge.json_faults import read_json
 from mini_forge.model.decoder import Decoder
@@ -71,6 +72,9 @@ def load_reward(source: str | Path, model: Decoder, model_name: str, **options) 
     An adapter of the model that is in memory already (`model_name` names its base), on layers that it adapts, takes no
     second backbone; anything else is loaded, with `options` for `load_base`. Raises CheckpointError for a folder that
     is neither, or does not fit."""
+    inner = Path(source).expanduser() / REWARD_FOLDER
+    if is_adapter(inner):
+        raise CheckpointError(f"reward_model: {source} is an rlhf run; its reward model is {inner}, name that")
     if not is_adapter(source):
         return _load_classifier(resolve_model(str(source), "reward_model"), **options)
     folder = Path(source).expanduser()
@@ -115,7 +119,7 @@ def load_function(name: str, folder: Path | None = None) -> Callable:
     importlib.invalidate_caches()
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # any: it is not our code
+    except (Exception, SystemExit) as error:  # any: it is not our code
         if isinstance(error, ModuleNotFoundError) and error.name in _parents(module_name):
             places = " or ".join(str(place) for place in dict.fromkeys((Path.cwd(), folder or Path.cwd())))
             remedy = f"write {module_name}.py there"

@@ -103,13 +103,22 @@ class RunFolder:
         """Raise ConfigError if no run can be here, with whichever arguments; leaves nothing."""
         nearest = next(folder for folder in (self.path, *self.path.absolute().parents) if os.path.lexists(folder))
         if not nearest.is_dir():
-            raise ConfigError(f"output_dir: {str(nearest)!r} is a file; name a folder")
+            what = "a link to what is not there" if nearest.is_symlink() and not nearest.exists() else "a file"
+            raise ConfigError(f"output_dir: {str(nearest)!r} is {what}; name a folder")
         if not os.access(nearest, os.W_OK | os.X_OK | (os.R_OK if nearest == self.path else 0)):
             raise ConfigError(f"output_dir: {str(nearest)!r} may not be written to; name another folder")
         if nearest != self.path:
             self._check_name(nearest)
-        elif not self._is_blank() and not (self.path / CONFIG_FILE).exists():
+        elif not self._is_blank() and not self._has_configuration():
             raise ConfigError(f"output_dir: {str(self.path)!r} holds files that are not a run's; name another folder")
+
+    def _has_configuration(self) -> bool:
+        """Whether a run's configuration is here, be it damaged."""
+        try:
+            record = read_json(self.path / CONFIG_FILE, absent={})
+        except CheckpointError:
+            return True
+        return "model_name" in record
 
     def _is_blank(self) -> bool:
         """Whether nothing is here, or what a start leaves that is killed."""
@@ -148,6 +157,12 @@ class RunFolder:
                 f"output_dir: {str(self.path)!r} holds a run already; add --resume to go on with it, "
                 "--overwrite to replace it, or name another folder"
             )
+
+    def is_own(self, path: str | Path) -> bool:
+        """Whether a new run here, or the end of one, may replace or remove this file or folder."""
+        path, run = Path(os.path.expanduser(path)).resolve(), self.path.resolve()
+        inner = path.relative_to(run).parts if path.is_relative_to(run) else None
+        return inner is not None and (not inner or inner[0] in (*RUN_FILES, self.checkpoints.name, REWARD_FOLDER))
 
     def start(self, config: dict, clear: Callable[[], None] = lambda: None):
         """A fresh run: remove what an earlier run left here (only a run's own files) and record the configuration.
@@ -188,7 +203,7 @@ class RunFolder:
 
     def is_finished(self) -> bool:
         summary = self.path / SUMMARY_FILE
-        return summary.exists() and read_json(summary).get("status") == "finished"
+        return os.path.isfile(summary) and read_json(summary).get("status") == "finished"
 
     def steps(self) -> list[int]:
         """The optimizer steps that have a checkpoint, ascending."""

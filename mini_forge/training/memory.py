@@ -2,7 +2,8 @@
 
 glibc returns every large freed block at once, and the kernel clears each page again on its next use; a training step
 frees and asks for the same few hundred megabytes hundreds of times. Taking large blocks from the heap, and never
-trimming that, keeps them in the process. Peak memory does not grow: blocks are reused, not hoarded.
+trimming that, keeps them in the process. Peak memory is as without it, but for plain ops that make whole layers again
+(1.24 GiB instead of 1.06 for SmolLM2 in NF4).
 """
 
 import ctypes

@@ -11,7 +11,7 @@ What PPO asks is a `Scorer`: responses in, numbers out, whether a model or a use
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -165,7 +165,7 @@ def function_scorer(function: Callable[[list[str], list[str], list[dict]], Seque
         columns = ([getattr(rollout, column) for rollout in rollouts] for column in ("prompt", "response", "row"))
         try:
             returned = function(*columns)
-        except Exception as error:  # any: it is not our code
+        except (Exception, SystemExit) as error:  # any: it is not our code
             raise TrainingError(f"{name}: raised {_place(error)}") from error
         return _finite(_numbers(returned, len(rollouts), name), name, rollouts)
 
@@ -174,6 +174,8 @@ def function_scorer(function: Callable[[list[str], list[str], list[dict]], Seque
 
 def _numbers(returned, count: int, name: str) -> torch.Tensor:
     try:
+        if isinstance(returned, Mapping | Set | str):  # whose elements are no rewards, though they may be numbers
+            raise TypeError
         scores = torch.tensor([float(value) for value in returned], dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several values
         kind = type(returned).__name__
