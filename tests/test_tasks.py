@@ -226,6 +226,9 @@ def test_preference_pairs(tmp_path):
         pair = one(tmp_path, row, strategy="dpo")
         assert (pair.prompt, pair.chosen, pair.rejected) == ((user,), (good,), (bad,))
     assert problems(tmp_path, '{"prompt": "p"}', strategy="rlhf")[0].endswith("needs prompt,chosen,rejected")
+    for strategy in ("dpo", "rlhf"):
+        (told,) = problems(tmp_path, json.dumps({**rows[1], "prompt": [user, good]}), strategy=strategy)
+        assert told.startswith("1: prompt ends with an assistant turn, which a response would follow as a second one")
     assert problems(tmp_path, json.dumps({**rows[1], "chosen": [good, user]}), strategy="dpo") == [
         "1: chosen must end with an assistant turn, ends with 'user'"
     ]

@@ -120,7 +120,7 @@ def labelled(fields: dict) -> Labelled:
 
 
 def prompt_only(fields: dict) -> Pair:
-    return _read_row(fields, "rlhf", {("prompt",): lambda row: Pair(_turns(row, "prompt", "user"))})
+    return _read_row(fields, "rlhf", {("prompt",): lambda row: Pair(_prompt(row))})
 
 
 TASKS: dict[str, Callable[[dict], Example]] = {
@@ -231,16 +231,25 @@ def _letters(text: str) -> str:
 
 
 def _preference(row: dict) -> Pair:
-    prompt = _turns(row, "prompt", "user")
+    prompt = _prompt(row)
     return Pair(prompt, _continuation(row, "chosen", prompt), _continuation(row, "rejected", prompt))
 
 
 def _labelled(row: dict) -> Labelled:
-    prompt = _turns(row, "prompt", "user")
+    prompt = _prompt(row)
     completion = _continuation(row, "completion", prompt)
     if not isinstance(row["label"], bool):
         raise _Fault(f"label must be true (a desirable completion) or false, without quotes, is {kind(row['label'])}")
     return Labelled(prompt, completion, row["label"])
+
+
+def _prompt(row: dict) -> tuple[dict, ...]:
+    """What is to be answered: a string as the user's turn, or a conversation."""
+    turns = _turns(row, "prompt", "user")
+    if turns[-1]["role"] == "assistant":
+        raise _Fault("prompt ends with an assistant turn, which a response would follow as a second one; remove it, or "
+                     "move it into the responses")  # fmt: skip
+    return turns
 
 
 def _continuation(row: dict, key: str, prompt: tuple[dict, ...]) -> tuple[dict, ...]:

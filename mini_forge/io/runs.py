@@ -1,8 +1,7 @@
 """A run's folder: what is written when, and how it survives being killed at any moment.
 
-Files appear whole or not at all (`durable`). A checkpoint
-is a folder `checkpoints/step-N` that appears by one rename; a half-written one keeps its temporary name and is swept
-away by the next run.
+Files appear whole or not at all (`durable`). A checkpoint is a folder `checkpoints/step-N` that appears by one rename;
+a half-written one keeps its temporary name and is swept away by the next run.
 """
 
 import fcntl
