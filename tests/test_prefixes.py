@@ -75,6 +75,23 @@ def test_a_batch_holds_what_is_shared_once_and_counts_it_for_each():
         assert torch.equal(*(getattr(b, name)[0, r] for b, r in zip((alone, shared), rows, strict=True)))
 
 
+@pytest.mark.parametrize("longest", [3, 60])
+def test_trained_tokens_come_in_the_documents_order_whatever_is_shared(longest):
+    """Prompts of few tokens, so that many begin alike, in turn with ones that do not, too short to be shared or not."""
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        documents = []
+        for _ in range(generator.integers(2, 7)):
+            prompt, response = generator.integers(0, 2, generator.integers(1, longest + 1)), generator.integers(5, 9, 3)
+            prompt[1:] *= generator.random(len(prompt) - 1) < 0.05  # nearly all zeros
+            ids = np.concatenate([prompt, response]).astype(np.int32)
+            documents.append(Document(ids, np.arange(len(ids)) >= len(prompt), 1))
+        alone, shared = collate(documents), collate(documents, share_prefixes=True)
+        for a, b in zip(alone.trained()[1:], shared.trained()[1:], strict=True):
+            assert torch.equal(a, b)
+        assert shared.parents is not None or torch.equal(alone.document, shared.document)
+
+
 def test_positions_go_on_behind_the_parent():
     documents = Documents.of_lengths([3, 2, 1, 4], "cpu", (-1, 0, 0, -1))
     assert document_positions(documents).tolist() == [0, 1, 2, 3, 4, 3, 0, 1, 2, 3]

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mini_forge.data.batches import collate
 from mini_forge.data.tokenizer import load_tokenizer
 from mini_forge.model.lora import LoraSpec, inject, lora_layers
 from mini_forge.training.optim import load_optimizer_state, make_optimizer, optimizer_state
@@ -26,7 +27,7 @@ from mini_forge.training.rlhf import (
     policy_outputs,
     ppo_loss,
 )
-from mini_forge.training.rollouts import Prompt, Sampling, sample_rollouts
+from mini_forge.training.rollouts import Prompt, Rollout, Sampling, sample_rollouts
 from tests.tiny import random_model
 
 SETTINGS = PPOSettings(
@@ -72,6 +73,22 @@ def ppo(tiny, settings=SETTINGS, reward=None, evaluate=None, seed: int = 1, shar
     loop.lines, loop.samples = [], []
     loop.log, loop.log_sample = loop.lines.append, loop.samples.append
     return loop
+
+
+def test_a_microbatch_says_of_each_response_what_it_says_alone():
+    """Whatever the prompts begin with: 5 and 7 in turn, with a shared beginning too short to be computed once, or one
+    that is."""
+    model, _ = policy(deviation=0.5)
+    for beginning in ([], [9] * 20):
+        prompts = [[*beginning, 5 + 2 * (i % 2), 6] for i in range(5)]
+        documents = [
+            document_of(Rollout(prompt, [10 + i, 20, 30 + i], "", "", {}, i, [0.0] * 3))
+            for i, prompt in enumerate(prompts)
+        ]
+        alone = torch.cat([policy_outputs(model, collate([document]), 1.0)[0] for document in documents])
+        batch = collate(documents, share_prefixes=True)
+        assert (batch.parents is not None) == bool(beginning)
+        torch.testing.assert_close(policy_outputs(model, batch, 1.0)[0], alone, rtol=1e-5, atol=1e-5)
 
 
 def rollouts_of(model, tiny, count: int = 6, seed: int = 0):

@@ -193,7 +193,9 @@ def collate(documents: Sequence[Document], share_prefixes: bool = False) -> Batc
     targets = [np.where(d.is_trained[1:], d.ids[1:], IGNORED) for d in documents]
     segments = [Segment(i, 0, len(ids), -1, i) for i, ids in enumerate(inputs)]
     if share_prefixes:
-        segments = plan_segments(inputs, [int(np.argmax(row != IGNORED)) for row in targets])
+        planned = plan_segments(inputs, [int(np.argmax(row != IGNORED)) for row in targets])
+        if len(planned) > len(segments):  # else nothing is shared, and the documents stay in their order
+            segments = planned
     names = [s.document if s.document >= 0 else len(documents) + i for i, s in enumerate(segments)]
     columns = (
         [inputs[s.source][s.start : s.end] for s in segments],
