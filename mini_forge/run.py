@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -54,7 +55,8 @@ class RunResult:
 
     @property
     def model(self) -> Decoder:
-        """The trained model; read from the folder where this call did not train it."""
+        """The trained model; where this call did not train it, read from the folder, in float32 over a base that is not
+        quantized (`load_model` takes more)."""
         if self._model is None:
             self._model = load_model(self.output_dir)
         return self._model
@@ -82,7 +84,15 @@ def train(
         report(f"{folder.path}: this run is finished; nothing to do")
         return RunResult(folder.path, folder.metrics())
     folder.check_usable(resume=resume, overwrite=overwrite)
-    with folder.held():
+    # Whatever modes the caller is in: gradients are wanted, in the dtypes that the configuration names.
+    modes = (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        *(torch.autocast(d, enabled=False) for d in ("cpu", "cuda")),
+    )
+    with folder.held(), ExitStack() as stack:
+        for mode in modes:
+            stack.enter_context(mode)
         return _train(config, folder, resume, report, on_metrics, on_step)
 
 

@@ -112,13 +112,17 @@ def test_train_on_prompt_trains_on_all_but_the_first_token(tokenizer, chatml):
     assert stats.trained_tokens == len(document.ids) - 1
 
 
-def test_truncation_takes_the_prompts_left_and_keeps_the_response(tokenizer, chatml):
+@pytest.mark.parametrize("train_on_prompt", [False, True])
+def test_truncation_takes_the_prompts_left_and_keeps_the_response(tokenizer, chatml, train_on_prompt):
     full, _ = only([example()], chatml, tokenizer)
     response = int(full.is_trained.sum())
     for max_length in range(response + 1, len(full.ids)):
-        document, stats = only([example()], chatml, tokenizer, max_length)
+        document, stats = only([example()], chatml, tokenizer, max_length, train_on_prompt)
         assert document.ids.tolist() == full.ids[-max_length:].tolist()
-        assert document.is_trained.sum() == response and (stats.truncated, stats.dropped) == (1, 0)
+        assert document.is_trained.sum() == (max_length - 1 if train_on_prompt else response) and (
+            stats.truncated,
+            stats.dropped,
+        ) == (1, 0)
     assert only([example()], chatml, tokenizer, len(full.ids))[1].truncated == 0
 
 

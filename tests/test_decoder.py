@@ -225,3 +225,13 @@ def test_parameter_names_are_the_checkpoints():
     assert "model.layers.1.self_attn.q_norm.weight" in names
     assert "model.embed_tokens.weight" in names
     assert "lm_head.weight" not in names
+
+
+def test_a_trained_head_in_other_bits_than_the_activations_gets_its_gradient():
+    model = random_model(tie_word_embeddings=True)
+    weight = model.model.embed_tokens.weight
+    weight.data = weight.data.bfloat16()
+    weight.requires_grad_()
+    hidden = torch.randn(3, 32)
+    model.head(hidden).sum().backward()
+    torch.testing.assert_close(weight.grad[0].float(), hidden.sum(0).bfloat16().float())

@@ -211,3 +211,33 @@ def test_of_no_tokens_there_is_a_gradient_too(low_rank, dtype, shape, make):
     outs = adapted_products(make and Differentiable.of(make), (x,), layers, draw_seeds(layers))
     sum(out.sum() for out in outs).backward()
     assert x.grad.shape == shape and not layers[0].lora_B.grad.any() and not layers[1].lora_A.grad.any()
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("base", [Scaled(4, 4), nn.Conv1d(4, 4, 1), LoRALinear(nn.Linear(4, 4), LoraSpec(2, 4))],
+                         ids=["own forward", "no linear", "adapted"])  # fmt: skip
+def test_layers_whose_products_are_not_of_their_weight_are_refused(base):
+    with pytest.raises(
+        ConfigError, match=f"base: {type(base).__name__} cannot be adapted; give one of Linear, Linear4"
+    ):
+        LoRALinear(base, LoraSpec(2, 4))
+
+
+def test_a_model_is_adapted_once():
+    model = random_model()
+    inject(model, LoraSpec(2, 4))
+    with pytest.raises(ConfigError, match="LoRALinear cannot be adapted"):
+        inject(model, LoraSpec(2, 4))
+
+
+def test_factors_are_float32_under_any_default(monkeypatch):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer = LoRALinear(nn.Linear(4, 4, dtype=torch.float32), LoraSpec(2, 4))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32

@@ -90,3 +90,18 @@ def test_a_confident_token_keeps_its_gradient_in_sixteen_bits(dtype, tolerance):
     F.cross_entropy(wide @ weight.double().T, targets, reduction="sum").backward()
     error = (hidden.grad.double() - wide.grad).norm(dim=-1) / wide.grad.norm(dim=-1)
     assert error.median() < tolerance
+
+
+@pytest.mark.parametrize("is_trained", [False, True])
+@pytest.mark.parametrize("wrong", [-100, 7])
+def test_a_target_that_is_no_token_is_refused(wrong, is_trained):
+    weight = torch.randn(7, 4, requires_grad=is_trained)
+    with pytest.raises(ValueError, match="targets: .* must be within 0 to 6"):
+        token_nll(torch.randn(2, 4), weight, torch.tensor([1, wrong]))
+
+
+def test_a_second_derivative_under_a_frozen_head_is_refused():
+    hidden, weight = torch.randn(2, 4, requires_grad=True), torch.randn(7, 4)
+    loss = token_nll(hidden, weight, torch.tensor([1, 2])).sum()
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        torch.autograd.grad(loss, hidden, create_graph=True)

@@ -129,3 +129,9 @@ def test_perplexity_is_exp_of_the_loss_and_stays_finite():
     assert perplexity(0.0) == 1.0
     assert perplexity(709.0) == math.exp(709.0)
     assert perplexity(1e6) == sys.float_info.max
+
+
+def test_one_answer_may_be_given_alone_and_none_is_never_met():
+    assert exact_match("Paris", "paris") == answer_f1("Paris", "paris") == 1.0
+    assert exact_match("Paris", []) == answer_f1("Paris", []) == 0.0
+    assert math.isnan(perplexity(math.nan))

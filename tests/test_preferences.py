@@ -135,3 +135,11 @@ def test_settings_that_a_loss_cannot_have_or_does_not_use_are_told():
         ({"neftune_noise_alpha": 5}, "neftune_noise_alpha"),
     ]:
         assert [warning.split(":")[0] for warning in config(**keys).warnings] == [name]
+
+
+def test_discopop_stays_finite_where_its_exponential_alone_would_not():
+    chosen = torch.tensor([-90.0, -800.0, 800.0], requires_grad=True)
+    zeros = torch.zeros(3)
+    loss = LOSSES["discopop"](Scores(chosen, zeros, zeros, zeros, 1, 1), LossOptions(1.0))
+    loss.sum().backward()
+    assert loss.tolist() == pytest.approx([90, 800, 0]) and chosen.grad.tolist() == pytest.approx([-1, -1, 0])

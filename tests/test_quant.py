@@ -4,6 +4,8 @@ import copy
 import gc
 import json
 import random
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -398,3 +400,42 @@ def test_a_layer_is_freed_with_its_graph():
     del y
     gc.collect()
     assert seen() is None
+
+
+FIRST_USE = """
+import sys
+import torch
+from mini_forge.model.fourbit import dequantize_4bit, quantize_4bit
+weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+if sys.argv[1] == "inference":
+    with torch.inference_mode():
+        dequantize_4bit(quantize_4bit(weight, nested=True))
+else:
+    torch.set_default_dtype(getattr(torch, sys.argv[1]))
+    dequantize_4bit(quantize_4bit(weight, nested=True))
+    torch.set_default_dtype(torch.float32)
+quantized = quantize_4bit(weight, nested=True)
+x = torch.ones(16, requires_grad=True)
+(x * quantized.code).sum().backward()
+print(float((dequantize_4bit(quantized) - weight).abs().max()))
+"""
+
+
+@pytest.mark.parametrize("mode", ["float64", "bfloat16", "inference"])
+def test_tables_that_are_kept_do_not_depend_on_the_mode_in_which_they_are_made(mode):
+    done = subprocess.run([sys.executable, "-c", FIRST_USE, mode], check=True, capture_output=True, text=True)
+    assert float(done.stdout) < 0.6
+
+
+def test_a_buffer_of_another_shape_is_refused():
+    quantized = quantize_4bit(torch.randn(4, 64))
+    for out in (torch.empty(8, 64), torch.empty(64, 4).t()):
+        with pytest.raises(ValueError, match="must be contiguous and"):
+            dequantize_4bit(quantized, out=out)
+
+
+def test_magnitudes_without_a_mean_are_not_nested():
+    weight = torch.full((64, 64), 1e37)
+    assert dequantize_4bit(quantize_4bit(weight)).isfinite().all()
+    with pytest.raises(UserError, match="leave nested out"):
+        quantize_4bit(weight, nested=True)

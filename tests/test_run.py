@@ -86,6 +86,15 @@ def test_a_run_leaves_what_the_contract_says(settings):
     assert torch.equal(mini_forge.load_model(result.output_dir).logits(ids), result.model.logits(ids))
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
+                         ids=["no_grad", "inference_mode", "autocast"])  # fmt: skip
+def test_the_callers_modes_do_not_matter(settings, tmp_path, mode):
+    first, _ = run(settings)
+    with mode():
+        second, _ = run(settings, output_dir=str(tmp_path / "second"))
+    assert same(adapter(first.output_dir), adapter(second.output_dir))
+
+
 def test_the_saved_template_is_the_one_trained_with(settings):
     result, _ = run(settings, chat_template="llama")
     ours = mini_forge.load_tokenizer(result.output_dir)

@@ -159,9 +159,8 @@ def encode(
         return [template.render(example, system_prompt)]
 
     for example, [(ids, is_trained)] in encode_rows(examples, render, tokenizer):
-        is_trained |= train_on_prompt
         keep = _keep(is_trained, max_length, len(ids) > 0 and ids[0] == tokenizer.bos_id)
-        is_trained = is_trained[keep]
+        is_trained = is_trained[keep] | train_on_prompt  # prompts are cut first, trained on or not
         is_trained[:1] = False  # nothing precedes it to predict it from
         is_kept = bool(is_trained.any())
         yield Document(ids[keep], is_trained, example.line) if is_kept else None, is_kept and len(keep) < len(ids)

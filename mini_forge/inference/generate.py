@@ -39,7 +39,7 @@ def generate(
     if any(len(prompt) == 0 for prompt in prompts):
         raise ConfigError("prompt: has no tokens; give at least one")
     rows: list[list[int]] = [[] for _ in prompts]
-    running, stops = set(range(len(rows))), frozenset(stop_ids)
+    running, stops = set(range(len(rows))), frozenset(map(int, stop_ids))
     if not rows:
         return rows
     with evaluating(model):

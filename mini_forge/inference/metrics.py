@@ -52,20 +52,25 @@ def normalise_answer(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """1.0 if the prediction is one of the gold answers in SQuAD's form, else 0.0."""
-    return float(any(normalise_answer(prediction) == normalise_answer(reference) for reference in references))
+def exact_match(prediction: str, references: str | Sequence[str]) -> float:
+    """1.0 if the prediction is the gold answer, or one of them, in SQuAD's form, else 0.0."""
+    return float(any(normalise_answer(prediction) == normalise_answer(r) for r in _each(references)))
 
 
-def answer_f1(prediction: str, references: Sequence[str]) -> float:
+def answer_f1(prediction: str, references: str | Sequence[str]) -> float:
     """The best F1 of words in common with a gold answer, in SQuAD's form. Where a form is empty, as that of "the",
     1.0 for two empty ones and else 0.0 (the rule of SQuAD 2's script)."""
-    return max(_answer_f1(normalise_answer(prediction).split(), normalise_answer(r).split()) for r in references)
+    words = normalise_answer(prediction).split()
+    return max((_answer_f1(words, normalise_answer(r).split()) for r in _each(references)), default=0.0)
+
+
+def _each(references: str | Sequence[str]) -> Sequence[str]:
+    return [references] if isinstance(references, str) else references
 
 
 def perplexity(loss: float) -> float:
     """exp(loss), loss in nats per token. Beyond the largest float, that float: JSON has no infinity."""
-    return math.exp(loss) if loss < math.log(sys.float_info.max) else sys.float_info.max
+    return sys.float_info.max if loss >= math.log(sys.float_info.max) else math.exp(loss)
 
 
 def _words(text: str) -> list[str]:

@@ -97,6 +97,8 @@ def quantize_4bit(
     if not bool(absmax.isfinite().all()):
         raise UserError("weight: holds NaN or infinity, which 4 bits cannot hold; the checkpoint is damaged")
     plain = Quantized4bit(packed[:, None], absmax, weight.shape, weight.dtype, quant_type, blocksize)
+    if nested and not bool(absmax.mean().isfinite()):
+        raise UserError("weight: its magnitudes add up to infinity, so their mean cannot be taken; leave nested out")
     return _nest(plain) if nested else plain
 
 
@@ -107,6 +109,8 @@ def dequantize_4bit(
 
     out: a contiguous buffer of the weight's shape to write to; its dtype decides. Carries no gradient."""
     q, dtype = quantized, out.dtype if out is not None else dtype or quantized.dtype
+    if out is not None and (out.shape != q.shape or not out.is_contiguous()):
+        raise ValueError(f"out: {tuple(out.shape)} of strides {out.stride()} must be contiguous and {tuple(q.shape)}")
     count, absmax, packed = q.shape.numel(), q.absmax, q.packed.view(-1)
     if packed.device.type != "cpu":
         weight = _DECODERS[backend(packed.device)[0]](packed, absmax, q, dtype)[:count].view(q.shape)
@@ -169,11 +173,12 @@ def _level(scaled: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
+@torch.inference_mode(False)  # it is kept, and serves training too
 def _ranks(quant_type: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """What finds a number's rank, which is how many of the 15 midpoints of neighbouring codes it is above: for each
     level the midpoints of lower ones, uint8 (LEVELS + 1,), and the next midpoint, float32, the only one that may lie in
     the level itself. Then which code each rank is, uint8 (16,); None: the rank itself."""
-    ascending, order = torch.sort(torch.tensor(CODES[quant_type], device="cpu"), stable=True)
+    ascending, order = torch.sort(_codes(quant_type), stable=True)
     midpoints = (ascending[:-1] + ascending[1:]) / 2
     below = torch.bucketize(torch.arange(LEVELS + 1, device="cpu"), _level(midpoints))
     following = F.pad(midpoints, (0, 1), value=math.inf)[below]
@@ -204,16 +209,22 @@ def _decode_bitsandbytes(packed: torch.Tensor, absmax: torch.Tensor, q: Quantize
 _DECODERS = {"torch": _decode_torch, "bitsandbytes": _decode_bitsandbytes}
 
 
+def _codes(quant_type: str) -> torch.Tensor:
+    return torch.tensor(CODES[quant_type], dtype=torch.float32, device="cpu")
+
+
 @functools.cache
+@torch.inference_mode(False)  # it is kept, and serves training too
 def code_table(quant_type: str, device: torch.device) -> torch.Tensor:
     """float32 (16,): the values of the codes."""
-    return torch.tensor(CODES[quant_type], device="cpu").to(device)
+    return _codes(quant_type).to(device)
 
 
 @functools.cache
+@torch.inference_mode(False)  # it is kept, and serves training too
 def _byte_values(quant_type: str, device: torch.device) -> torch.Tensor:
     """int64 (256,): two float32, the values of each byte's high and low half."""
-    code = torch.tensor(CODES[quant_type], device="cpu")
+    code = _codes(quant_type)
     return torch.cartesian_prod(code, code).view(torch.int64).view(-1).to(device)
 
 
@@ -227,6 +238,7 @@ def _scale_blocks(values: torch.Tensor, scales: torch.Tensor, blocksize: int, ou
 
 
 @functools.cache
+@torch.inference_mode(False)  # it is kept, and serves training too
 def dynamic_map(device: torch.device | str = "cpu") -> torch.Tensor:
     """float32 (256,), ascending: the signed dynamic 8-bit code. 8-bit optimizers (2110.02861) §2.1.
 
@@ -240,6 +252,7 @@ def dynamic_map(device: torch.device | str = "cpu") -> torch.Tensor:
 
 
 @functools.cache
+@torch.inference_mode(False)  # it is kept, and serves training too
 def _dynamic_code_of_level() -> torch.Tensor:
     """uint8 (65536,): the code nearest to each of 65536 even levels of [-1, 1]: bitsandbytes rounds to a level first,
     which makes 0 the code of 2.1e-5."""

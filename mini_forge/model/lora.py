@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -40,20 +41,28 @@ class LoraSpec:
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer of any kind with a trainable float32 update beside it."""
+    """A frozen linear layer, of `quant.Linear`'s kinds, with a trainable float32 update beside it."""
 
     low_rank = IN_TORCH  # what makes the update's products: `Ops.low_rank`
 
     def __init__(self, base: nn.Module, spec: LoraSpec, generator: torch.Generator | None = None):
-        """A starts uniform in ±1/√in (Kaiming uniform with a = √5), B at zero: the adapted layer begins as its base."""
+        """A starts uniform in ±1/√in (Kaiming uniform with a = √5), B at zero: the adapted layer begins as its base.
+
+        Raises ConfigError for another layer, and for a kind of nn.Linear with a forward of its own: products are made
+        from the weight."""
         super().__init__()
+        if not isinstance(base, Linear) or isinstance(base, nn.Linear) and type(base).forward is not nn.Linear.forward:
+            kinds = ", ".join(kind.__name__ for kind in get_args(Linear))
+            raise ConfigError(f"base: {type(base).__name__} cannot be adapted; give one of {kinds}")
         self.base = base.requires_grad_(False)
         self.scaling, self.dropout, self.enabled = spec.scaling, spec.dropout, True
         device = next((t.device for t in (*base.parameters(), *base.buffers())), None)
         bound = 1 / math.sqrt(base.in_features)
-        start = torch.empty(spec.rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        start = torch.empty(spec.rank, base.in_features, dtype=torch.float32).uniform_(
+            -bound, bound, generator=generator
+        )
         self.lora_A = nn.Parameter(start.to(device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, spec.rank, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, spec.rank, dtype=torch.float32, device=device))
 
     @property
     def in_features(self) -> int:
@@ -87,9 +96,9 @@ class LoRAStack(nn.Module):
         E, out, width = base.shape
         device = base.device if isinstance(base, torch.Tensor) else next(base.buffers()).device
         bound = 1 / math.sqrt(width)
-        start = torch.empty(E, spec.rank, width).uniform_(-bound, bound, generator=generator)
+        start = torch.empty(E, spec.rank, width, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
         self.lora_A = nn.Parameter(start.to(device))
-        self.lora_B = nn.Parameter(torch.zeros(E, out, spec.rank, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(E, out, spec.rank, dtype=torch.float32, device=device))
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None, counts: list[int]) -> torch.Tensor:
         """x (M, in) sorted by expert, `counts[e]` rows each; bias (E, out) or None → (M, out)."""

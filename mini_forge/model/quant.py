@@ -308,11 +308,11 @@ def _buffer(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
     """Memory of that shape, on CPU the same at every call from one thread."""
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
-    count = shape[0] * shape[1]
-    buffer = _LOANED.__dict__.get(str(dtype))
+    count, name = shape[0] * shape[1], str(dtype).removeprefix("torch.")  # the name of an attribute, for torch.compile
+    buffer = _LOANED.__dict__.get(name)
     if buffer is None or buffer.numel() < count:
         with torch.inference_mode(False):  # a buffer made in inference mode could not be written outside of it
-            buffer = _LOANED.__dict__[str(dtype)] = torch.empty(count, dtype=dtype)
+            buffer = _LOANED.__dict__[name] = torch.empty(count, dtype=dtype)
     return buffer[:count].view(shape)
 
 

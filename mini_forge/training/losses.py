@@ -60,7 +60,15 @@ def token_nll(
     targets (N,) int64 in [0, V). Returns (N,) float32, differentiable in `hidden` and,
     where it is trained, `weight`. For a frozen weight the gradient is made in the forward pass: row i of the loss
     depends on row i of `hidden` alone, so dh_i = (softmax(z_i) - onehot_i) W is complete but for the factor that
-    arrives from above, and no logits need to be kept or made again. left_side: what multiplies a frozen one."""
+    arrives from above, and no logits need to be kept or made again. left_side: what multiplies a frozen one. Raises
+    ValueError on the CPU for a target that is no row of `weight`, such as the -100 of tokens that are not trained on:
+    these are to be left out."""
+    if (
+        targets.device.type == "cpu"
+        and len(targets)
+        and not 0 <= int(targets.min()) <= int(targets.max()) < len(weight)
+    ):
+        raise ValueError(f"targets: {int(targets.min())} to {int(targets.max())} must be within 0 to {len(weight) - 1}")
     if weight.requires_grad and torch.is_grad_enabled():
         parts = [
             checkpoint(_plain_nll, h, weight, t, use_reentrant=False)
@@ -91,6 +99,10 @@ class _FrozenHeadNLL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_nll):
         (grad,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # by create_graph; `once_differentiable` would pass this over under a plain sum
+            raise RuntimeError(
+                "token_nll under a frozen head has no second derivative: its gradient is a constant here"
+            )
         return grad * grad_nll[:, None].to(grad.dtype), None, None, None
 
 

@@ -58,6 +58,7 @@ def gae(
         δ = (-0.25, 0.25, 0.5)     A = (0, 0.5, 0.5)     R = (0.5, 0.75, 1)"""
     if is_response is None:
         is_response = torch.ones_like(rewards, dtype=torch.bool)
+    values = values if values.is_floating_point() else values.float()
     advantages = torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[..., 0])
     for t in reversed(range(values.shape[-1])):

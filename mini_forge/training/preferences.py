@@ -151,8 +151,9 @@ def discopop(s: Scores, options: LossOptions) -> torch.Tensor:
     """-log σ(l)(1-m) + exp(-l) m with l = βΔ, m = σ(l/τ), a loss found by a language model. DiscoPOP (2406.08414)
     Eq. 5. Not convex: near Δ = 0 it falls towards negative margins."""
     margin = options.beta * (s.chosen_logratio - s.rejected_logratio)
-    share = (margin / DISCOPOP_TEMPERATURE).sigmoid()
-    return -F.logsigmoid(margin) * (1 - share) + (-margin).exp() * share
+    scaled = margin / DISCOPOP_TEMPERATURE
+    exponential = (F.logsigmoid(scaled) - margin).exp()  # exp(-l) m, of which neither may overflow alone
+    return -F.logsigmoid(margin) * (1 - scaled.sigmoid()) + exponential
 
 
 def simpo(s: Scores, options: LossOptions) -> torch.Tensor:
