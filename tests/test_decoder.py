@@ -1,18 +1,20 @@
 """The decoder's own promises: documents are isolated, windows and caches are exact, options do as they are named."""
 
 import math
+import pickle
 
 import pytest
 import torch
 
 from mini_forge.errors import CheckpointError
 from mini_forge.model import decoder
-from mini_forge.model.decoder import KVCache, neftune_noise
+from mini_forge.model.decoder import Decoder, KVCache, neftune_noise
 from mini_forge.model.families import decoder_spec
 from mini_forge.model.functional import apply_rope, attention, rms_norm
 from mini_forge.model.lora import LoraSpec, inject, lora_layers
 from mini_forge.model.masks import Documents, document_positions
 from mini_forge.model.rope import RopeSpec, inverse_frequencies, rope_spec
+from mini_forge.providers import PROVIDERS
 from tests.tiny import CONFIG, random_model
 
 WINDOWED = {"model_type": "mistral", "sliding_window": 4}
@@ -235,3 +237,11 @@ def test_a_trained_head_in_other_bits_than_the_activations_gets_its_gradient():
     hidden = torch.randn(3, 32)
     model.head(hidden).sum().backward()
     torch.testing.assert_close(weight.grad[0].float(), hidden.sum(0).bfloat16().float())
+
+
+@pytest.mark.parametrize("provider", ["huggingface", "unsloth"])
+def test_a_model_can_be_pickled(provider):
+    model = Decoder(decoder_spec(CONFIG), PROVIDERS[provider]("cpu").ops)
+    again = pickle.loads(pickle.dumps(model))
+    ids = torch.arange(9)[None]
+    assert torch.equal(again.logits(ids), model.logits(ids))

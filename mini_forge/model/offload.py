@@ -38,6 +38,10 @@ class _Transfer:
     wait: Callable[[], None]
 
 
+def _no_copy() -> None:
+    """In place of a weak reference, as long as there is nothing to refer to."""
+
+
 class HostCopies:
     """Puts tensors into host memory in one order and gets them back in the opposite one, one transfer under way.
 
@@ -47,7 +51,7 @@ class HostCopies:
     def __init__(self):
         self._side: torch.cuda.Stream | None = None
         self._transfer: _Transfer | None = None
-        self._newest: Callable[[], HostCopy | None] = lambda: None
+        self._newest: Callable[[], HostCopy | None] = _no_copy
 
     def put(self, x: torch.Tensor) -> HostCopy:
         """Begin to copy x away; nobody may write into it. x stays on the device until the next put or get."""

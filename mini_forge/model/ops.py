@@ -69,10 +69,14 @@ def gated_unit(ops: Ops, activation: str, clamp: tuple[float, float]) -> Differe
     return units[activation]
 
 
+def _rms_norm_vjp(grad, x, weight, eps):
+    return functional.vjp(lambda x: functional.rms_norm(x, weight, eps), grad, x)
+
+
 PLAIN = Ops(
     name="plain",
     rms_norm=functional.rms_norm,
-    rms_norm_vjp=lambda grad, x, weight, eps: functional.vjp(lambda x: functional.rms_norm(x, weight, eps), grad, x),
+    rms_norm_vjp=_rms_norm_vjp,
     rope_qk=rope_qk,
     swiglu=functional.swiglu,
     swiglu_vjp=partial(functional.vjp, functional.swiglu),
