@@ -9,12 +9,13 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
 
 from mini_forge import __version__
-from mini_forge.errors import ConfigError, TrainingError, UserError, is_disk_full, is_out_of_memory
+from mini_forge.errors import ConfigError, SignalExit, TrainingError, UserError, is_disk_full, is_out_of_memory
 from mini_forge.export import TYPES
 from mini_forge.quick_imports import quick_imports
 
@@ -93,7 +94,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--type", default="f16", choices=TYPES, help="of the weights; default: f16")
 
     command = commands.add_parser("report", help="curves and evaluations of runs, as one HTML page")
-    command.add_argument("runs", metavar="RUN", nargs="+", help="run folder, finished or not; several share charts")
+    command.add_argument(
+        "runs", metavar="RUN", nargs="+", help="run folder, finished or not; several of a strategy share charts"
+    )
     command.add_argument("--out", metavar="FILE", help="default: report.html in the first RUN")
 
     commands.add_parser("schema", help="print the JSON Schema of a configuration")
@@ -118,8 +121,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = build_parser().parse_args(arguments)
         options.is_own_process = arguments is None  # else somebody calls us from theirs
-        if options.is_own_process:  # so that nothing half-written stays
-            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        if options.is_own_process and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _leave)  # so that nothing half-written stays
         COMMANDS[options.command](options)
         return 0
     except UserError as error:
@@ -145,6 +148,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error.filename or 'standard output'}: {error.strerror}; make room", file=sys.stderr)
         sys.stdout = None  # what could not be written is not tried again at exit
         return 1
+
+
+def _leave(number: int, frame):
+    raise SignalExit(128 + number)
 
 
 def spin_briefly():
@@ -193,10 +200,11 @@ def _train(options):
 
     refuse_contradiction(options)
     config = load_config(options)
-    with ProgressDisplay() as display, stop_signals():  # also while the model is loaded: there is nothing to save yet
+    with ProgressDisplay() as display:
         try:
-            result = train(config, resume=options.resume, overwrite=options.overwrite, report=display.line,
-                           on_metrics=display.metrics, on_step=display.step)  # fmt: skip
+            with stop_signals():  # also while the model is loaded: there is nothing to save yet
+                result = train(config, resume=options.resume, overwrite=options.overwrite, report=display.line,
+                               on_metrics=display.metrics, on_step=display.step)  # fmt: skip
         except Interrupted as stopped:
             if options.is_own_process:  # all is saved: what else comes changes no exit code
                 for number in (signal.SIGINT, signal.SIGTERM):
@@ -249,8 +257,10 @@ def _eval(options):
         options.run, dataset=options.dataset, limit=options.limit, constrained=not options.free,
         max_new_tokens=options.max_new_tokens,
     )  # fmt: skip
-    print(format_table(metrics), flush=True)
-    write_eval(Path(options.run), metrics, predictions)
+    try:
+        write_eval(Path(options.run), metrics, predictions)
+    finally:  # what was computed is told, kept or not
+        print(format_table(metrics))
 
 
 def _generate(options):

@@ -68,11 +68,15 @@ class Rule:
             raise Broken(self.text(), "give it a value" if required else "correct it, or leave the key out")
         return value
 
+    def _limits_for_editors(self) -> dict:
+        most = {"maximum": MOST} if self.kind == "integer" else {}
+        return {**most, **(self.limits or {})}
+
     def schema(self) -> dict:
         """The key as a JSON Schema (draft 2020-12) property."""
         return {
             "description": self.description,
-            **_typed(self.kind, self.choices, self.also, self.limits or {}, self.nullable),
+            **_typed(self.kind, self.choices, self.also, self._limits_for_editors(), self.nullable),
             **({} if self.default is MISSING else {"default": plain(self.default)}),
         }
 

@@ -1,14 +1,16 @@
 """Files and folders that appear whole or not at all: each is written under a temporary name, flushed to the disk and
 renamed."""
 
+import errno
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mini_forge.errors import ConfigError, is_disk_full, reason_of
+from mini_forge.errors import ConfigError, UserError, is_disk_full, reason_of
 
 TEMPORARY, REPLACED = ".tmp-", ".old-"
 
@@ -19,7 +21,7 @@ def write_atomic(path: Path, text: str):
 
 
 def write_together(folder: Path, texts: dict[str, str | None]):
-    """Write files of a folder, all or none of them; None removes one."""
+    """Write files of a folder; none is replaced before all are on the disk. None removes one."""
     fresh: dict[Path, Path] = {}
     try:
         for name, text in texts.items():
@@ -43,9 +45,10 @@ def staged(path: Path, text: str) -> Path:
         with temporary.open("wb") as file:
             file.write(content)
             flush(file)
-    except OSError as error:  # as of a full disk
+    except BaseException as error:  # as a full disk, or a signal
         temporary.unlink(missing_ok=True)
-        error.filename = error.filename or str(path)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)
         raise
     return temporary
 
@@ -64,20 +67,23 @@ def flush(file):
     os.fsync(file.fileno())
 
 
-def publish_file(temporary: Path, final: Path):
-    """Flush a finished file to the disk and give it its name; the folder is left to `sync_folder`."""
-    with temporary.open("rb+") as file:
+def flush_file(path: Path):
+    """Have a closed file on the disk."""
+    with path.open("rb+") as file:
         flush(file)
-    os.replace(temporary, final)
+
+
+def flush_folder(folder: Path):
+    """Have a folder's files, and their names, on the disk."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            flush_file(file)
+    sync_folder(folder)
 
 
 def publish_folder(temporary: Path, final: Path):
     """Flush a finished temporary folder to the disk and give it its name, in place of what had that name."""
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            with file.open("rb+") as handle:
-                flush(handle)
-    sync_folder(temporary)
+    flush_folder(temporary)
     old = final.with_name(REPLACED + final.name)
     if final.exists():
         os.rename(final, old)  # if the next rename never comes, `RunFolder.sweep` takes this one back
@@ -100,51 +106,53 @@ def new_output(out: Path, kind: str) -> Iterator[Path]:
     """A temporary path, on which the body makes what is to be `out`: kind, a "file" or a "folder", given as empty.
 
     It gets its name when the body ends, and when that fails nothing is left, nor any folder made for it. Raises
-    ConfigError where `out` is there already (an empty folder may be) or cannot be written; OSError for a full disk."""
-    temporary, missing = _place_of(out, kind)
+    ConfigError where `out` is there (an empty folder may be), then or in the end, or cannot be written, or where the
+    body cannot read a file; OSError for a full disk."""
+    missing = _check_place(out, kind)
+    room = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        room = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{out.name[:60]}-", dir=out.parent))
+        temporary = room / out.name
         if kind == "folder":
             temporary.mkdir()
         yield temporary
-        if kind == "folder":
-            publish_folder(temporary, out)
-        else:
-            publish_file(temporary, out)
-            sync_folder(out.parent)
+        flush_folder(room)
+        if kind == "file" and os.path.lexists(out):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        os.rename(temporary, out)  # of a folder: fails where one is that is not empty
+        sync_folder(out.parent)
     except OSError as error:
         if is_disk_full(error):
-            error.filename = error.filename or str(out)
-            raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out)) from error
+        file = error.filename
+        if file and room is not None and not Path(os.fsdecode(file)).is_relative_to(room):
+            raise ConfigError(f"{file}: cannot be read ({reason_of(error)}); check the file") from None
         raise _unwritable(out, kind, error) from None
     finally:
-        with suppress(OSError):
-            _remove(temporary)
-            for folder in missing:
-                folder.rmdir()  # unless something is in it
+        if room is not None:
+            shutil.rmtree(room, ignore_errors=True)
+        for folder in missing:
+            with suppress(OSError):  # not made, or something is in it
+                folder.rmdir()
 
 
-def _place_of(out: Path, kind: str) -> tuple[Path, list[Path]]:
-    """The temporary path of `new_output`, and the folders it lacks, innermost first."""
+def _check_place(out: Path, kind: str) -> list[Path]:
+    """The folders that `new_output` has to make, innermost first. Raises ConfigError where it cannot be there."""
     try:
-        is_taken = out.exists() and not (kind == "folder" and out.is_dir() and not any(out.iterdir()))
-        temporary = out.with_name(TEMPORARY + out.name)
-        _remove(temporary)  # of a process that was killed
-        missing = [folder for folder in out.absolute().parents if not folder.exists()]
+        with suppress(FileNotFoundError):
+            os.lstat(out)  # what Path asks says of a name that cannot be that it is not there
+        is_empty_folder = out.is_dir() and not any(out.iterdir())
+        if out.is_symlink() or out.is_mount():
+            raise ConfigError(f"{out}: is a link or a disk of its own; name a new {kind} elsewhere or within it")
+        if os.path.lexists(out) and not (kind == "folder" and is_empty_folder):
+            raise ConfigError(f"{out}: exists{' and is not empty' if kind == 'folder' else ''}; name a new {kind}")
+        return [folder for folder in out.absolute().parents if not folder.exists()]
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise _unwritable(out, kind, error) from None
-    if is_taken:
-        raise ConfigError(f"{out}: exists{' and is not empty' if kind == 'folder' else ''}; name a new {kind}")
-    return temporary, missing
 
 
 def _unwritable(out: Path, kind: str, error: OSError | ValueError) -> ConfigError:
     return ConfigError(f"{out}: cannot be written ({reason_of(error)}); name another {kind}")
-
-
-def _remove(path: Path):
-    """Remove a file, or a folder with all in it, that may not be there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

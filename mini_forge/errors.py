@@ -31,14 +31,18 @@ class TrainingError(RuntimeError):
     """Training started and could not go on; the message names the last good checkpoint."""
 
 
+class SignalExit(SystemExit):
+    """A signal ends the process at once. A class of its own, so that it is not taken for an exit of a user's code."""
+
+
 def reason_of(error: OSError | ValueError) -> str:
     """Why a file could not be opened or read: the system's words, or Python's, which refuses a NUL in a name."""
     return getattr(error, "strerror", None) or str(error)
 
 
 def is_disk_full(error: OSError) -> bool:
-    """Whether there is no room left to write, on the disk or in the user's share of it."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    """Whether there is no room left to write, on the disk or in the user's share of it. numpy's error has no number."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT) or error.errno is None and "requested and" in str(error)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ from mini_forge.io.expert_adapters import stack_targets
 from mini_forge.io.hub import resolve_model
 from mini_forge.io.models import is_adapter
 from mini_forge.io.records import read_spec
-from mini_forge.io.runs import REWARD_FOLDER, RunFolder
+from mini_forge.io.runs import RunFolder
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.lora import LoraSpec, target_names
 
@@ -31,7 +31,7 @@ def own_inputs(config: TrainingConfig) -> list[str]:
     is kept, only the folder of a run's reward model itself may be."""
     folder, keys = RunFolder(config.output_dir), ("dataset", "eval_dataset", "init_adapter", "reward_model")
     named = {key: value for key in keys if (value := getattr(config, key)) and folder.is_own(value)}
-    if "reward_model" in named and Path(named["reward_model"]).resolve() == folder.path.resolve() / REWARD_FOLDER:
+    if "reward_model" in named and folder.is_own_reward(named["reward_model"]):
         del named["reward_model"]
     return [
         f"{key}: {value!r} is of the run in output_dir, which a new run there replaces; copy it, or name another folder"

@@ -62,8 +62,8 @@ TRITON_BYTES = 52 * MIB  # beside a GPU, where it is installed
 CUDA_CONTEXT_BYTES = GIB // 2  # not measured
 # Holes in the heap, fitted to 35 runs of 45 to 135M parameters, 6 to 30 layers, 300 to 2000 tokens, with and without
 # each of what follows. They peaked at 0.65 to 2 GiB, up to 7 % apart from run to run, and were predicted to 0.91 to
-# 1.12 of that; but a quarter apart where plain ops make whole layers again, and 0.8 to 1.08. What loading leaves is at
-# most the weights; then shares of what is kept, by plain ops, between recomputed tiles and beside the float32
+# 1.12 of that; where plain ops make whole layers again, up to a quarter apart, and to 0.8 to 1.13. What loading leaves
+# is at most the weights; then shares of what is kept, by plain ops, between recomputed tiles and beside the float32
 # temporaries of 16 bits; of what one layer's backward makes; and of what whole layers make again, all of them together.
 HOLES_LOADING = 100 * MIB
 HOLES_PLAIN, HOLES_SELECTIVE, HOLES_16BIT, HOLES_WORKING = 0.25, 0.3, 0.3, 1.1

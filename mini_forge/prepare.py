@@ -23,7 +23,7 @@ from mini_forge.data.tasks import Example, Labelled, Pair, load_examples, read_e
 from mini_forge.data.token_store import StoredRows, TokenCache, TokenStore, highest_token, is_large, recipe
 from mini_forge.data.tokenizer import Tokenizer, load_tokenizer
 from mini_forge.errors import CheckpointError, ConfigError, DataError, UserError
-from mini_forge.inputs import adapter_spec, has_reference, own_inputs, with_absolute_paths, with_init_adapter
+from mini_forge.inputs import adapter_spec, has_reference, with_absolute_paths, with_init_adapter
 from mini_forge.io.fitting import check_weights
 from mini_forge.io.hub import resolve_model
 from mini_forge.io.models import is_adapter
@@ -126,7 +126,6 @@ def prepare(config: TrainingConfig) -> Prepared:
             return None
 
     config = with_absolute_paths(config)
-    problems += own_inputs(config)
     adapted = attempt(with_init_adapter, config)
     config = adapted or config
     plan = attempt(lambda: resolve(config, detect_machine(config.device)))

@@ -1,7 +1,7 @@
 """What runs were and how they went, on one HTML page that needs nothing else: curves, facts, evaluations.
 
-Curves are of all that metrics.jsonl holds; of a name and its `eval_` twin one chart is made. Several runs share their
-charts, each in its colour. A run that has not ended is shown as far as it is.
+Curves are of all that metrics.jsonl holds; of a name and its `eval_` twin one chart is made. Runs of one
+strategy share their charts, each in its colour. A run that has not ended is shown as far as it is.
 """
 
 import json
@@ -42,6 +42,7 @@ ONLY_OF = {"loss_type": "dpo", "beta": "dpo", "advantage": "rlhf", "kl_coef": "r
 OF_REWARD = {"reward_learning_rate", "reward_epochs"}  # the training of a reward model, which has no
 OF_OTHERS = {"learning_rate", "num_train_epochs", "max_steps", "advantage", "kl_coef"}
 REWARD = "reward model"
+IMAGES = {".png", ".svg", ".pdf", ".jpg", ".jpeg"}
 REMEDIES = {CONFIG_FILE: "put the run's own back"}  # of a broken file; any other the report can do without
 STYLE = """
 :root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif; }
@@ -74,7 +75,7 @@ class Run:
     @property
     def kind(self) -> str:
         """Whose losses can be compared with its own: the strategy, of which qlora is sft in 4 bits."""
-        strategy = _text(str(self.config.get("strategy") or "training"))
+        strategy = str(self.config.get("strategy") or "training")
         return REWARD if self.is_reward else "sft" if strategy == "qlora" else strategy
 
     def points(self, name: str) -> list[tuple[float, float]]:
@@ -141,7 +142,7 @@ def page(runs: list[Run]) -> str:
     ]
     kinds = sorted({run.kind for run in runs}, key=lambda kind: (kind == REWARD, kind))
     for kind in kinds:  # each with a loss of its own
-        heading = kind if kind == REWARD or len(set(kinds) - {REWARD}) > 1 else "training"
+        heading = _text(kind) if kind == REWARD or len({*kinds} - {REWARD}) > 1 else "training"
         parts.append(f"<h2>{heading}</h2>\n{_charts([(i, run) for i, run in enumerate(runs) if run.kind == kind])}")
     parts.append(f"<h2>facts</h2>\n{_table(runs, [_facts(run) for run in runs])}")
     if evaluated := [run for run in runs if run.evaluation]:
@@ -235,8 +236,8 @@ def _check_target(target: Path):
         raise ConfigError(f"--out: {str(target.parent)!r} is not a folder; make it, or name another file")
     if target.name in {CONFIG_FILE, *RUN_FILES} - {REPORT_FILE}:
         raise ConfigError(f"--out: {target.name} is a file of a run; name another file")
-    if target.suffix.lower() not in ("", ".html", ".htm"):
-        raise ConfigError(f"--out: {shown!r} must end in .html; the report is an HTML page")
+    if target.suffix.lower() in IMAGES:
+        raise ConfigError(f"--out: {shown!r} is the name of an image; the report is an HTML page, end it in .html")
     if not os.path.lexists(target):
         return
     if os.path.islink(target) or not os.path.isfile(target):

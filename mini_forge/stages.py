@@ -27,6 +27,7 @@ from mini_forge.io.rewards import load_function, load_reward, save_reward
 from mini_forge.io.runs import (
     CONFIG_FILE,
     REWARD_FOLDER,
+    SAMPLES_FILE,
     SUMMARY_FILE,
     RunFolder,
     check_same_data,
@@ -49,7 +50,7 @@ from mini_forge.training.rollouts import Sampling, prompt_document
 from mini_forge.training.schedule import warmup_steps
 from mini_forge.training.windows import Windows
 
-SAMPLES_FILE, STATE_FILE = "samples.jsonl", "trainer_state.pt"
+STATE_FILE = "trainer_state.pt"
 EVAL_PROMPTS = 64  # answered at each evaluation during training; `eval` answers all
 HEAD_SEED = 1  # beside the run's seed, so that reward and policy do not begin with the same adapter
 
@@ -277,7 +278,7 @@ def last_checkpoint(folder: RunFolder) -> Path | None:
 def clear(folder: RunFolder, reward_model: str | None):
     """Remove what an earlier rlhf run left here beside what every run leaves, but not the reward model to be used."""
     reward = folder.path / REWARD_FOLDER
-    is_wanted = reward_model is not None and Path(reward_model).expanduser().resolve() == reward.resolve()
+    is_wanted = reward_model is not None and folder.is_own_reward(reward_model)
     if (reward / CONFIG_FILE).is_file() and not is_wanted:
         shutil.rmtree(reward)
     (folder.path / SAMPLES_FILE).unlink(missing_ok=True)

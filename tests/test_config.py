@@ -428,8 +428,9 @@ def test_the_schema_has_types_limits_values_and_defaults():
     p = {name: {k: v for k, v in p.items() if k != "description"} for name, p in json_schema()["properties"].items()}
     assert p["lora_r"] == p["lora_rank"] == {"type": "integer", "minimum": 1, "maximum": 256, "default": 16}
     assert p["eval_split"] == {"type": "number", "minimum": 0, "exclusiveMaximum": 1, "default": 0.2}
-    assert p["save_total_limit"] == {"type": ["integer", "null"], "minimum": 1, "default": None}
-    length = {"anyOf": [{"type": "integer", "minimum": 2}, {"enum": [-1, None]}], "default": None}
+    most = 2**31 - 1
+    assert p["save_total_limit"] == {"type": ["integer", "null"], "minimum": 1, "maximum": most, "default": None}
+    length = {"anyOf": [{"type": "integer", "minimum": 2, "maximum": most}, {"enum": [-1, None]}], "default": None}
     assert p["max_seq_length"] == length
     assert p["compute_specs"] == {"enum": ["low_end", "mid_range", "high_end"]}
     assert p["dtype"]["enum"][-1] is None and p["use_4bit"] == {"type": "boolean", "default": True}

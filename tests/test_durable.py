@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from mini_forge.durable import new_output
+from mini_forge.durable import new_output, write_together
 from mini_forge.errors import CheckpointError, ConfigError
 
 
@@ -18,7 +18,7 @@ def test_an_output_has_its_name_only_when_it_is_whole(tmp_path, kind):
     out = tmp_path / "new" / "deep" / "out"
     with new_output(out, kind) as temporary:
         make(temporary, kind)
-        assert not out.exists() and temporary.parent == out.parent
+        assert not out.exists() and temporary.parent.parent == out.parent
     assert (out / "a" if kind == "folder" else out).read_text() == "whole"
     assert list(out.parent.iterdir()) == [out]
 
@@ -57,6 +57,51 @@ def test_what_is_there_is_not_replaced_but_an_empty_folder(tmp_path):
     with new_output(empty, "folder") as temporary:
         make(temporary, "folder")
     assert (empty / "a").read_text() == "whole" and file.read_text() == (full / "a").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_appears_meanwhile_is_left_alone(tmp_path, kind):
+    out = tmp_path / "out"
+    with pytest.raises(ConfigError, match="cannot be written"), new_output(out, kind) as temporary:
+        make(temporary, kind)
+        if kind == "folder":
+            out.mkdir()
+        (out / "theirs" if kind == "folder" else out).write_text("theirs")
+    assert os.listdir(tmp_path) == ["out"]
+    assert (out / "theirs" if kind == "folder" else out).read_text() == "theirs"
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_link_is_not_written_through(tmp_path, kind):
+    (tmp_path / "place").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "place")
+    with pytest.raises(ConfigError, match="is a link"), new_output(tmp_path / "out", kind):
+        raise AssertionError
+    assert sorted(os.listdir(tmp_path)) == ["out", "place"] and (tmp_path / "out").is_symlink()
+
+
+def test_what_another_is_making_is_not_removed(tmp_path):
+    with new_output(tmp_path / "out", "folder") as first:
+        make(first, "folder")
+        with new_output(tmp_path / "out", "folder") as second:
+            (second / "b").write_text("second")
+        assert (first / "a").exists()
+        (tmp_path / "out").rename(tmp_path / "moved")
+    assert os.listdir(tmp_path / "out") == ["a"] and os.listdir(tmp_path / "moved") == ["b"]
+
+
+def test_a_file_that_the_body_cannot_read_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="base/x: cannot be read"), new_output(tmp_path / "out", "file"):
+        (tmp_path / "base" / "x").read_text()
+
+
+def test_files_are_written_together_or_not_at_all(tmp_path):
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(FileNotFoundError):
+        write_together(tmp_path, {"a": "new", "gone/b": "new"})
+    assert os.listdir(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "old"
+    write_together(tmp_path, {"a": None, "b": "new"})
+    assert os.listdir(tmp_path) == ["b"]
 
 
 @pytest.mark.parametrize("name", ["n" * 300, "a\0b", "file/out"])

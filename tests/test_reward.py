@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from mini_forge.data.batches import Document, collate
 from mini_forge.data.pairs import PairDocument, collate_pairs, flatten
-from mini_forge.errors import CheckpointError, ConfigError, TrainingError
+from mini_forge.errors import CheckpointError, ConfigError, SignalExit, TrainingError
 from mini_forge.io.adapters import load_adapter
 from mini_forge.io.rewards import load_function, load_reward, save_reward
 from mini_forge.io.weights import load_base
@@ -521,6 +521,14 @@ def test_a_function_gets_prompts_responses_and_rows_and_gives_scores():
     scores = scored(score)
     assert scores.tolist() == [1.0, 2.5] and scores.dtype == torch.float32
     assert scored(lambda *_: np.array([1.0, 2.0])).tolist() == scored(lambda *_: torch.tensor([1, 2])).tolist()
+
+
+def test_a_signal_in_a_users_function_is_no_fault_of_it():
+    def stopped(*_):
+        raise SignalExit(143)
+
+    with pytest.raises(SignalExit):
+        scored(stopped)
 
 
 def boom(prompts, responses, rows):

@@ -45,7 +45,7 @@ from mini_forge.durable import TEMPORARY, flush, sync_folder
 from mini_forge.errors import DataError
 from mini_forge.user_cache import cache_folder
 
-FORMAT = 1  # to be raised when the files' form, or what rows become, changes
+FORMAT = 2  # to be raised when the files' form, or what rows become, changes
 LARGE_BYTES = 16 * 2**20  # of a dataset file: from here on, keeping all of it takes 0.4 GB, and tokenising it 10 s
 ROW = np.dtype([("start", "i8"), ("line", "i4"), ("length", "i4"), ("trained", "i4"), ("is_truncated", "?")])
 IDS, TRAINED, ROWS, MANIFEST = "ids.i32", "is_trained.bool", "rows.bin", "store.json"

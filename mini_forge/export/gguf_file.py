@@ -54,13 +54,14 @@ def export_gguf(run: str | Path, out: str | Path, kind: str = "f16") -> list[str
     rows that are not made of whole blocks of 32 are float16.
 
     Returns where llama.cpp will compute otherwise, a line each. Raises CheckpointError for a model or tokenizer that
-    llama.cpp does not have, ConfigError for a file that cannot be written, or where the package gguf is missing."""
+    llama.cpp does not have, ConfigError for a file that cannot be written, or where the package gguf is missing,
+    OSError for a full disk."""
     run, out = Path(run).expanduser(), Path(out).expanduser()
     if kind not in TYPES:
         raise ConfigError(f"kind: {kind!r} must be one of {', '.join(TYPES)}")
     require_adapter(run, "export")
+    export = Export(run, kind)
     with new_output(out, "file") as temporary:
-        export = Export(run, kind)
         export.write(temporary)
     return export.notes
 

@@ -16,7 +16,7 @@ from mini_forge.data.pairs import PairBatch, PairDocument, collate_pairs
 from mini_forge.data.tasks import Example
 from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.durable import json_text, write_together
-from mini_forge.errors import ConfigError, DataError, TrainingError
+from mini_forge.errors import ConfigError, DataError, TrainingError, is_disk_full
 from mini_forge.inference.generate import evaluating, generate, spelled_end, until
 from mini_forge.inference.metrics import answer_f1, exact_match, perplexity, rouge
 from mini_forge.inference.spans import ContextSpans, TokenBytes
@@ -175,6 +175,8 @@ def write_eval(folder: str | Path, metrics: dict, predictions: Sequence[dict]):
         lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in predictions)
         write_together(folder, {PREDICTIONS_FILE: "".join(lines) or None, EVAL_FILE: json_text(metrics)})
     except OSError as error:
+        if is_disk_full(error):
+            raise
         raise ConfigError(
             f"{folder}: cannot write the evaluation here ({error.strerror}); make it writable, or copy "
             "it to where it can be"

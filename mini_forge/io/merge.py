@@ -36,13 +36,14 @@ COPIED = ("generation_config.json", "tokenizer.model", "special_tokens_map.json"
 def merge_adapter(run: str | Path, out: str | Path) -> Path:
     """Write base + adapter of folder `run` as a Hugging Face model folder `out`, which must not exist or be empty.
 
-    `largest_difference` tells what rounding the merged weights has done."""
+    `largest_difference` tells what rounding the merged weights has done. Raises UserError for what cannot be merged or
+    written, OSError for a full disk."""
     run, out = Path(run).expanduser(), Path(out).expanduser()
     require_adapter(run, "merge")
+    merger = Merger(run)
+    if any((folder / "tokenizer.json").is_file() for folder in (run, merger.checkpoint.folder)):
+        load_tokenizer(run)  # what is copied must be readable
     with new_output(out, "folder") as temporary:
-        merger = Merger(run)
-        if any((folder / "tokenizer.json").is_file() for folder in (run, merger.checkpoint.folder)):
-            load_tokenizer(run)  # what is copied must be readable
         for file in weight_files(merger.checkpoint.folder):
             stored = [n for n, e in merger.checkpoint.entries.items() if e.file == file and not _is_companion(n)]
             entries = [merger.entries[name] for name in stored]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from mini_forge.errors import CheckpointError, ConfigError
+from mini_forge.errors import CheckpointError, ConfigError, SignalExit
 from mini_forge.io.adapters import (
     NEUTRAL,
     PREFIX,
@@ -119,6 +119,8 @@ def load_function(name: str, folder: Path | None = None) -> Callable:
     importlib.invalidate_caches()
     try:
         module = importlib.import_module(module_name)
+    except SignalExit:
+        raise
     except (Exception, SystemExit) as error:  # any: it is not our code
         if isinstance(error, ModuleNotFoundError) and error.name in _parents(module_name):
             places = " or ".join(str(place) for place in dict.fromkeys((Path.cwd(), folder or Path.cwd())))

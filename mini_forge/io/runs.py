@@ -26,8 +26,8 @@ from mini_forge.data.tokenizer import FILES as TOKENIZER_FILES
 from mini_forge.durable import (
     REPLACED,
     TEMPORARY,
+    flush_file,
     json_text,
-    publish_file,
     publish_folder,
     staged,
     sync_folder,
@@ -42,6 +42,7 @@ CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = "training_config.json", "metrics.jsonl
 FOREIGN = (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError,
            struct.error)  # fmt: skip
 STATE_PARTS = ("loop", "optimizer", "rng")  # the records in every trainer_state.pt
+SAMPLES_FILE = "samples.jsonl"  # of rlhf
 REFERENCE_FILE, REWARD_FOLDER = "reference_logps.json", "reward"
 EVAL_FILE, PREDICTIONS_FILE, REPORT_FILE = "eval.json", "predictions.jsonl", "report.html"
 REPORT_MARK = "<!doctype html>\n<!-- mini_forge report -->\n"  # what begins so is our own
@@ -158,10 +159,19 @@ class RunFolder:
             )
 
     def is_own(self, path: str | Path) -> bool:
-        """Whether a new run here, or the end of one, may replace or remove this file or folder."""
-        path, run = Path(os.path.expanduser(path)).resolve(), self.path.resolve()
-        inner = path.relative_to(run).parts if path.is_relative_to(run) else None
-        return inner is not None and (not inner or inner[0] in (*RUN_FILES, self.checkpoints.name, REWARD_FOLDER))
+        """Whether a new run here, or the end of one, may replace or remove this file or folder: by its name, or by that
+        of what it is a link to."""
+        places = [Path(os.path.abspath(os.path.expanduser(path))), Path(os.path.expanduser(path)).resolve()]
+        runs = [Path(os.path.abspath(self.path)), self.path.resolve()]
+        return any(self._is_own(p.relative_to(run).parts) for p in places for run in runs if p.is_relative_to(run))
+
+    def _is_own(self, inner: tuple[str, ...]) -> bool:
+        own = (*RUN_FILES, SAMPLES_FILE, self.checkpoints.name, REWARD_FOLDER)
+        return not inner or inner[0] in own or inner[0].startswith(TEMPORARY)
+
+    def is_own_reward(self, path: str | Path) -> bool:
+        """Whether this is the folder of the run's own reward model."""
+        return Path(os.path.expanduser(path)).resolve() == (self.path / REWARD_FOLDER).resolve()
 
     def start(self, config: dict, clear: Callable[[], None] = lambda: None):
         """A fresh run: remove what an earlier run left here (only a run's own files) and record the configuration.
@@ -248,7 +258,8 @@ class RunFolder:
         temporary.mkdir()
         write(temporary)
         for file in sorted(temporary.iterdir()):
-            publish_file(file, self.path / file.name)
+            flush_file(file)
+            os.replace(file, self.path / file.name)
         temporary.rmdir()
         sync_folder(self.path)
 

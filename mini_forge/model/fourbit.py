@@ -172,8 +172,12 @@ def _level(scaled: torch.Tensor) -> torch.Tensor:
     return (scaled * (LEVELS / 2) + LEVELS / 2).int().clamp_(0, LEVELS)
 
 
-@functools.cache
-@torch.inference_mode(False)  # it is kept, and serves training too
+def _kept(make):
+    """A table that is made once. Not as an inference tensor, wherever it is first asked for: it serves training too."""
+    return functools.cache(torch.inference_mode(False)(make))
+
+
+@_kept
 def _ranks(quant_type: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """What finds a number's rank, which is how many of the 15 midpoints of neighbouring codes it is above: for each
     level the midpoints of lower ones, uint8 (LEVELS + 1,), and the next midpoint, float32, the only one that may lie in
@@ -213,15 +217,13 @@ def _codes(quant_type: str) -> torch.Tensor:
     return torch.tensor(CODES[quant_type], dtype=torch.float32, device="cpu")
 
 
-@functools.cache
-@torch.inference_mode(False)  # it is kept, and serves training too
+@_kept
 def code_table(quant_type: str, device: torch.device) -> torch.Tensor:
     """float32 (16,): the values of the codes."""
     return _codes(quant_type).to(device)
 
 
-@functools.cache
-@torch.inference_mode(False)  # it is kept, and serves training too
+@_kept
 def _byte_values(quant_type: str, device: torch.device) -> torch.Tensor:
     """int64 (256,): two float32, the values of each byte's high and low half."""
     code = _codes(quant_type)
@@ -237,8 +239,7 @@ def _scale_blocks(values: torch.Tensor, scales: torch.Tensor, blocksize: int, ou
     return out
 
 
-@functools.cache
-@torch.inference_mode(False)  # it is kept, and serves training too
+@_kept
 def dynamic_map(device: torch.device | str = "cpu") -> torch.Tensor:
     """float32 (256,), ascending: the signed dynamic 8-bit code. 8-bit optimizers (2110.02861) §2.1.
 
@@ -251,8 +252,7 @@ def dynamic_map(device: torch.device | str = "cpu") -> torch.Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
-@functools.cache
-@torch.inference_mode(False)  # it is kept, and serves training too
+@_kept
 def _dynamic_code_of_level() -> torch.Tensor:
     """uint8 (65536,): the code nearest to each of 65536 even levels of [-1, 1]: bitsandbytes rounds to a level first,
     which makes 0 the code of 2.1e-5."""

@@ -51,9 +51,7 @@ class LoRALinear(nn.Module):
         Raises ConfigError for another layer, and for a kind of nn.Linear with a forward of its own: products are made
         from the weight."""
         super().__init__()
-        if not isinstance(base, Linear) or isinstance(base, nn.Linear) and type(base).forward is not nn.Linear.forward:
-            kinds = ", ".join(kind.__name__ for kind in get_args(Linear))
-            raise ConfigError(f"base: {type(base).__name__} cannot be adapted; give one of {kinds}")
+        _check_kind(base)
         self.base = base.requires_grad_(False)
         self.scaling, self.dropout, self.enabled = spec.scaling, spec.dropout, True
         device = next((t.device for t in (*base.parameters(), *base.buffers())), None)
@@ -79,6 +77,13 @@ class LoRALinear(nn.Module):
     def delta(self) -> torch.Tensor:
         """s·BA, the (out, in) float32 matrix that merging adds to the weight."""
         return self.scaling * (self.lora_B.detach().float() @ self.lora_A.detach().float())
+
+
+def _check_kind(base: nn.Module):
+    """Raise ConfigError for what is no linear layer whose products are those of its weight."""
+    if not isinstance(base, Linear) or isinstance(base, nn.Linear) and type(base).forward is not nn.Linear.forward:
+        kinds = ", ".join(kind.__name__ for kind in get_args(Linear))
+        raise ConfigError(f"base: {type(base).__name__} cannot be adapted; give one of {kinds}")
 
 
 class LoRAStack(nn.Module):
@@ -209,10 +214,17 @@ def target_names(model: nn.Module, targets: tuple[str, ...] | None) -> list[str]
 
 
 def inject(model: nn.Module, spec: LoraSpec, generator: torch.Generator | None = None) -> list[str]:
-    """Freeze the model and put a LoRA layer around each target, in place. Returns their names, in order."""
-    model.requires_grad_(False)
-    names = target_names(model, spec.targets)
+    """Freeze the model and put a LoRA layer around each target, in place. Returns their names, in order.
+
+    Raises ConfigError, and changes nothing, where a target has one already or cannot have one."""
+    names, adapted = target_names(model, spec.targets), dict(lora_layers(model))
     stacks = set(stack_names(model))
+    for name in names:
+        if name in adapted:
+            raise ConfigError(f"target_modules: {name} has an adapter already; merge it, or load the model anew")
+        if name not in stacks:
+            _check_kind(model.get_submodule(name))
+    model.requires_grad_(False)
     for name in names:
         if name in stacks:
             _replace(model, name, lambda base: LoRAStack(base, spec, generator))

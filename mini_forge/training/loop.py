@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from mini_forge.errors import TrainingError
+from mini_forge.errors import SignalExit, TrainingError
 from mini_forge.training.losses import LossSum
 from mini_forge.training.optim import Optimizer, clip_grad_norm
 from mini_forge.training.schedule import lr_at
@@ -269,7 +269,7 @@ class StopSignals:
     def __call__(self, number, frame):
         if self._first is not None:
             if time.monotonic() - self._first_time > PATIENCE_SECONDS:
-                raise SystemExit(128 + number)  # the last checkpoint stands
+                raise SignalExit(128 + number)  # the last checkpoint stands
             return
         self._first, self._first_time = number, time.monotonic()
         if not self._holding:

@@ -63,12 +63,10 @@ def token_nll(
     arrives from above, and no logits need to be kept or made again. left_side: what multiplies a frozen one. Raises
     ValueError on the CPU for a target that is no row of `weight`, such as the -100 of tokens that are not trained on:
     these are to be left out."""
-    if (
-        targets.device.type == "cpu"
-        and len(targets)
-        and not 0 <= int(targets.min()) <= int(targets.max()) < len(weight)
-    ):
-        raise ValueError(f"targets: {int(targets.min())} to {int(targets.max())} must be within 0 to {len(weight) - 1}")
+    if targets.device.type == "cpu" and len(targets):  # elsewhere it would wait for the device
+        least, most = torch.stack(targets.aminmax()).tolist()
+        if least < 0 or most >= len(weight):
+            raise ValueError(f"targets: {least} to {most} must be within 0 to {len(weight) - 1}")
     if weight.requires_grad and torch.is_grad_enabled():
         parts = [
             checkpoint(_plain_nll, h, weight, t, use_reentrant=False)

@@ -21,7 +21,7 @@ from torch import nn
 
 from mini_forge.data.batches import Batch
 from mini_forge.data.pairs import PairBatch
-from mini_forge.errors import TrainingError
+from mini_forge.errors import SignalExit, TrainingError
 from mini_forge.model.decoder import Decoder
 from mini_forge.training.adapters_swap import Factors, swapped
 from mini_forge.training.losses import LossSum, Objective
@@ -165,6 +165,8 @@ def function_scorer(function: Callable[[list[str], list[str], list[dict]], Seque
         columns = ([getattr(rollout, column) for rollout in rollouts] for column in ("prompt", "response", "row"))
         try:
             returned = function(*columns)
+        except SignalExit:
+            raise
         except (Exception, SystemExit) as error:  # any: it is not our code
             raise TrainingError(f"{name}: raised {_place(error)}") from error
         return _finite(_numbers(returned, len(rollouts), name), name, rollouts)
@@ -174,7 +176,9 @@ def function_scorer(function: Callable[[list[str], list[str], list[dict]], Seque
 
 def _numbers(returned, count: int, name: str) -> torch.Tensor:
     try:
-        if isinstance(returned, Mapping | Set | str):  # whose elements are no rewards, though they may be numbers
+        if isinstance(
+            returned, Mapping | Set | str | bytes
+        ):  # whose elements are no rewards, though they may be numbers
             raise TypeError
         scores = torch.tensor([float(value) for value in returned], dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several values
