@@ -143,7 +143,7 @@ def _check_place(out: Path, kind: str) -> list[Path]:
         with suppress(FileNotFoundError):
             os.lstat(out)  # what Path asks says of a name that cannot be that it is not there
         is_empty_folder = out.is_dir() and not any(out.iterdir())
-        if out.is_symlink() or out.is_mount():
+        if out.is_symlink() or os.path.ismount(os.path.abspath(out)):
             raise ConfigError(f"{out}: is a link or a disk of its own; name a new {kind} elsewhere or within it")
         if os.path.lexists(out) and not (kind == "folder" and is_empty_folder):
             raise ConfigError(f"{out}: exists{' and is not empty' if kind == 'folder' else ''}; name a new {kind}")
