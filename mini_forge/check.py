@@ -14,14 +14,14 @@ from mini_forge.data.labelled import show_labelled
 from mini_forge.data.pairs import each, show_pair
 from mini_forge.data.tasks import TASKS, load_examples
 from mini_forge.errors import ConfigError, DataError, UserError
-from mini_forge.inputs import adapter_spec, own_inputs
+from mini_forge.inputs import adapter_spec
 from mini_forge.io.runs import RunFolder
 from mini_forge.memory_plan import format_memory, memory_plan, memory_report
 from mini_forge.prepare import Prepared, prepare
 from mini_forge.providers import PROVIDERS
-from mini_forge.resume import resume_problems
+from mini_forge.resume import own_inputs, resume_problems
 from mini_forge.run import windows
-from mini_forge.stages import has_begun, loop_settings
+from mini_forge.stages import loop_settings
 
 
 def check(config: TrainingConfig, *, resume: bool = False, overwrite: bool = False) -> dict:
@@ -64,7 +64,7 @@ def check(config: TrainingConfig, *, resume: bool = False, overwrite: bool = Fal
 def _prepared(config: TrainingConfig, resume: bool) -> Prepared:
     """What `prepare` gives. What is wrong with the run's folder is told together with the faults of all else."""
     folder = RunFolder(config.output_dir)
-    problems = [] if resume and has_begun(folder) else own_inputs(config)
+    problems = own_inputs(folder, config, resume)
     for part in (folder.check_possible, lambda: prepare(config)):
         try:
             prepared = part()

@@ -41,10 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     for name, summary in (("train", "fine-tune as CONFIG says"), ("check", "show what train would do, train nothing")):
         command = commands.add_parser(name, help=summary, description=summary)
-        command.add_argument("config", metavar="CONFIG", help="JSON configuration file")
-        command.add_argument("--set", metavar="KEY=VALUE", type=_setting, action="append", default=[], dest="settings",
-                             help="set a key, as if written in CONFIG; VALUE is JSON or a bare string")  # fmt: skip
-        command.add_argument("--dataset", metavar="FILE", help="dataset to use instead of CONFIG's")
+        _takes_config(command)
         command.add_argument("--output-dir", metavar="DIR", help="run folder to use instead of CONFIG's")
         command.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
         command.add_argument("--overwrite", action="store_true", help="replace a run that is already there")
@@ -52,10 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--json", action="store_true", help="print one JSON object")
 
     command = commands.add_parser("bench", help="measure speed and memory of a few training steps")
-    command.add_argument("config", metavar="CONFIG", help="JSON configuration file")
-    command.add_argument("--set", metavar="KEY=VALUE", type=_setting, action="append", default=[], dest="settings",
-                         help="set a key, as if written in CONFIG; VALUE is JSON or a bare string")  # fmt: skip
-    command.add_argument("--dataset", metavar="FILE", help="dataset to use instead of CONFIG's")
+    _takes_config(command)
     command.add_argument("--steps", metavar="N", type=_positive, default=10, help="optimizer steps (default 10)")
     command.add_argument("--shape", metavar="NAME", help="a model of that size with random weights, on random tokens")
     command.add_argument("--length", metavar="L", type=_positive, help="tokens of a random row")
@@ -101,6 +95,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     commands.add_parser("schema", help="print the JSON Schema of a configuration")
     return parser
+
+
+def _takes_config(command: argparse.ArgumentParser):
+    command.add_argument("config", metavar="CONFIG", help="JSON configuration file")
+    command.add_argument("--set", metavar="KEY=VALUE", type=_setting, action="append", default=[], dest="settings",
+                         help="set a key, as if written in CONFIG; VALUE is JSON or a bare string")  # fmt: skip
+    command.add_argument("--dataset", metavar="FILE", help="dataset to use instead of CONFIG's")
 
 
 def _positive(text: str) -> int:

@@ -62,21 +62,22 @@ class Rule:
         value = READERS[self.kind](value)
         if self.choices and value not in self.choices:
             raise Broken(self.text(), f"the nearest is {show(nearest(value, self.choices))}")
-        if self.kind == "integer" and value > MOST and "maximum" not in (self.limits or {}):
-            raise Broken(f"Must be ≤ {MOST}", "give fewer")
-        if not all(LIMITS[name](value, limit) for name, limit in (self.limits or {}).items()):
+        broken = {name for name, limit in self._bounds().items() if not LIMITS[name](value, limit)}
+        if broken & (self.limits or {}).keys():
             raise Broken(self.text(), "give it a value" if required else "correct it, or leave the key out")
+        if broken:
+            raise Broken(f"Must be ≤ {MOST}", "give fewer")
         return value
 
-    def _limits_for_editors(self) -> dict:
-        most = {"maximum": MOST} if self.kind == "integer" else {}
-        return {**most, **(self.limits or {})}
+    def _bounds(self) -> dict:
+        """The limits, and of integers the one that goes without saying."""
+        return {**({"maximum": MOST} if self.kind == "integer" else {}), **(self.limits or {})}
 
     def schema(self) -> dict:
         """The key as a JSON Schema (draft 2020-12) property."""
         return {
             "description": self.description,
-            **_typed(self.kind, self.choices, self.also, self._limits_for_editors(), self.nullable),
+            **_typed(self.kind, self.choices, self.also, self._bounds(), self.nullable),
             **({} if self.default is MISSING else {"default": plain(self.default)}),
         }
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mini_forge.errors import ConfigError, UserError, is_disk_full, reason_of
+from mini_forge.errors import ConfigError, is_disk_full, reason_of
 
-TEMPORARY, REPLACED = ".tmp-", ".old-"
+TEMPORARY = ".tmp-"
 
 
 def write_atomic(path: Path, text: str):
@@ -81,17 +81,6 @@ def flush_folder(folder: Path):
     sync_folder(folder)
 
 
-def publish_folder(temporary: Path, final: Path):
-    """Flush a finished temporary folder to the disk and give it its name, in place of what had that name."""
-    flush_folder(temporary)
-    old = final.with_name(REPLACED + final.name)
-    if final.exists():
-        os.rename(final, old)  # if the next rename never comes, `RunFolder.sweep` takes this one back
-    os.rename(temporary, final)
-    sync_folder(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def sync_folder(folder: Path):
     """Have the names in a folder on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -142,16 +131,16 @@ def _check_place(out: Path, kind: str) -> list[Path]:
     try:
         with suppress(FileNotFoundError):
             os.lstat(out)  # what Path asks says of a name that cannot be that it is not there
-        is_empty_folder = out.is_dir() and not any(out.iterdir())
-        if out.is_symlink() or os.path.ismount(os.path.abspath(out)):
-            raise ConfigError(f"{out}: is a link or a disk of its own; name a new {kind} elsewhere or within it")
-        if os.path.lexists(out) and not (kind == "folder" and is_empty_folder):
-            raise ConfigError(f"{out}: exists{' and is not empty' if kind == 'folder' else ''}; name a new {kind}")
-        return [folder for folder in out.absolute().parents if not folder.exists()]
-    except UserError:
-        raise
+        is_foreign = out.is_symlink() or os.path.ismount(os.path.abspath(out))
+        is_taken = os.path.lexists(out) and (kind == "file" or not out.is_dir() or any(out.iterdir()))
+        missing = [folder for folder in out.absolute().parents if not folder.exists()]
     except (OSError, ValueError) as error:
         raise _unwritable(out, kind, error) from None
+    if is_foreign:
+        raise ConfigError(f"{out}: is a link or a disk of its own; name a new {kind} elsewhere or within it")
+    if is_taken:
+        raise ConfigError(f"{out}: exists{' and is not empty' if kind == 'folder' else ''}; name a new {kind}")
+    return missing
 
 
 def _unwritable(out: Path, kind: str, error: OSError | ValueError) -> ConfigError:

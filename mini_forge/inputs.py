@@ -15,7 +15,6 @@ from mini_forge.io.expert_adapters import stack_targets
 from mini_forge.io.hub import resolve_model
 from mini_forge.io.models import is_adapter
 from mini_forge.io.records import read_spec
-from mini_forge.io.runs import RunFolder
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.lora import LoraSpec, target_names
 
@@ -24,19 +23,6 @@ def with_absolute_paths(config: TrainingConfig) -> TrainingConfig:
     """The configuration with the local files it names given from the root, so that the run can be used anywhere."""
     named = {name: os.path.expanduser(value) for name in PATHS if (value := getattr(config, name))}
     return replace(config, **{name: os.path.abspath(path) for name, path in named.items() if os.path.exists(path)})
-
-
-def own_inputs(config: TrainingConfig) -> list[str]:
-    """What `config` names of its own run's folder, though a new run would replace or remove it; of a reward model that
-    is kept, only the folder of a run's reward model itself may be."""
-    folder, keys = RunFolder(config.output_dir), ("dataset", "eval_dataset", "init_adapter", "reward_model")
-    named = {key: value for key in keys if (value := getattr(config, key)) and folder.is_own(value)}
-    if "reward_model" in named and folder.is_own_reward(named["reward_model"]):
-        del named["reward_model"]
-    return [
-        f"{key}: {value!r} is of the run in output_dir, which a new run there replaces; copy it, or name another folder"
-        for key, value in named.items()
-    ]
 
 
 def has_reference(config: TrainingConfig) -> bool:

@@ -1,7 +1,7 @@
 """What runs were and how they went, on one HTML page that needs nothing else: curves, facts, evaluations.
 
-Curves are of all that metrics.jsonl holds; of a name and its `eval_` twin one chart is made. Runs of one
-strategy share their charts, each in its colour. A run that has not ended is shown as far as it is.
+Curves are of all that metrics.jsonl holds; of a name and its `eval_` twin one chart is made. Runs of one strategy share
+their charts, each in its colour. A run that has not ended is shown as far as it is.
 """
 
 import json
@@ -142,7 +142,7 @@ def page(runs: list[Run]) -> str:
     ]
     kinds = sorted({run.kind for run in runs}, key=lambda kind: (kind == REWARD, kind))
     for kind in kinds:  # each with a loss of its own
-        heading = _text(kind) if kind == REWARD or len({*kinds} - {REWARD}) > 1 else "training"
+        heading = _text(kind) if kind == REWARD or len(kinds) - (REWARD in kinds) > 1 else "training"
         parts.append(f"<h2>{heading}</h2>\n{_charts([(i, run) for i, run in enumerate(runs) if run.kind == kind])}")
     parts.append(f"<h2>facts</h2>\n{_table(runs, [_facts(run) for run in runs])}")
     if evaluated := [run for run in runs if run.evaluation]:

@@ -1,4 +1,5 @@
-"""Going on with a run: whether there is one, whether it is the same, and its last checkpoint."""
+"""Going on with a run: whether there is one, whether it is the same, and its last checkpoint; and what beginning one
+anew would take away."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,21 @@ def restore(folder: RunFolder, loop: Loop, model: Decoder, prepared: Prepared, r
     folder.truncate_metrics(step)
     set_rng_state(state["rng"])
     report(f"resuming from {source}")
+
+
+def own_inputs(folder: RunFolder, config: TrainingConfig, resume: bool) -> list[str]:
+    """What `config` names of its run's own folder though that run, unless there is one to resume, begins by removing
+    or replacing it: a line each. Of a reward model that is kept, only the folder itself may be named."""
+    if resume and has_begun(folder):
+        return []
+    keys = ("dataset", "eval_dataset", "init_adapter", "reward_model")
+    named = {key: value for key in keys if (value := getattr(config, key)) and folder.is_own(value)}
+    if "reward_model" in named and folder.is_own_reward(named["reward_model"]):
+        del named["reward_model"]
+    return [
+        f"{key}: {value!r} is of the run in output_dir, which a new run there replaces; copy it, or name another folder"
+        for key, value in named.items()
+    ]
 
 
 def resume_problems(folder: RunFolder, prepared: Prepared) -> list[str]:

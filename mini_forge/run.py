@@ -15,7 +15,7 @@ from mini_forge.data.pairs import data_fingerprint
 from mini_forge.durable import write_json
 from mini_forge.errors import ConfigError, TrainingError, is_out_of_memory
 from mini_forge.inference.evaluate import evaluate_labelled, evaluate_loss, evaluate_pairs
-from mini_forge.inputs import adapter_spec, has_reference, own_inputs
+from mini_forge.inputs import adapter_spec, has_reference
 from mini_forge.io.adapters import fill_adapter, save_adapter
 from mini_forge.io.card import model_card
 from mini_forge.io.fitting import check_adapter_format
@@ -26,8 +26,8 @@ from mini_forge.model.decoder import Decoder
 from mini_forge.model.lora import LoraSpec, inject
 from mini_forge.prepare import Prepared, is_labelled, is_paired, model_identity, prepare
 from mini_forge.providers import PROVIDERS, equip
-from mini_forge.resume import is_to_resume, restore
-from mini_forge.stages import Stages, clear, has_begun, last_checkpoint, loop_settings
+from mini_forge.resume import is_to_resume, own_inputs, restore
+from mini_forge.stages import Stages, clear, last_checkpoint, loop_settings
 from mini_forge.training.dpo import fill_reference, preference_objective
 from mini_forge.training.kto import KTOOptions, kto_objective, label_means
 from mini_forge.training.loop import Interrupted, Loop, peak_memory_bytes, stop_signals
@@ -94,7 +94,7 @@ def train(
 
 
 def _train(config: TrainingConfig, folder: RunFolder, resume: bool, report, on_metrics, on_step) -> RunResult:
-    if not (resume and has_begun(folder)) and (problems := own_inputs(config)):
+    if problems := own_inputs(folder, config, resume):
         raise ConfigError(*problems)
     prepared = prepare(config)
     config = prepared.config

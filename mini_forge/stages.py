@@ -276,12 +276,11 @@ def last_checkpoint(folder: RunFolder) -> Path | None:
 
 
 def clear(folder: RunFolder, reward_model: str | None):
-    """Remove what an earlier rlhf run left here beside what every run leaves, but not the reward model to be used."""
+    """Remove the reward model that an earlier rlhf run trained here, but not the one to be used."""
     reward = folder.path / REWARD_FOLDER
     is_wanted = reward_model is not None and folder.is_own_reward(reward_model)
     if (reward / CONFIG_FILE).is_file() and not is_wanted:
         shutil.rmtree(reward)
-    (folder.path / SAMPLES_FILE).unlink(missing_ok=True)
 
 
 def scorer_of(config: TrainingConfig, plan: Plan, model: Decoder, run: Path) -> Scorer:

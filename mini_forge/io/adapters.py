@@ -170,6 +170,11 @@ def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def unfit(path: Path, what: str) -> CheckpointError:
+    """The error of an adapter's file that is another model's."""
+    return CheckpointError(f"{path}: {what}; give the base it was trained on")
+
+
 def fill_adapter(model: Decoder, folder: Path):
     """Copy the folder's adapter tensors into a model that has LoRA layers already."""
     path = folder / WEIGHTS_FILE
@@ -185,15 +190,11 @@ def fill_adapter(model: Decoder, folder: Path):
         places[f"{name}.lora_B{suffix}"] = layer.lora_B
     missing, unexpected = sorted(places.keys() - tensors.keys()), sorted(tensors.keys() - places.keys())
     if missing or unexpected:
-        raise CheckpointError(
-            f"{path}: does not fit this model: {len(missing)} tensors missing {missing[:3]}, "
-            f"{len(unexpected)} unexpected {unexpected[:3]}; give the base it was trained on"
-        )
+        found = f"{len(missing)} tensors missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}"
+        raise unfit(path, f"does not fit this model: {found}")
     for name, parameter in places.items():
         if tensors[name].shape != parameter.shape:
-            raise CheckpointError(
-                f"{path}: {name} has shape {list(tensors[name].shape)}, the model needs "
-                f"{list(parameter.shape)}; give the base it was trained on"
-            )
+            shapes = f"has shape {list(tensors[name].shape)}, the model needs {list(parameter.shape)}"
+            raise unfit(path, f"{name} {shapes}")
         with torch.no_grad():
             parameter.copy_(tensors[name])

@@ -26,6 +26,7 @@ from mini_forge.io.adapters import (
     named_base,
     read_adapter_tensors,
     save_adapter,
+    unfit,
 )
 from mini_forge.io.expert_adapters import fuse, stack_targets
 from mini_forge.io.hub import resolve_model
@@ -174,9 +175,7 @@ def _factors(model: Decoder, names: list[str], tensors: dict, spec: LoraSpec, pa
         suffix = "" if name in stacks else ".weight"
         keys = [f"{name}.lora_{letter}{suffix}" for letter in "AB"]
         if any(key not in tensors for key in keys):
-            raise CheckpointError(
-                f"{path}: does not fit this model: no adapter of {name}; give the base it was trained on"
-            )
+            raise unfit(path, f"does not fit this model: no adapter of {name}")
         # copies: what was read is a map of the file, which may be written anew
         A, B = (tensors[key].to(model.device, torch.float32, copy=True) for key in keys)
         _check_shapes(path, name, A, B, layers[name], spec.rank)
@@ -184,20 +183,15 @@ def _factors(model: Decoder, names: list[str], tensors: dict, spec: LoraSpec, pa
         used.update(keys)
     unexpected = sorted(tensors.keys() - used)
     if unexpected:
-        raise CheckpointError(
-            f"{path}: does not fit this model: {len(unexpected)} unexpected {unexpected[:3]}; give the base it was "
-            "trained on"
-        )
+        raise unfit(path, f"does not fit this model: {len(unexpected)} unexpected {unexpected[:3]}")
     return factors
 
 
 def _check_shapes(path: Path, name: str, A: torch.Tensor, B: torch.Tensor, layer: LoRALinear | LoRAStack, rank: int):
     experts, width, out = layer.lora_A.shape[:-2], layer.lora_A.shape[-1], layer.lora_B.shape[-2]
     if A.shape != (*experts, rank, width) or B.shape != (*experts, out, rank):
-        raise CheckpointError(
-            f"{path}: {name} has factors {list(A.shape)} and {list(B.shape)}, the model needs "
-            f"{[*experts, rank, width]} and {[*experts, out, rank]}; give the base it was trained on"
-        )
+        needs = f"the model needs {[*experts, rank, width]} and {[*experts, out, rank]}"
+        raise unfit(path, f"{name} has factors {list(A.shape)} and {list(B.shape)}, {needs}")
 
 
 def _load_classifier(folder: Path, dtype=torch.float32, device="cpu", quantization=None, *, nested=False,

@@ -24,11 +24,10 @@ import torch
 
 from mini_forge.data.tokenizer import FILES as TOKENIZER_FILES
 from mini_forge.durable import (
-    REPLACED,
     TEMPORARY,
     flush_file,
+    flush_folder,
     json_text,
-    publish_folder,
     staged,
     sync_folder,
     write_atomic,
@@ -37,21 +36,32 @@ from mini_forge.errors import CheckpointError, ConfigError, TrainingError, is_di
 from mini_forge.io.adapters import WEIGHTS_FILE
 from mini_forge.json_faults import read_json
 
+REPLACED = ".old-"  # before the name of a checkpoint, while another takes its place
 CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = "training_config.json", "metrics.jsonl", "summary.json"
 # What torch.load raises for another program's archive, or for bytes that only look like a pickle.
 FOREIGN = (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError,
            struct.error)  # fmt: skip
 STATE_PARTS = ("loop", "optimizer", "rng")  # the records in every trainer_state.pt
-SAMPLES_FILE = "samples.jsonl"  # of rlhf
-REFERENCE_FILE, REWARD_FOLDER = "reference_logps.json", "reward"
+REFERENCE_FILE, REWARD_FOLDER, SAMPLES_FILE = "reference_logps.json", "reward", "samples.jsonl"
 EVAL_FILE, PREDICTIONS_FILE, REPORT_FILE = "eval.json", "predictions.jsonl", "report.html"
 REPORT_MARK = "<!doctype html>\n<!-- mini_forge report -->\n"  # what begins so is our own
 RUN_FILES = (  # what a run and its evaluation write, but for the configuration, which the next run replaces
     SUMMARY_FILE, METRICS_FILE, WEIGHTS_FILE, "adapter_config.json", "README.md", EVAL_FILE, PREDICTIONS_FILE,
-    REFERENCE_FILE, REPORT_FILE,
+    REFERENCE_FILE, REPORT_FILE, SAMPLES_FILE,
 )  # fmt: skip
 
 ROOM = 100  # bytes of a path that the names within a run's folder may need
+
+
+def _replace_folder(temporary: Path, final: Path):
+    """Flush a finished temporary folder to the disk and give it its name, in place of what had that name."""
+    flush_folder(temporary)
+    old = final.with_name(REPLACED + final.name)
+    if final.exists():
+        os.rename(final, old)  # if the next rename never comes, `RunFolder.sweep` takes this one back
+    os.rename(temporary, final)
+    sync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 class RunFolder:
@@ -166,7 +176,7 @@ class RunFolder:
         return any(self._is_own(p.relative_to(run).parts) for p in places for run in runs if p.is_relative_to(run))
 
     def _is_own(self, inner: tuple[str, ...]) -> bool:
-        own = (*RUN_FILES, SAMPLES_FILE, self.checkpoints.name, REWARD_FOLDER)
+        own = (*RUN_FILES, self.checkpoints.name, REWARD_FOLDER)
         return not inner or inner[0] in own or inner[0].startswith(TEMPORARY)
 
     def is_own_reward(self, path: str | Path) -> bool:
@@ -238,7 +248,7 @@ class RunFolder:
         temporary.mkdir()
         try:
             write(temporary)
-            publish_folder(temporary, self.checkpoint(step))
+            _replace_folder(temporary, self.checkpoint(step))
         except OSError as error:  # as a full disk, which what is there of this checkpoint must not keep full
             shutil.rmtree(temporary, ignore_errors=True)
             error.filename = error.filename or str(temporary)

@@ -174,11 +174,12 @@ def function_scorer(function: Callable[[list[str], list[str], list[dict]], Seque
     return score
 
 
+NO_LISTS = (Mapping, Set, str, bytes)  # whose elements are no rewards, though they may be numbers
+
+
 def _numbers(returned, count: int, name: str) -> torch.Tensor:
     try:
-        if isinstance(
-            returned, Mapping | Set | str | bytes
-        ):  # whose elements are no rewards, though they may be numbers
+        if isinstance(returned, NO_LISTS):
             raise TypeError
         scores = torch.tensor([float(value) for value in returned], dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several values
