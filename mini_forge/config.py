@@ -146,7 +146,11 @@ class TrainingConfig:
     comment: object = key(None, "Kept in the record; no effect")
     notes: object = key(None, "Kept in the record; no effect")
 
-    # DPO
+    # DPO, and RLHF as to the reference
+    reference: str = key(
+        "base", "What the policy is tied to: the model without adapters, or as init_adapter makes it",
+        choices=("base", "init_adapter"),
+    )  # fmt: skip
     beta: float = key(0.1, "Strength of the tie to the reference model", exclusiveMinimum=0)
     loss_type: str = key("sigmoid", "Preference loss", choices=PREFERENCE_LOSSES + UNPAIRED_LOSSES)
     label_smoothing: float = key(0.0, "Expected share of flipped preferences", minimum=0, maximum=0.5)

@@ -33,6 +33,8 @@ def contradictions(v: dict, written: set[str]) -> Iterator[str]:
             f"num_mini_batches: Must be ≤ rollout_batch_size, {v['rollout_batch_size']} (got {v['num_mini_batches']}); "
             "a mini-batch needs at least one rollout"
         )
+    if v["reference"] == "init_adapter" and v["init_adapter"] is None:
+        yield 'reference: "init_adapter" needs an init_adapter; name the adapter\'s folder, or leave reference out'
     if v["strategy"] == "rlhf":
         yield from _reinforcement(v)
     if v["strategy"] == "dpo" and v["loss_type"] == "kto":
@@ -113,6 +115,8 @@ def warnings(v: dict, written: set[str], usual: dict) -> Iterator[str]:
             for name in names:
                 if name in changed:
                     yield f'{name}: no effect with strategy "{v["strategy"]}"; it belongs to "{strategy}"'
+    if "reference" in changed and v["strategy"] not in ("dpo", "rlhf"):
+        yield f'reference: no effect with strategy "{v["strategy"]}"; it belongs to "dpo" and "rlhf"'
     if v["strategy"] == "dpo":
         yield from _preference_warnings(v, changed)
     if v["strategy"] == "rlhf":
@@ -153,8 +157,9 @@ def _preference_warnings(v: dict, changed: set[str]) -> Iterator[str]:
     for name in KTO_KEYS:
         if name in changed and loss_type != "kto":
             yield f'{name}: no effect with loss_type "{loss_type}"; it belongs to "kto"'
-    if v["precompute_reference"] and loss_type in REFERENCE_FREE_LOSSES:
-        yield f'precompute_reference: no effect with loss_type "{loss_type}", which has no reference'
+    for name in ("reference", "precompute_reference"):
+        if name in changed and loss_type in REFERENCE_FREE_LOSSES:
+            yield f'{name}: no effect with loss_type "{loss_type}", which has no reference'
     for name in ("train_on_prompt", "neftune_noise_alpha"):
         if name in changed:
             yield f'{name}: no effect with strategy "dpo", which compares responses without noise'

@@ -55,11 +55,10 @@ class Job:
     recompute: as `Decoder.recompute`. has_mxfp4: experts stay in MXFP4, as stored. in_bfloat16: matrices that stay so
     under float32 activations, where they are not quantized. is_compiled: the CPU's ops are (`kernels/`), has_amx: for
     its matrix unit too. threads: of the CPU. has_triton: it is imported.
-
-    forward_tokens: of the largest pass without gradients, as in an evaluation or of a reference. rollouts: what is
-    sampled (rlhf). pairs: (tokens, longest) of the largest microbatch of the reward model's training. heads: trained
-    values beside the adapter. reward_bytes: of a reward model's adapter and head; reward_backbone_bytes: of a backbone
-    that it does not share."""
+    forward_tokens: of the largest pass without gradients, as in an evaluation. rollouts: what is sampled (rlhf). pairs:
+    (tokens, longest) of the largest microbatch of the reward model's training. heads: trained values beside the
+    adapter. reward_bytes: of a reward model's adapter and head; reward_backbone_bytes: of a backbone that it does not
+    share. has_adapted_reference: the reference is an adapter too."""
 
     plan: Plan
     tokens: int
@@ -83,6 +82,7 @@ class Job:
     heads: int = 0
     reward_bytes: int = 0
     reward_backbone_bytes: int = 0
+    has_adapted_reference: bool = False
 
     @property
     def width(self) -> int:

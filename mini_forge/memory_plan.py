@@ -96,10 +96,12 @@ class MemoryPlan:
 
 def predict(sizes: Sizes, job: Job) -> MemoryPlan:
     """The peak of training `sizes` by `job`. Pure arithmetic."""
-    trained = [*(math.prod(shape) for shape in adapter_shapes(sizes, job.rank)), *([job.heads] if job.heads else [])]
+    adapter = [math.prod(shape) for shape in adapter_shapes(sizes, job.rank)]
+    trained = [*adapter, *([job.heads] if job.heads else [])]
     always = {
         "weights": sum(stored_bytes(sizes, name, job) for name in sizes.shapes),
         "adapter": 4 * sum(trained),
+        "reference's adapter": 4 * sum(adapter) if job.has_adapted_reference else 0,
         "reward model": job.reward_bytes,
         "reward model's own backbone": job.reward_backbone_bytes,
         "gradients": 4 * sum(trained),
@@ -223,6 +225,7 @@ def memory_plan(prepared: Prepared, window: Windows, steps: int) -> MemoryPlan:
         has_triton="triton" in sys.modules,  # the kernels import it where it can run
         has_mxfp4=is_stored_as_mxfp4(read_json(prepared.folder / "config.json")),
         in_bfloat16=in_bfloat16(prepared, prepared.folder),
+        has_adapted_reference=config.reference == "init_adapter",
     )
     if config.strategy == "rlhf":
         job = _reinforced(prepared, sizes, job)

@@ -24,6 +24,7 @@ from mini_forge.data.token_store import StoredRows, TokenCache, TokenStore, high
 from mini_forge.data.tokenizer import Tokenizer, load_tokenizer
 from mini_forge.errors import CheckpointError, ConfigError, DataError, UserError
 from mini_forge.inputs import adapter_spec, has_reference, with_absolute_paths, with_init_adapter
+from mini_forge.io.adapters import WEIGHTS_FILE
 from mini_forge.io.fitting import check_weights
 from mini_forge.io.hub import resolve_model
 from mini_forge.io.models import is_adapter
@@ -181,10 +182,13 @@ def in_bfloat16(prepared: Prepared, folder: Path) -> frozenset[str]:
 
 
 def model_identity(prepared: Prepared) -> str:
-    """A digest of what the frozen model's log-probabilities depend on: its files and how they are computed with."""
-    plan, files = prepared.plan, [prepared.folder / "config.json", *weight_files(prepared.folder)]
+    """A digest of what the reference's log-probabilities depend on: its files and how they are computed with."""
+    config, plan = prepared.config, prepared.plan
+    files = [prepared.folder / "config.json", *weight_files(prepared.folder)]
+    if config.reference == "init_adapter":
+        files.append(Path(config.init_adapter).expanduser() / WEIGHTS_FILE)
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    computed = (plan.device, plan.dtype, plan.quantization, plan.nested, plan.compute_dtype, prepared.config.provider)
+    computed = (plan.device, plan.dtype, plan.quantization, plan.nested, plan.compute_dtype, config.provider)
     return hashlib.sha256(repr((facts, computed)).encode()).hexdigest()
 
 
@@ -272,10 +276,10 @@ def _preference_notes(config: TrainingConfig) -> list[str]:
         notes.append(
             f"lora_dropout: {config.lora_dropout} is not used; policy and reference are compared without noise"
         )
-    if config.init_adapter:
+    if config.init_adapter and config.reference == "base":
         notes.append(
-            "init_adapter: the reference is the model without it; to tie the training to the adapted model, merge the "
-            "adapter first and give the merged folder as model_name"
+            'init_adapter: the reference is the model without it; give reference "init_adapter" to tie the training to '
+            "the adapted model"
         )
     return notes
 

@@ -28,6 +28,7 @@ from mini_forge.prepare import Prepared, is_labelled, is_paired, model_identity,
 from mini_forge.providers import PROVIDERS, equip
 from mini_forge.resume import is_to_resume, own_inputs, restore
 from mini_forge.stages import Stages, clear, last_checkpoint, loop_settings
+from mini_forge.training.adapters_swap import copied_factors
 from mini_forge.training.dpo import fill_reference, preference_objective
 from mini_forge.training.kto import KTOOptions, kto_objective, label_means
 from mini_forge.training.loop import Interrupted, Loop, peak_memory_bytes, stop_signals
@@ -137,6 +138,8 @@ def build_model(prepared: Prepared, lora: LoraSpec, report=print, load: Callable
     check_adapter_format(config, model)
     if config.init_adapter:
         fill_adapter(model, Path(config.init_adapter).expanduser())
+    if config.reference == "init_adapter":
+        model.reference = copied_factors(model)
     model.recompute = config.recompute if config.gradient_checkpointing else None
     model.neftune_alpha = None if has_reference(config) else config.neftune_noise_alpha
     return model.train()

@@ -17,13 +17,15 @@ from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.errors import ConfigError
 from mini_forge.inference.evaluate import evaluate_generation, evaluate_loss
 from mini_forge.inference.generate import TextStream, generate, spelled_end, until
-from mini_forge.inputs import has_reference
+from mini_forge.inputs import has_reference, with_init_adapter
+from mini_forge.io.adapters import fill_adapter
 from mini_forge.io.models import load_model, load_tokenizer
 from mini_forge.io.runs import CONFIG_FILE, RunFolder
 from mini_forge.model.decoder import Decoder
 from mini_forge.prepare import is_labelled, tokenise_rows
 from mini_forge.run import held_out_metrics
 from mini_forge.stages import sampling_of, scorer_of
+from mini_forge.training.adapters_swap import copied_factors
 from mini_forge.training.reward import Scorer
 from mini_forge.training.rlhf import evaluate_policy
 from mini_forge.training.rollouts import encode_prompts, rollout_of
@@ -127,6 +129,8 @@ def evaluate_run(
     examples = _evaluation_examples(session.config, dataset)
     examples = examples[:limit] if limit else examples
     config = session.config
+    if config is not None and config.reference == "init_adapter":
+        _give_reference(session, path)
     length = (config.max_seq_length if config else None) or session.model.spec.max_positions
     if config is not None and config.strategy == "rlhf":
         return _reward_metrics(session, path, examples, min(length, session.model.spec.max_positions))
@@ -144,6 +148,14 @@ def evaluate_run(
         max_new_tokens=max_new_tokens, constrained=constrained, system_prompt=session.system_prompt,
     )  # fmt: skip
     return metrics | scores, predictions
+
+
+def _give_reference(session: Session, path: str):
+    """Have the model of `path` know the adapter that its run began with, to which it was tied."""
+    config = with_init_adapter(session.config)  # says what is wrong with that folder
+    fill_adapter(session.model, Path(config.init_adapter).expanduser())
+    session.model.reference = copied_factors(session.model)
+    fill_adapter(session.model, Path(path).expanduser())
 
 
 def _preference_metrics(session: Session, rows: list[Pair] | list[Labelled], max_length: int) -> dict:

@@ -86,6 +86,7 @@ BROKEN = [
     ("output_dir", "", "output_dir: Cannot be empty"),
     ("eval_dataset", "", "eval_dataset: Cannot be empty"),
     ("init_adapter", "", "init_adapter: Cannot be empty"),
+    ("reference", "sft", 'reference: Must be in ["base", "init_adapter"] (got "sft")'),
     ("seed", -1, "seed: Must be between 0 and 4294967295"),
     ("logging_steps", 0, "logging_steps: Must be ≥ 1"),
     ("save_strategy", "epochs", 'Must be in ["no", "steps", "epoch"] (got "epochs"); the nearest is "epoch"'),

@@ -13,16 +13,16 @@ from safetensors.torch import load_file
 import mini_forge
 from mini_forge.check import check
 from mini_forge.cli import main
-from mini_forge.data.batches import Document
+from mini_forge.data.batches import Document, split
 from mini_forge.data.chat import choose_template
 from mini_forge.data.pairs import PairDocument, collate_pairs, flatten, tokenize_pairs
 from mini_forge.data.tasks import Pair, load_examples
-from mini_forge.errors import DataError, UserError
+from mini_forge.errors import ConfigError, DataError, UserError
 from mini_forge.io.runs import RunFolder
 from mini_forge.model.lora import LoraSpec, inject, lora_layers
 from mini_forge.training.dpo import pair_metrics, preference_objective, reference_logps, response_logps, score_pairs
 from mini_forge.training.preferences import LossOptions, Scores
-from mini_forge.use import Session
+from mini_forge.use import Session, evaluate_run
 from tests import golden_files as golden
 from tests import toy_tokenizer
 from tests.tiny import random_model
@@ -364,7 +364,10 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("precompute_reference", [False, True])
-def test_a_kill_and_a_resume_change_no_bit(settings, tmp_path, precompute_reference):
+@pytest.mark.parametrize("reference", ["base", "init_adapter"])
+def test_a_kill_and_a_resume_change_no_bit(settings, tmp_path, precompute_reference, reference):
+    first, _ = run(settings, output_dir=str(tmp_path / "first"), lora_r=64, max_steps=2)
+    settings |= {"init_adapter": str(first.output_dir), "reference": reference}
     hard = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3, "eval_steps": 4, "optim": "adamw_8bit",
             "lora_r": 64, "precompute_reference": precompute_reference}  # fmt: skip
     whole, _ = run(settings, **hard)
@@ -475,6 +478,80 @@ def test_an_initial_adapter_is_not_the_reference_and_the_run_says_so(settings, t
     assert any(line.startswith("note: init_adapter: the reference is the model without it") for line in lines)
     end, start = first.metrics[-1], second.metrics[0]
     assert start["eval_reward_margin"] == pytest.approx(end["eval_reward_margin"], rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"precompute_reference": True}, {"use_4bit": True}, {"loss_type": "ipo"},
+], ids=str)  # fmt: skip
+def test_a_run_tied_to_its_first_adapter_begins_at_it(settings, tmp_path, changes):
+    """Rewards of 0 before the first step; after the last, β times what the two adapters, each on a model of its own,
+    differ by."""
+    changes = {**changes, "bnb_4bit_compute_dtype": "float32"}
+    first, _ = run(settings, **changes)
+    tied = {**settings, "output_dir": str(tmp_path / "tied"), "init_adapter": str(first.output_dir)}
+    second, lines = run(tied, reference="init_adapter", **changes)
+    assert not any("the reference is" in line for line in lines)
+    start, end = second.metrics[0], second.metrics[-1]
+    assert [start[f"eval_{name}"] for name in ("kl", "reward_margin")] == pytest.approx([0, 0], abs=1e-5)
+    storage = "nf4" if changes.get("use_4bit") else None
+    policy, reference = (
+        held_out_logps(folder, settings["dataset"], storage) for folder in (second.output_dir, first.output_dir)
+    )
+    margin = 0.1 * float((policy - reference) @ torch.tensor([1.0, -1.0]) @ torch.ones(4) / 4)
+    assert margin > 0.01 and end["eval_reward_margin"] == pytest.approx(margin, rel=1e-3)
+    metrics, _ = evaluate_run(str(second.output_dir))
+    assert metrics["eval_reward_margin"] == pytest.approx(end["eval_reward_margin"], rel=1e-5)
+
+
+def held_out_logps(folder, dataset: str, storage: str | None) -> torch.Tensor:
+    """(pairs, 2) of the rows that the run held out."""
+    session = Session.open(str(folder))
+    rows = load_examples(dataset, "text-generation", "dpo")
+    held_out = [rows[i] for i in split(len(rows), 0.2, 42)[1]]
+    pairs, _ = tokenize_pairs(held_out, session.template, session.tokenizer, 128, None)
+    model = mini_forge.load_model(folder, quantization=storage)
+    with torch.no_grad():
+        return response_logps(model, collate_pairs(pairs).row)[0].view(-1, 2)
+
+
+def test_precomputed_logps_are_of_one_reference(settings, tmp_path):
+    first, _ = run(settings)
+    options = {"precompute_reference": True, "init_adapter": str(first.output_dir)}
+    tied = {**settings, **options, "output_dir": str(tmp_path / "tied")}
+    run(tied)
+    lines: list[str] = []
+    config = mini_forge.TrainingConfig.from_dict({**tied, "reference": "init_adapter"})
+    mini_forge.train(config, overwrite=True, report=lines.append)
+    assert any(line.startswith("reference: 20 pairs, computed") for line in lines)
+
+
+def test_evaluating_a_tied_run_needs_its_first_adapter(settings, tmp_path, capsys):
+    first, _ = run(settings)
+    tied = {**settings, "output_dir": str(tmp_path / "tied"), "init_adapter": str(first.output_dir)}
+    second, _ = run(tied, reference="init_adapter")
+    first.output_dir.rename(tmp_path / "elsewhere")
+    assert main(["eval", str(second.output_dir)]) == 2
+    assert "init_adapter: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("changes", "told"), [
+    ({"reference": "init_adapter"}, 'reference: "init_adapter" needs an init_adapter'),
+    ({"reference": "other"}, 'reference: Must be in ["base", "init_adapter"]'),
+])  # fmt: skip
+def test_a_reference_that_is_not_there_is_refused(settings, changes, told):
+    with pytest.raises(ConfigError) as caught:
+        mini_forge.TrainingConfig.from_dict({**settings, **changes})
+    assert any(problem.startswith(told) for problem in caught.value.problems), caught.value.problems
+
+
+@pytest.mark.parametrize(("changes", "told"), [
+    ({"strategy": "sft"}, 'reference: no effect with strategy "sft"; it belongs to "dpo" and "rlhf"'),
+    ({"loss_type": "orpo"}, 'reference: no effect with loss_type "orpo", which has no reference'),
+])  # fmt: skip
+def test_a_reference_without_effect_is_told(settings, changes, told):
+    tied = {**settings, "init_adapter": "x", "reference": "init_adapter"}
+    config = mini_forge.TrainingConfig.from_dict({**tied, **changes})
+    assert told in config.warnings
 
 
 # --- the quickstart ---

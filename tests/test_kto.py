@@ -351,6 +351,15 @@ def test_at_step_0_the_loss_of_every_row_is_a_half_exactly(settings, changes):
             assert record[f"{prefix}{name}"] == 0
 
 
+def test_a_run_tied_to_its_first_adapter_begins_at_it(settings, tmp_path):
+    first, _ = run(settings, max_steps=2)
+    tied = {**settings, "output_dir": str(tmp_path / "tied"), "init_adapter": str(first.output_dir), "max_steps": 2}
+    untied, _ = run({**tied, "output_dir": str(tmp_path / "untied")})
+    result, _ = run(tied, reference="init_adapter")
+    assert result.metrics[0]["eval_loss"] == 0.5 and untied.metrics[0]["eval_loss"] != 0.5
+    assert result.metrics[-1]["eval_loss"] != 0.5
+
+
 def test_at_step_0_tiles_cost_no_more_than_rounding(settings, monkeypatch):
     """The passes with gradients run their MLPs on other shapes than those without. The tiny model's products are so
     small that tiles of 7 tokens give the same bits on one machine and others on the next."""

@@ -181,6 +181,28 @@ def test_a_signal_stops_at_the_next_update_and_loses_nothing(settings):
     assert_same(left(resumed.output_dir), expected)
 
 
+@pytest.mark.parametrize("changes", [{}, {"advantage": "group"}], ids=str)
+def test_a_run_tied_to_its_first_adapter_begins_at_it(settings, tmp_path, capsys, changes):
+    """Also when its reward model, another adapter, was trained in between, and when it was killed and went on."""
+    first, _ = run(settings)
+    settings |= {"init_adapter": str(first.output_dir), "reference": "init_adapter", **changes}
+    whole, _ = run(settings, output_dir=str(tmp_path / "tied"))
+    trained = [m for m in whole.metrics if "loss" in m]
+    assert whole.metrics[0]["eval_kl"] == trained[0]["kl"] == 0 and trained[-1]["kl"] > 0
+
+    def kill(record):
+        if record["step"] == 2 and "loss" in record and record.get("stage") != "reward":
+            raise Killed
+
+    again = {**settings, "output_dir": str(tmp_path / "killed")}
+    with pytest.raises(Killed):
+        run(again, on_metrics=kill)
+    resumed, _ = run(again, resume=True)
+    assert_same(left(resumed.output_dir), left(whole.output_dir))
+    metrics, _ = mini_forge_eval(whole.output_dir)
+    assert metrics["eval_kl"] == pytest.approx(whole.metrics[-1]["eval_kl"], rel=1e-4)
+
+
 def test_a_function_rewards_prompts_alone(settings, prompts_only, functions):
     result, _ = run(settings, dataset=str(prompts_only), reward_function="rewards_of_test:letters")
     assert not (result.output_dir / "reward").exists()

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from mini_forge.model import functional
 from mini_forge.model.cache import KVCache, LayerCache
 from mini_forge.model.experts import MixtureOfExperts, Routing
-from mini_forge.model.lora import is_adapted, is_frozen, project, project_again, project_unit
+from mini_forge.model.lora import Factors, is_adapted, is_frozen, project, project_again, project_unit
 from mini_forge.model.masks import Documents, document_positions
 from mini_forge.model.offload import HostCopies, offloaded
 from mini_forge.model.ops import PLAIN, Differentiable, Ops, gated_unit
@@ -245,6 +245,7 @@ class Decoder(nn.Module):
         self.recompute: str | None = None
         self._host_copies = HostCopies()
         self.neftune_alpha: float | None = None
+        self.reference: Factors | None = None  # the adapter that a policy is tied to; None: to the model without any
 
     @property
     def head_weight(self) -> torch.Tensor:

@@ -22,6 +22,9 @@ from mini_forge.model.ops import Differentiable
 from mini_forge.model.products import adapted_products, lora_factors
 from mini_forge.model.quant import Linear, Linear16bit, frozen_products
 
+# An adapter by name of layer: A (R, in) or (E, R, in), B (out, R) or (E, out, R), both float32, and the scaling s.
+Factors = dict[str, tuple[torch.Tensor, torch.Tensor, float]]
+
 STACK_NAMES = ("gate_up_proj", "down_proj")  # of experts, whose module is named `experts`
 
 

@@ -1,4 +1,4 @@
-"""Several adapters on one backbone: a set of factors takes the place of the live ones for a while, by reference.
+"""Several adapters on one backbone: a set of factors takes the place of the live ones for a while, without a copy.
 
 `LoRALinear` and `LoRAStack` hold one adapter. Another one is a dict of its factors; `swapped` points the layers'
 parameters at its memory and back again. Nothing is copied, and the parameters stay the same objects, so an optimizer
@@ -12,10 +12,7 @@ import torch
 
 from mini_forge.errors import ConfigError
 from mini_forge.model.decoder import Decoder
-from mini_forge.model.lora import LoRALinear, LoraSpec, LoRAStack, lora_layers
-
-# By name of layer: A (R, in) or (E, R, in), B (out, R) or (E, out, R), both float32, and the scaling s.
-Factors = dict[str, tuple[torch.Tensor, torch.Tensor, float]]
+from mini_forge.model.lora import Factors, LoRALinear, LoraSpec, LoRAStack, disabled, lora_layers
 
 
 def live_factors(model: Decoder) -> Factors:
@@ -65,6 +62,11 @@ def swapped(model: Decoder, factors: Factors | None):
         put_factors(model, before)
         for name, layer in lora_layers(model):
             layer.enabled = enabled[name]
+
+
+def as_reference(model: Decoder):
+    """A context with the model as its reference, π_ref: as `model.reference` adapts it, or without adapters."""
+    return disabled(model) if model.reference is None else swapped(model, model.reference)
 
 
 def _check(factors: Factors, layers: dict[str, LoRALinear | LoRAStack]):

@@ -1,6 +1,7 @@
 """Preference tuning without a reward model: DPO (2305.18290) and the losses that grew from it, in `preferences.py`.
 
-The reference is the same weights with the adapters off, so it costs a forward pass and no memory. Both passes run
+The reference is the same weights with the adapters off, or with the run's first adapter on, so it costs a forward pass
+and no memory. Both passes run
 without dropout (the run builds its LoRA layers with rate 0): at a fresh adapter all rewards are 0 and the sigmoid loss
 is ln 2. That is bit for bit where both passes make the same products. They do not where `recompute: "selective"` cuts
 more than 1,024 tokens into tiles for the pass with gradients, or where memory is aligned otherwise: there it is to
@@ -19,7 +20,7 @@ from mini_forge.data.batches import Batch
 from mini_forge.data.pairs import PairBatch, PairDocument, collate_pairs
 from mini_forge.durable import write_atomic
 from mini_forge.model.decoder import Decoder
-from mini_forge.model.lora import disabled
+from mini_forge.training.adapters_swap import as_reference
 from mini_forge.training.losses import LossSum, Objective, nll_of
 from mini_forge.training.preferences import LOSSES, REFERENCE_FREE, LossOptions, Scores, implicit_rewards
 
@@ -38,8 +39,8 @@ def response_logps(model: Decoder, batch: Batch) -> tuple[torch.Tensor, torch.Te
 
 @torch.no_grad()
 def reference_logps(model: Decoder, batch: Batch) -> torch.Tensor:
-    """(documents,) float32: log π_ref of each document's response, in nats, by the model with its adapters off."""
-    with disabled(model):
+    """(documents,) float32: log π_ref of each document's response, in nats."""
+    with as_reference(model):
         return response_logps(model, batch)[0]
 
 

@@ -5,7 +5,7 @@ paper's practical one is taken: the mean log-ratio of prompts with each other's 
 below 0, which no KL is, and without gradient. So the batch size is part of the loss, and a row that is alone in its
 microbatch (the last of an epoch may be) has z0 = 0.
 
-The reference is the same weights with the adapters off; no pass has dropout. At a fresh adapter all rewards and z0 are
+The reference is `dpo.py`'s; no pass has dropout. At a fresh adapter all rewards and z0 are
 0 and the loss of every row is half its weight, exactly or to rounding as `dpo.py` says.
 """
 

@@ -4,8 +4,9 @@ An update samples responses from the policy, scores them, and takes a few optimi
 
     prompts → rollouts → Experience (log-probabilities, reference, values, advantages) → ppo_epochs × num_mini_batches
 
-There is one backbone. The policy is its adapter; the reference is the same weights with the adapter off; the value is
-a linear head on the policy's hidden states; a reward model is another adapter, swapped in by its `Scorer`. What differs
+There is one backbone. The policy is its adapter; the reference is the same weights with the adapter off, or with
+the run's first one on; the value is a linear head on the policy's hidden states; a reward model is another adapter,
+swapped in by its `Scorer`. What differs
 with advantage "group" (GRPO) is where advantages come from (no values) and where the KL penalty goes (into the loss).
 The loop over updates is in `ppo_loop.py`.
 """
@@ -20,7 +21,7 @@ from torch import nn
 from mini_forge.data.batches import Batch, Document, collate
 from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.model.decoder import Decoder
-from mini_forge.model.lora import disabled
+from mini_forge.training.adapters_swap import as_reference
 from mini_forge.training.losses import nll_of
 from mini_forge.training.ppo_math import (
     KL_ESTIMATORS,
@@ -135,7 +136,7 @@ def policy_and_reference(
         for part in parts:
             batch = collate([documents[i] for i in part], share_prefixes=True).to(model.device)
             logps, values = policy_outputs(model, batch, temperature, value_head)
-            with disabled(model):
+            with as_reference(model):
                 reference, _ = policy_outputs(model, batch, temperature)
             for column, new in zip(columns, (logps, reference, values), strict=True):
                 column.append(new)
