@@ -396,5 +396,5 @@ def experience_bytes(rollouts: Rollouts) -> int:
 def widths(spec: DecoderSpec, layer: LayerSpec) -> tuple[int, int]:
     """Values a token that passes a layer's dense MLP (or shared expert), and its chosen experts, are wide."""
     if not layer.experts:
-        return layer.mlp_size or spec.mlp_size, 0
+        return spec.mlp_size, 0
     return spec.experts.shared_size or 0, spec.experts.top_k * spec.experts.size

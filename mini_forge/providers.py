@@ -11,10 +11,7 @@ from functools import partial
 
 import torch
 
-from mini_forge.model.decoder import Decoder
-from mini_forge.model.lora import LoRAStack, lora_layers
 from mini_forge.model.ops import PLAIN, Ops
-from mini_forge.model.stacks import use_kernels
 from mini_forge.training import losses
 from mini_forge_kernels import (
     TRITON_OPS,
@@ -54,7 +51,7 @@ FUSED = {
     "low_rank": low_rank.IN_CPP,
 }
 VJPS = {"rms_norm_vjp": rms_norm_vjp, "swiglu_vjp": swiglu_vjp}
-STORED = ("dequantize_4bit", "dequantize_mxfp4")  # given to the layers that hold such weights, by `equip`
+STORED = ("dequantize_4bit", "dequantize_mxfp4")  # of `four_bit` and `mxfp4`
 COMPILED = {  # for float32 on the CPU, each with the reason why not
     **dict.fromkeys(("rms_norm", "rope_qk", "swiglu", "clamped_swiglu"), rowwise.reason_not),
     "attention": attention.reason_not_compiled,
@@ -109,7 +106,10 @@ def fused(device: torch.device | str | None = None) -> Provider:
             missing |= {frozen_product.NAME: reason} if (reason := amx_product.reason_not()) else {}
     else:
         backends["attention"], missing["attention"] = "plain", "torch's own kernels are used"
-    return Provider(replace(PLAIN, name="fused", **FUSED, **VJPS, left_side=left_side), backends, missing)
+    ops = replace(PLAIN, name="fused", **FUSED, **VJPS, left_side=left_side)
+    if backends["dequantize_4bit"] == "triton":
+        ops = replace(ops, four_bit=(dequantize_4bit, matmul_4bit), mxfp4=(dequantize_mxfp4, matmul_mxfp4))
+    return Provider(ops, backends, missing)
 
 
 def compile_all():
@@ -117,17 +117,6 @@ def compile_all():
     files = {*COMPILED.values(), amx_product.reason_not, partial(frozen_product.reason_not, torch.device("cpu"))}
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda reason_not: reason_not(), files))
-
-
-def equip(model: Decoder, provider: Provider):
-    """Give the layers that make their own products, 4-bit weights and adapters, the provider's, in place."""
-    for _, layer in lora_layers(model):
-        if isinstance(layer, LoRAStack):
-            layer.update = provider.ops.grouped_lora
-        else:
-            layer.low_rank = provider.ops.low_rank
-    if provider.backends.get("dequantize_4bit") == "triton":
-        use_kernels(model, (dequantize_4bit, matmul_4bit), (dequantize_mxfp4, matmul_mxfp4))
 
 
 PROVIDERS = {"huggingface": plain, "unsloth": fused}

@@ -25,7 +25,7 @@ from mini_forge.io.weights import load_base
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.lora import LoraSpec, inject
 from mini_forge.prepare import Prepared, is_labelled, is_paired, model_identity, prepare
-from mini_forge.providers import PROVIDERS, equip
+from mini_forge.providers import PROVIDERS
 from mini_forge.resume import is_to_resume, own_inputs, restore
 from mini_forge.stages import Stages, clear, last_checkpoint, loop_settings
 from mini_forge.training.adapters_swap import copied_factors
@@ -134,7 +134,6 @@ def build_model(prepared: Prepared, lora: LoraSpec, report=print, load: Callable
         ops=provider.ops,
     )
     inject(model, lora, torch.Generator().manual_seed(config.seed))
-    equip(model, provider)
     check_adapter_format(config, model)
     if config.init_adapter:
         fill_adapter(model, Path(config.init_adapter).expanduser())

@@ -27,7 +27,7 @@ from mini_forge.model.decoder import Decoder
 from mini_forge.model.families import decoder_spec
 from mini_forge.model.lora import LoraSpec, inject
 from mini_forge.model.ops import Ops
-from mini_forge.providers import PROVIDERS, equip
+from mini_forge.providers import PROVIDERS
 from mini_forge.training.loop import Interrupted
 from mini_forge_kernels import rowwise
 from tests.tiny import CONFIG, write_rows
@@ -210,7 +210,7 @@ def test_one_dense_matrix_at_a_time_is_drawn(monkeypatch):
 
 
 def test_every_op_has_a_group():
-    own = {"left_side", "low_rank"}  # have ranges of their own
+    own = {"left_side", "low_rank", "four_bit", "mxfp4"}  # have ranges of their own
     assert set(OPS) == {f.name for f in fields(Ops)} - {"name"} - own
     assert set(OPS.values()) | set(op_table.OTHERS.values()) | set(op_table.COMPILED.values()) <= GROUPS
 
@@ -243,7 +243,6 @@ def test_what_a_backward_makes_of_a_norm_or_a_unit_is_theirs(provider, recompute
         monkeypatch.setattr(rowwise, "reason_not", lambda: "a test of torch's ops")
     model = Decoder(TINY, PROVIDERS[provider]("cpu").ops).train()
     inject(model, LoraSpec(4, 8))
-    equip(model, PROVIDERS[provider]("cpu"))
     model.recompute = recompute
     label(model, torch.optim.SGD([torch.zeros(1)]))
     hidden = model(torch.arange(20)[None])

@@ -24,7 +24,7 @@ from mini_forge.model.lora import LoRALinear, LoraSpec, LoRAStack, inject, lora_
 from mini_forge.model.ops import PLAIN
 from mini_forge.model.quant import Linear4bit, Linear8bit, Linear16bit, dequantized_weight
 from mini_forge.model.stacks import Stack4bit, Stack8bit, StackMxfp4, expert_weight
-from mini_forge.providers import PROVIDERS, equip
+from mini_forge.providers import PROVIDERS
 from mini_forge.training.dpo import preference_objective
 from mini_forge.training.losses import LossSum
 from mini_forge.training.preferences import LossOptions
@@ -110,7 +110,6 @@ def adapted(folder, provider, storage="dense", dropout=0.0):
     model = load_base(folder, ops=ops, **STORAGES[storage])
     targets = ("all-linear", *(EXPERTS if model.spec.experts else ()))
     inject(model, LoraSpec(2, 4, dropout, targets), torch.Generator().manual_seed(0))
-    equip(model, provider)
     generator = torch.Generator().manual_seed(1)
     for _, layer in lora_layers(model):
         layer.lora_B.data.normal_(std=0.1, generator=generator)

@@ -1,6 +1,7 @@
 """LoRALinear against the formula written plainly and differentiated by autograd or finite differences."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -241,3 +242,56 @@ def test_factors_are_float32_under_any_default():
     finally:
         torch.set_default_dtype(torch.float32)
     assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
+
+
+class Doubled(LoRALinear):
+    """What somebody may try: an update of their own, beside or around ours."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj", "down_proj"), None], ids=["some", "all"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_subclass_s_forward_is_what_the_model_computes(targets, grad):
+    """Every adapted layer says twice as much; so does the same model with twice the weights and B."""
+    models = [random_model() for _ in range(2)]
+    for model in models:
+        inject(model, LoraSpec(4, 8, targets=targets), torch.Generator().manual_seed(0))
+        for i, (_, layer) in enumerate(lora_layers(model)):
+            layer.lora_B.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(i))
+            if model is models[0]:
+                layer.__class__ = Doubled
+            else:
+                layer.base.weight.data *= 2
+                layer.lora_B.data *= 2
+    ids = torch.arange(12)[None]
+    with torch.set_grad_enabled(grad):
+        ours, expected = (model(ids) for model in models)
+    torch.testing.assert_close(ours, expected)
+    if grad:
+        for model in models:
+            model(ids).square().sum().backward()
+        for (name, a), (_, b) in zip(*(lora_layers(model) for model in models), strict=True):
+            torch.testing.assert_close(a.lora_B.grad, 2 * b.lora_B.grad, msg=name, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("state", ["plain", "adapted", "some adapted", "off"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_hooks_are_told_of_every_call_and_may_change_it(state, grad):
+    model = random_model()
+    if state != "plain":
+        inject(model, LoraSpec(4, 8, targets=("q_proj", "down_proj") if state == "some adapted" else None))
+    names, calls = [], []
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            names.append(name)
+            module.register_forward_hook(lambda module, args, out, name=name: calls.append(name) or 2 * out)
+    twice = random_model()
+    for name, module in twice.named_modules():
+        if name.endswith("_proj"):
+            module.weight.data *= 2
+    ids = torch.arange(12)[None]
+    with torch.set_grad_enabled(grad), disabled(model) if state == "off" else nullcontext():
+        torch.testing.assert_close(model(ids), twice(ids))
+    assert sorted(calls) == sorted(names) and len(names) == 14

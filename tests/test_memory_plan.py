@@ -56,9 +56,9 @@ from mini_forge.model.lora import LoraSpec, inject, lora_layers
 from mini_forge.model.quant import Linear4bit, Linear8bit, Linear16bit
 from mini_forge.model.stacks import Stack4bit, Stack8bit, StackMxfp4
 from mini_forge.prepare import Prepared, prepare
-from mini_forge.providers import PROVIDERS, equip
+from mini_forge.providers import PROVIDERS
 from mini_forge.run import windows
-from mini_forge.training.losses import nll_of, token_nll
+from mini_forge.training.losses import model_nll, token_nll
 from mini_forge.training.optim import make_optimizer
 from mini_forge.training.rlhf import Experience
 from mini_forge.training.rollouts import Sampling, sample_responses
@@ -192,7 +192,6 @@ def trainable(layers: int, fused: bool, dtype, targets, changes, recompute=None,
         parameter.data = 0.1 * torch.randn(parameter.shape)
     model = model.to(dtype).train()
     inject(model, LoraSpec(8, 16, dropout, targets))
-    equip(model, provider)
     model.recompute = recompute
     return model
 
@@ -370,7 +369,7 @@ def a_steps_peak(lengths, changes, recompute, fused, dtype, dropout=0.0, in_bflo
 
     def step():
         hidden = model(batch.input_ids, batch.position, batch.document, rows=rows)
-        nll_of(model)(hidden, model.head_weight, targets).sum().backward()
+        model_nll(model, hidden, targets).sum().backward()
 
     step()  # makes the gradients
     measured = most_allocated(step)

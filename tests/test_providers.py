@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.families import decoder_spec
 from mini_forge.model.lora import LoraSpec, LoRAStack, inject, lora_layers
-from mini_forge.providers import PROVIDERS, equip, token_nll
+from mini_forge.providers import PROVIDERS, token_nll
 from mini_forge.training import losses
 from mini_forge_kernels import linear_cross_entropy
 from tests.tiny import write_rows
@@ -35,7 +36,6 @@ def model_with_experts(provider):
     inject(model, LoraSpec(2, 4, targets=("q_proj", "experts.gate_up_proj", "experts.down_proj")), generator)
     for _, layer in lora_layers(model):
         layer.lora_B.data.normal_(generator=generator)
-    equip(model, provider)
     return model.train()
 
 
@@ -52,10 +52,18 @@ def test_experts_of_a_fused_model_equal_the_plain_ones():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5 * a.abs().max().item())
 
 
-def test_the_loss_head_is_the_ops():
-    plain, fused = (PROVIDERS[name]("cpu").ops for name in ("huggingface", "unsloth"))
-    assert losses.nll_of(type("Model", (), {"ops": plain})) is losses.token_nll
-    assert losses.nll_of(type("Model", (), {"ops": fused})) is token_nll
+@pytest.mark.parametrize("name", ["huggingface", "unsloth"])
+def test_the_loss_is_of_the_head_and_by_the_ops(name, monkeypatch):
+    model, calls = model_with_experts(PROVIDERS[name]("cpu")), []
+    plain = losses.token_nll
+    monkeypatch.setattr(losses, "token_nll", lambda *arguments: calls.append("plain") or plain(*arguments))
+    if model.ops.token_nll:
+        fused = model.ops.token_nll
+        model.ops = replace(model.ops, token_nll=lambda *arguments: calls.append("fused") or fused(*arguments))
+    hidden, targets = model(torch.arange(9)[None])[0], torch.arange(9)
+    chances = model.head(hidden).log_softmax(-1)
+    torch.testing.assert_close(losses.model_nll(model, hidden, targets), -chances[targets, targets])
+    assert calls[0] == ("plain" if name == "huggingface" else "fused")
 
 
 @pytest.mark.parametrize("reason, chosen", [("a reason", losses), (None, linear_cross_entropy)])

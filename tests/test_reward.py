@@ -22,7 +22,6 @@ from mini_forge.model.lora import LoraSpec, disabled, inject, lora_layers
 from mini_forge.training.adapters_swap import copied_factors, fresh_factors, live_factors, put_factors, swapped
 from mini_forge.training.reward import (
     RewardHead,
-    RewardOptions,
     bradley_terry,
     function_scorer,
     model_scorer,
@@ -109,7 +108,7 @@ def test_adapter_and_head_get_the_gradient_of_finite_differences(model, head):
     model.double()
     head.double()
     batch = collate_pairs(PAIRS)
-    objective = reward_objective(head, RewardOptions(0.2, 0.1))
+    objective = reward_objective(head, 0.2, 0.1)
     objective.loss(model, batch).total.backward()
     layer = dict(lora_layers(model))["model.layers.0.self_attn.q_proj"]
     for parameter in (head.score.weight, layer.lora_A, layer.lora_B):
@@ -125,7 +124,7 @@ def test_adapter_and_head_get_the_gradient_of_finite_differences(model, head):
 
 
 def test_the_objective_sums_over_pairs_and_counts_them(model, head):
-    objective = reward_objective(head, RewardOptions(0.2, 0.1))
+    objective = reward_objective(head, 0.2, 0.1)
     total, count, metrics = objective.sums(model, collate_pairs(PAIRS))
     r = [score_alone(model, head, side.ids) for side in flatten(PAIRS)]
     expected = sum(math.log(1 + math.exp(-(w - l - 0.2))) + 0.1 * (w + l) ** 2 for w, l in (r[:2], r[2:]))  # noqa: E741
@@ -491,7 +490,7 @@ def test_training_equals_the_plain_loop(expected):
     head = RewardHead.of(torch.tensor([expected["score"]]))
     parameters = [p for p in model.parameters() if p.requires_grad] + list(head.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=wanted["learning_rate"], weight_decay=0.0)
-    objective = reward_objective(head, RewardOptions(wanted["margin"], wanted["centering"]))
+    objective = reward_objective(head, wanted["margin"], wanted["centering"])
     batch = collate_pairs(documents(*((ids, 1) for ids in expected["texts"])))
     losses = []
     for _ in wanted["losses"]:
@@ -553,31 +552,25 @@ def test_what_is_no_score_is_refused(function, message):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A current folder and a configuration's folder; sys.path and sys.modules are put back."""
+    """A current folder; sys.path and sys.modules are put back."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "modules", dict(sys.modules))
-    here, there = tmp_path / "here", tmp_path / "there"
+    here = tmp_path / "here"
     here.mkdir()
-    there.mkdir()
     monkeypatch.chdir(here)
-    return here, there
+    return here
 
 
-def test_functions_are_found_in_the_current_folder_and_in_the_configurations(place):
-    here, there = place
-    (here / "rules_here.py").write_text(
-        "def score(prompts, responses, rows):\n    return [len(r) for r in responses]\n"
+def test_functions_are_found_in_the_current_folder_with_their_neighbours(place):
+    (place / "rules_here.py").write_text(
+        "def score(prompts, responses, rows):\n    import beside\n    return beside.lengths(responses)\n"
     )
-    (there / "rules_there.py").write_text(
-        "def score(*columns):\n    import beside\n    return beside.ones(columns[0])\n"
-    )
-    (there / "beside.py").write_text("def ones(prompts):\n    return [1.0] * len(prompts)\n")
+    (place / "beside.py").write_text("def lengths(texts):\n    return [len(text) for text in texts]\n")
     assert scored(load_function("rules_here:score")).tolist() == [2, 2]
-    assert scored(load_function("rules_there:score", there)).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("rules_gone:score", "there is no module 'rules_gone' in .*here or .*there; write rules_gone.py there"),
+    ("rules_gone:score", "there is no module 'rules_gone' in .*here; write rules_gone.py there"),
     ("rules_gone.py:score", "there is no module .rules_gone. in .*; leave .py out: rules_gone:score"),
     ("broken:score", r"importing it raised ZeroDivisionError: .* \(.*broken.py:2\)"),
     ("leaves:score", r"importing it raised SystemExit: 5 \(.*leaves.py:2\)"),
@@ -586,13 +579,12 @@ def test_functions_are_found_in_the_current_folder_and_in_the_configurations(pla
     ("plain:number", r"module 'plain' \(.*plain.py\) has no function 'number'"),
 ])  # fmt: skip
 def test_functions_that_cannot_be_had_are_named(place, name, message):
-    here, there = place
-    (here / "broken.py").write_text("x = 1\ny = x / 0\n")
-    (here / "leaves.py").write_text("import sys\nsys.exit(5)\n")
-    (here / "needs.py").write_text("import not_installed\n")
-    (here / "plain.py").write_text("number = 3\n")
+    (place / "broken.py").write_text("x = 1\ny = x / 0\n")
+    (place / "leaves.py").write_text("import sys\nsys.exit(5)\n")
+    (place / "needs.py").write_text("import not_installed\n")
+    (place / "plain.py").write_text("number = 3\n")
     with pytest.raises(ConfigError, match=f"^reward_function: '{name}': {message}"):
-        load_function(name, there)
+        load_function(name)
 
 
 # --- it learns ---

@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from mini_forge.model import fourbit, mxfp4
 from mini_forge.model.fourbit import quantize_4bit
 from mini_forge.model.grouped import grouped_products
+from mini_forge.model.ops import PLAIN
 from mini_forge.model.quant import Linear4bit
 from mini_forge.model.stacks import Stack4bit, StackMxfp4, use_kernels
 from mini_forge_kernels import dequantize
@@ -175,11 +177,9 @@ def test_a_model_that_uses_kernels_gives_what_it_gave(rows, monkeypatch):
     before = [tensor.clone() for tensor in results()]
     launches, launch = [], dequantize.launch
     monkeypatch.setattr(dequantize, "launch", lambda *a, **k: launches.append(a[0]) or launch(*a, **k))
-    use_kernels(
-        model,
-        (dequantize.dequantize_4bit, dequantize.matmul_4bit),
-        (dequantize.dequantize_mxfp4, dequantize.matmul_mxfp4),
-    )
+    four_bit = (dequantize.dequantize_4bit, dequantize.matmul_4bit)
+    mxfp4 = (dequantize.dequantize_mxfp4, dequantize.matmul_mxfp4)
+    use_kernels(model, replace(PLAIN, four_bit=four_bit, mxfp4=mxfp4))
     for found, expected in zip(results(), before, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * expected.abs().amax().item())
     # Each of the layer and two stacks: forward and backward for each expert with rows, and expert(1) once a stack.

@@ -16,11 +16,10 @@ number, M rows: forward M·(in + 2·out + 2R)·b, backward M·(2·in + 2·out + 
 Reference: `mini_forge.model.lora.LoRAStack`.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch.autograd.function import once_differentiable
 
+from mini_forge.model.grouped import blocks
 from mini_forge_kernels.triton_support import IS_INTERPRETED, jit, launch, power_of_two, reason_not, tl
 
 __all__ = ["TorchProducts", "TritonProducts", "grouped_lora"]
@@ -75,7 +74,7 @@ class TorchProducts:
     """Both products an expert at a time. Experts without rows are not touched, but for their gradients' zeros."""
 
     def __init__(self, x: torch.Tensor, counts: list[int]):
-        self.blocks = list(_blocks(counts))
+        self.blocks = list(blocks(counts))
 
     def by_expert(self, out, rows, weights, scale: float = 1.0, adds: bool = False):
         """out_e = scale · rows_e W_e, or that added to it. out (M, N), rows (M, K), weights (E, K, N), strides any."""
@@ -93,7 +92,7 @@ class TritonProducts:
     """`TorchProducts` in one launch each, for CUDA tensors (or anywhere under Triton's interpreter)."""
 
     def __init__(self, x: torch.Tensor, counts: list[int]):
-        parts = [(e, part.stop, range(part.start, part.stop, ROWS)) for e, part in _blocks(counts)]
+        parts = [(e, part.stop, range(part.start, part.stop, ROWS)) for e, part in blocks(counts)]
         tiles = [(e, first, min(first + ROWS, stop)) for e, stop, firsts in parts for first in firsts]
         ends = torch.tensor([0, *counts]).cumsum(0)
         self.tiles = torch.tensor(tiles, dtype=torch.int32).to(x.device)  # (tiles, 3): expert, first row, last row + 1
@@ -115,15 +114,6 @@ class TritonProducts:
             _over_rows, E * -(-P // p) * -(-Q // q), out, left, right, self.ends, scale, *left.stride(),
             *right.stride(), *out.stride(), P=P, Q=Q, DOT=_dot_type(left), P_BLOCK=p, Q_BLOCK=q, ROWS=32,
         )  # fmt: skip
-
-
-def _blocks(counts: list[int]) -> Iterator[tuple[int, slice]]:
-    """(expert, slice of its rows) for each expert that has rows."""
-    start = 0
-    for e, count in enumerate(counts):
-        if count:
-            yield e, slice(start, start + count)
-        start += count
 
 
 def _block(size: int, largest: int = 64) -> int:

@@ -26,7 +26,7 @@ from mini_forge.model.families import decoder_spec, expert_layout
 from mini_forge.model.lora import target_names
 from mini_forge.model.ops import PLAIN, Ops
 from mini_forge.model.quant import Linear16bit
-from mini_forge.model.stacks import Stack4bit, Stack8bit, StackMxfp4
+from mini_forge.model.stacks import Stack4bit, Stack8bit, StackMxfp4, use_kernels
 from mini_forge.prepare import Prepared, is_paired
 
 DEFAULT_LENGTH = 512  # tokens of a row
@@ -155,6 +155,7 @@ def random_base(
             if parameter.dim() == 1 and name.endswith("norm.weight"):
                 value.fill_(1 - model.spec.norm_offset)
             setattr(owner, leaf, _frozen(value))
+    use_kernels(model, ops)
     return model.eval().requires_grad_(False)
 
 

@@ -340,6 +340,12 @@ def touches(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray
     return touches
 
 
+def cut_left(ids: list[int], room: int, bos_id: int | None) -> list[int]:
+    """The last `room` ids of a prompt, behind its BOS if it has one."""
+    first = int(ids[:1] == [bos_id] and room > 1)
+    return ids if len(ids) <= room else ids[:first] + ids[len(ids) - room + first :]
+
+
 def _keep(is_trained: np.ndarray, max_length: int | None, begins_with_bos: bool) -> np.ndarray:
     """The indices of the tokens to keep, at most `max_length` of a text that ends with a response.
 

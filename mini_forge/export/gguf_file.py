@@ -74,7 +74,10 @@ class Export:
         self.updates, folder = merger.updates, merger.checkpoint.folder
         self.loader = Loader(folder, torch.float32)
         self.model, self.spec = self.loader.model, self.loader.model.spec
-        self.arch = ARCHITECTURES[self.loader.checkpoint.config["model_type"]]
+        family = self.loader.checkpoint.config["model_type"]
+        if family not in ARCHITECTURES:
+            raise CheckpointError(f"{folder}/config.json: model_type {family!r} is none that export knows; use `merge`")
+        self.arch = ARCHITECTURES[family]
         wrong = problems(self.arch, self.spec)
         if wrong:
             raise CheckpointError(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mini_forge.data.batches import Batch, Document, collate
+from mini_forge.data.batches import Batch, Document, collate, cut_left
 from mini_forge.data.chat import Template
 from mini_forge.data.labelled import LabelledBatch, LabelledDocument, collate_labelled
 from mini_forge.data.pairs import PairBatch, PairDocument, collate_pairs
@@ -17,11 +17,11 @@ from mini_forge.data.tasks import Example
 from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.durable import json_text, write_together
 from mini_forge.errors import ConfigError, DataError, TrainingError, is_disk_full
-from mini_forge.inference.generate import evaluating, generate, spelled_end, until
+from mini_forge.inference.generate import generate, spelled_end, until
 from mini_forge.inference.metrics import answer_f1, exact_match, perplexity, rouge
 from mini_forge.inference.spans import ContextSpans, TokenBytes
 from mini_forge.io.runs import EVAL_FILE, PREDICTIONS_FILE
-from mini_forge.model.decoder import Decoder
+from mini_forge.model.decoder import Decoder, evaluating
 
 SAMPLES = 8  # rows generated for a task without scores: enough to look at
 
@@ -215,8 +215,7 @@ def _prompt(example, template: Template, tokenizer: Tokenizer, system_prompt, op
     """The example as the template spells it, `opening` behind it, cut on the left (but for a BOS) to `room` tokens."""
     text = template.render_prompt(example, system_prompt) + opening
     ids = tokenizer.encode(text)
-    first = int(ids[:1] == [tokenizer.bos_id] and room > 1)
-    kept = ids if len(ids) <= room else ids[:first] + ids[len(ids) - room + first :]
+    kept = cut_left(ids, room, tokenizer.bos_id)
     return _Prompt(text, kept, len(kept) < len(ids))
 
 

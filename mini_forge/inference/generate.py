@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 
 import torch
 
@@ -10,7 +9,7 @@ from mini_forge.data.chat import Template
 from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.errors import CheckpointError, ConfigError
 from mini_forge.model.cache import KVCache, read_prompts
-from mini_forge.model.decoder import Decoder
+from mini_forge.model.decoder import Decoder, evaluating
 
 Allowed = Callable[[int, list[int]], list[int] | None]
 
@@ -104,19 +103,6 @@ def check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: f
         problems.append(f"top_p: {top_p} must be above 0 and at most 1; 1 keeps every token")
     if problems:
         raise ConfigError(*problems)
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module):
-    """Without gradients and dropout; afterwards every module is in the mode it was in."""
-    trained = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in trained:
-            module.training = True
 
 
 class TextStream:

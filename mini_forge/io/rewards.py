@@ -109,14 +109,13 @@ def read_reward_config(folder: Path) -> tuple[LoraSpec, str]:
     return replace(lora_spec(record, path), dropout=0.0), named_base(record, path)
 
 
-def load_function(name: str, folder: Path | None = None) -> Callable:
-    """The function of "module:function", the module being found as Python finds it, then in the current folder, then in
-    `folder` (the configuration's). Raises ConfigError where there is none."""
+def load_function(name: str) -> Callable:
+    """The function of "module:function", the module being found as Python finds it, then in the current folder. Raises
+    ConfigError where there is none."""
     module_name, _, function_name = name.partition(":")
-    for place in (Path.cwd(), folder):
-        if place is not None and str(Path(place).resolve()) not in sys.path:
-            # last, and for good: it hides no installed module, and the function may import its neighbours later
-            sys.path.append(str(Path(place).resolve()))
+    place = str(Path.cwd().resolve())
+    if place not in sys.path:  # last, and for good: it hides no installed module, and a neighbour may be imported later
+        sys.path.append(place)
     importlib.invalidate_caches()
     try:
         module = importlib.import_module(module_name)
@@ -124,11 +123,10 @@ def load_function(name: str, folder: Path | None = None) -> Callable:
         raise
     except (Exception, SystemExit) as error:  # any: it is not our code
         if isinstance(error, ModuleNotFoundError) and error.name in _parents(module_name):
-            places = " or ".join(str(place) for place in dict.fromkeys((Path.cwd(), folder or Path.cwd())))
             remedy = f"write {module_name}.py there"
             if module_name.endswith(".py"):
                 remedy = f"leave .py out: {module_name.removesuffix('.py')}:{function_name}"
-            problem = f"there is no module {error.name!r} in {places}; {remedy}"
+            problem = f"there is no module {error.name!r} in {place}; {remedy}"
         else:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             problem = f"importing it raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"

@@ -28,6 +28,7 @@ from mini_forge.model.families import expert_layout
 from mini_forge.model.families.layout import text_name
 from mini_forge.model.ops import PLAIN, Ops
 from mini_forge.model.quant import Linear16bit
+from mini_forge.model.stacks import use_kernels
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -164,6 +165,7 @@ def load_base(
     headers_only: no weight is read, the decoder stays on the meta device; what does not fit is refused all the same."""
     loader = Loader(folder, dtype, device, quantization, nested, compute_dtype, ops)
     loader.load_all(headers_only)
+    use_kernels(loader.model, ops)
     return loader.model.eval().requires_grad_(False)
 
 

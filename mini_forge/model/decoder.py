@@ -5,12 +5,14 @@ N = B·T tokens; `position` and `document` say where each token stands, so rows 
 an unpacked batch is one document per row.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from mini_forge.errors import ConfigError
 from mini_forge.model import functional
 from mini_forge.model.cache import KVCache, LayerCache
 from mini_forge.model.experts import MixtureOfExperts, Routing
@@ -24,6 +26,7 @@ from mini_forge.model.spec import DecoderSpec, ExpertsSpec, LayerSpec
 
 __all__ = ["Decoder", "DecoderSpec", "ExpertsSpec", "KVCache", "LayerSpec", "neftune_noise"]
 
+RECOMPUTE = (None, "selective", "full", "offload")
 TILE_TOKENS = 1024  # an MLP that is recomputed runs on so many tokens at a time: enough for full-speed products
 
 
@@ -147,7 +150,7 @@ class MLP(nn.Module):
 
 def make_mlp(spec: DecoderSpec, layer: LayerSpec, ops: Ops) -> nn.Module:
     if not layer.experts:
-        return MLP(spec, layer.mlp_size or spec.mlp_size, ops)
+        return MLP(spec, spec.mlp_size, ops)
     shared = spec.experts.shared_size
     return MixtureOfExperts(spec, ops, None if shared is None else MLP(spec, shared, ops))
 
@@ -272,6 +275,8 @@ class Decoder(nn.Module):
         (M,) int64: the tokens of the N = B·T whose states are wanted; behind its attention the last layer computes no
         others."""
         x, stream = self.begin(input_ids, position, document, cache, parents)
+        if self.recompute not in RECOMPUTE:
+            raise ConfigError(f"recompute: {self.recompute!r} must be one of {', '.join(map(repr, RECOMPUTE))}")
         recompute = self.recompute if self.training and torch.is_grad_enabled() else None
         for i, block in enumerate(self.model.layers):
             layer_cache = None if cache is None else cache.layers[i]
@@ -327,6 +332,19 @@ class Decoder(nn.Module):
     def logits(self, input_ids, position=None, document=None) -> torch.Tensor:
         """(B, T) int64 → (B, T, V) float32. The whole tensor: for study and tests, not for training."""
         return self.head(self(input_ids, position, document))
+
+
+@contextmanager
+def evaluating(model: nn.Module):
+    """Without gradients and dropout; afterwards every module is in the mode it was in."""
+    trained = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in trained:
+            module.training = True
 
 
 def neftune_noise(x: torch.Tensor, documents: Documents, alpha: float) -> torch.Tensor:

@@ -18,7 +18,7 @@ from torch import nn
 from mini_forge.errors import ConfigError
 from mini_forge.model.grouped import blocks, grouped, grouped_products, is_groupable
 from mini_forge.model.low_rank import IN_TORCH, draw_seeds
-from mini_forge.model.ops import Differentiable
+from mini_forge.model.ops import PLAIN, Differentiable
 from mini_forge.model.products import adapted_products, lora_factors
 from mini_forge.model.quant import Linear, Linear16bit, frozen_products
 
@@ -75,7 +75,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (…, in) → (…, out), in x's dtype. The factors are float32 and are cast to x's dtype for the products."""
-        return project(x, self)[0]
+        return adapted_products(None, (x,), (self,), draw_seeds((self,)))[0] if self.enabled else self.base(x)
 
     def delta(self) -> torch.Tensor:
         """s·BA, the (out, in) float32 matrix that merging adds to the weight."""
@@ -136,13 +136,14 @@ def project(x: torch.Tensor, *layers: nn.Module, make: nn.Module | None = None) 
     """[layer(make(x)) for layer in layers], as one function where all are adapted: q, k, v share x, and so do gate, up.
 
     Together they keep x once, not make(x), read it once for all low-rank products, and add their gradients up in one
-    buffer. make: a module with a `vjp`, as a norm has; None is the identity."""
+    buffer. make: a module with a `vjp`, as a norm has; None is the identity. A layer with hooks, or of a subclass
+    with a forward of its own, is called as any module is."""
     if is_adapted(*layers) and is_frozen(make):
         return adapted_products(make, (x,), layers, draw_seeds(layers))
     x = make(x) if make else x
-    layers = [layer.base if isinstance(layer, LoRALinear) and not layer.enabled else layer for layer in layers]
-    if torch.is_grad_enabled() or not all(isinstance(layer, Linear) for layer in layers):
+    if torch.is_grad_enabled() or any(is_adapted(layer) or not _is_as_made(layer) for layer in layers):
         return [layer(x) for layer in layers]
+    layers = [layer.base if isinstance(layer, LoRALinear) else layer for layer in layers]
     outs = frozen_products(x.reshape(-1, x.shape[-1]), layers)
     return [out.view(*x.shape[:-1], out.shape[1]) for out in outs]
 
@@ -167,8 +168,20 @@ def project_again(
 
 
 def is_adapted(*layers: nn.Module) -> bool:
-    """Whether all are LoRALinear, and switched on."""
-    return all(isinstance(layer, LoRALinear) and layer.enabled for layer in layers)
+    """Whether the products of all may be made here, with their updates: of LoRALinear that is switched on."""
+    return all(isinstance(layer, LoRALinear) and layer.enabled and _is_as_made(layer) for layer in layers)
+
+
+def _is_as_made(layer: nn.Module) -> bool:
+    """Whether a layer does what its weights say and nobody is told of its calls: no hooks, no forward of another."""
+    if isinstance(layer, LoRALinear):
+        return type(layer).forward is LoRALinear.forward and not _is_hooked(layer) and _is_as_made(layer.base)
+    return isinstance(layer, Linear) and not _is_hooked(layer)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                or module._backward_pre_hooks)  # fmt: skip
 
 
 def is_frozen(module: nn.Module | None) -> bool:
@@ -217,7 +230,8 @@ def target_names(model: nn.Module, targets: tuple[str, ...] | None) -> list[str]
 
 
 def inject(model: nn.Module, spec: LoraSpec, generator: torch.Generator | None = None) -> list[str]:
-    """Freeze the model and put a LoRA layer around each target, in place. Returns their names, in order.
+    """Freeze the model and put a LoRA layer around each target, in place, with the update's products of the model's
+    `ops`. Returns their names, in order.
 
     Raises ConfigError, and changes nothing, where a target has one already or cannot have one."""
     names, adapted = target_names(model, spec.targets), dict(lora_layers(model))
@@ -228,21 +242,26 @@ def inject(model: nn.Module, spec: LoraSpec, generator: torch.Generator | None =
         if name not in stacks:
             _check_kind(model.get_submodule(name))
     model.requires_grad_(False)
+    ops = getattr(model, "ops", PLAIN)
     for name in names:
         if name in stacks:
-            _replace(model, name, lambda base: LoRAStack(base, spec, generator))
+            layer = _replace(model, name, lambda base: LoRAStack(base, spec, generator))
+            layer.update = ops.grouped_lora
         else:
-            model.set_submodule(name, LoRALinear(model.get_submodule(name), spec, generator))
+            layer = LoRALinear(model.get_submodule(name), spec, generator)
+            layer.low_rank = ops.low_rank
+            model.set_submodule(name, layer)
     return names
 
 
 def _replace(model: nn.Module, name: str, make):
-    """Put make(what is there) under `name`, be it parameter or module."""
+    """Put make(what is there) under `name`, be it parameter or module, and return it."""
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     new = make(getattr(owner, leaf))
     delattr(owner, leaf)
     setattr(owner, leaf, new)
+    return new
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear | LoRAStack]]:

@@ -11,15 +11,13 @@ class LayerSpec:
 
     window: keys a query sees, itself included; None is the whole document. chunk: queries see only keys of their own
     chunk of that many positions. rope: which rotation ("global", "local") or None. temperature: queries grow with
-    their position (`DecoderSpec.temperature`). experts: whether the MLP is a mixture of experts. mlp_size: of a dense
-    MLP."""
+    their position (`DecoderSpec.temperature`). experts: whether the MLP is a mixture of experts."""
 
     window: int | None = None
     chunk: int | None = None
     rope: str | None = "global"
     temperature: bool = False
     experts: bool = False
-    mlp_size: int | None = None
 
 
 @dataclass(frozen=True)

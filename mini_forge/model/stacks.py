@@ -15,7 +15,6 @@ Three forms with one interface, each an nn.Module of buffers only:
 Also here: the order of gate and up rows, which some checkpoints interleave.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -24,6 +23,7 @@ from torch import nn
 from mini_forge.errors import CheckpointError, UserError
 from mini_forge.model.fourbit import CHUNK, CODES, NESTED_BLOCKSIZE, Quantized4bit, dequantize_4bit, quantize_4bit
 from mini_forge.model.mxfp4 import BLOCK, NAN_SCALE, check_packed, dequantize_mxfp4
+from mini_forge.model.ops import Ops
 from mini_forge.model.quant import Linear4bit, Linear8bit, _buffer, _keep_dtypes, quantize_8bit
 
 BLOCKSIZE = 64  # of Stack4bit: bitsandbytes' default, and what QLoRA (2305.14314) §3 uses
@@ -224,16 +224,17 @@ def expert_product(x: torch.Tensor, stack: torch.Tensor | Stack, e: int, out: to
         out.copy_(stack.matmul(x, *stack.stored(e)))
 
 
-def use_kernels(model: nn.Module, four_bit: tuple[Callable, Callable], mxfp4: tuple[Callable, Callable]):
-    """Have all 4-bit weights of a model, in place, made dense by the first and multiplied by the second of each two.
+def use_kernels(model: nn.Module, ops: Ops):
+    """Have all 4-bit weights of a model, in place, made dense by the first and multiplied by the second of the ops'
+    `four_bit` and `mxfp4`, where they have them.
 
     The first have the signatures and bits of `dequantize_4bit` and `dequantize_mxfp4`. The second give x Wᵀ + bias:
     four_bit's of x, a Quantized4bit and bias or None; mxfp4's of x, blocks and scales."""
     for module in model.modules():
-        if isinstance(module, Linear4bit | Stack4bit):
-            module.dequantize, module.matmul = four_bit
-        elif isinstance(module, StackMxfp4):
-            module.dequantize, module.matmul = mxfp4
+        if ops.four_bit and isinstance(module, Linear4bit | Stack4bit):
+            module.dequantize, module.matmul = ops.four_bit
+        elif ops.mxfp4 and isinstance(module, StackMxfp4):
+            module.dequantize, module.matmul = ops.mxfp4
 
 
 def deinterleave_rows(x: torch.Tensor, dim: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ from mini_forge.data.pairs import PairBatch, PairDocument, collate_pairs
 from mini_forge.durable import write_atomic
 from mini_forge.model.decoder import Decoder
 from mini_forge.training.adapters_swap import as_reference
-from mini_forge.training.losses import LossSum, Objective, nll_of
+from mini_forge.training.losses import LossSum, Objective, model_nll
 from mini_forge.training.preferences import LOSSES, REFERENCE_FREE, LossOptions, Scores, implicit_rewards
 
 
@@ -32,7 +32,7 @@ def response_logps(model: Decoder, batch: Batch) -> tuple[torch.Tensor, torch.Te
     hundred terms in 16 bits would lose the difference between two responses."""
     rows, targets, owner = batch.trained()
     hidden = model(batch.input_ids, batch.position, batch.document, parents=batch.parents, rows=rows)
-    nll = nll_of(model)(hidden, model.head_weight, targets)
+    nll = model_nll(model, hidden, targets)
     zeros = nll.new_zeros(batch.documents)
     return zeros.index_add(0, owner, -nll), zeros.index_add(0, owner, torch.ones_like(nll))
 

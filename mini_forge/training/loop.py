@@ -99,9 +99,10 @@ class Resumable:
         return bool(every) and step > 0 and (finished or step % every == 0)
 
     def _optimizer_step(self, learning_rate: float) -> float:
-        """Unscale, clip, step. Returns the gradient's norm before clipping."""
+        """Unscale, clip, step. Returns the gradient's norm before clipping. A group of parameters with "lr_scale" has
+        that much of the learning rate."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = float(clip_grad_norm(self.parameters, self.settings.max_grad_norm))

@@ -46,9 +46,9 @@ class Objective:
         return loss.total, loss.count, loss.metrics
 
 
-def nll_of(model) -> Callable[..., torch.Tensor]:
-    """`token_nll`, or what the model's ops have in its place."""
-    return model.ops.token_nll or token_nll
+def model_nll(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """`token_nll` of a decoder's own head, by its ops: the same numbers as by `Decoder.head`, without its logits."""
+    return (model.ops.token_nll or token_nll)(hidden, model.head_weight, targets)
 
 
 def token_nll(
@@ -56,9 +56,9 @@ def token_nll(
 ) -> torch.Tensor:
     """-log softmax(hidden Wᵀ)[target] of each token, in nats; the (N, V) logits never exist, only chunks of them.
 
-    hidden (N, D), weight (V, D) of one dtype, or of two that `left_side` multiplies (for a model's own head: `nll_of`);
-    targets (N,) int64 in [0, V). Returns (N,) float32, differentiable in `hidden` and,
-    where it is trained, `weight`. For a frozen weight the gradient is made in the forward pass: row i of the loss
+    hidden (N, D), weight (V, D) of one dtype, or of two that `left_side` multiplies (for a model's own head:
+    `model_nll`); targets (N,) int64 in [0, V). Returns (N,) float32, differentiable in `hidden` and, where it is
+    trained, `weight`. For a frozen weight the gradient is made in the forward pass: row i of the loss
     depends on row i of `hidden` alone, so dh_i = (softmax(z_i) - onehot_i) W is complete but for the factor that
     arrives from above, and no logits need to be kept or made again. left_side: what multiplies a frozen one. Raises
     ValueError on the CPU for a target that is no row of `weight`, such as the -100 of tokens that are not trained on:

@@ -12,7 +12,6 @@ What PPO asks is a `Scorer`: responses in, numbers out, whether a model or a use
 
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from torch import nn
 from mini_forge.data.batches import Batch
 from mini_forge.data.pairs import PairBatch
 from mini_forge.errors import SignalExit, TrainingError
-from mini_forge.model.decoder import Decoder
+from mini_forge.model.decoder import Decoder, evaluating
 from mini_forge.training.adapters_swap import Factors, swapped
 from mini_forge.training.losses import LossSum, Objective
 
@@ -58,19 +57,11 @@ class RewardHead(nn.Module):
         return self.score(hidden.to(self.score.weight.dtype)).squeeze(-1)
 
 
-@dataclass(frozen=True)
-class RewardOptions:
-    """margin: what the chosen response must be ahead by. centering: c, which keeps scores around 0; 0.01 in
-    "Helping or herding?" (2312.09244) Eq. 4."""
-
-    margin: float = 0.0
-    centering: float = 0.0
-
-
 def bradley_terry(
     chosen: torch.Tensor, rejected: torch.Tensor, margin: torch.Tensor | float = 0.0, centering: float = 0.0
 ) -> torch.Tensor:
-    """-log σ(r_w - r_l - margin) + c·(r_w + r_l)². InstructGPT (2203.02155) Eq. 1; margin: Llama 2 (2307.09288) Eq. 2.
+    """-log σ(r_w - r_l - margin) + c·(r_w + r_l)². InstructGPT (2203.02155) Eq. 1; margin, what the chosen response
+    must be ahead by: Llama 2 (2307.09288) Eq. 2; centering, c, which keeps scores around 0: (2312.09244) Eq. 4.
 
     chosen, rejected (P,) float32; margin a number or (P,). Returns (P,) in nats, differentiable in both scores."""
     loss = -F.logsigmoid(chosen - rejected - margin)
@@ -83,14 +74,13 @@ def rewards(model: Decoder, head: RewardHead, batch: Batch) -> torch.Tensor:
     return _score_rows(model, head, ids, position, document, batch.documents)
 
 
-def reward_objective(head: RewardHead, options: RewardOptions | None = None) -> Objective:
-    """Bradley-Terry over a batch's pairs, to be divided by the pairs of a whole step. The head's parameters are trained
-    beside the model's: the optimizer must be given both."""
-    options = options or RewardOptions()
+def reward_objective(head: RewardHead, margin: float = 0.0, centering: float = 0.0) -> Objective:
+    """`bradley_terry` over a batch's pairs, to be divided by the pairs of a whole step. The head's parameters are
+    trained beside the model's: the optimizer must be given both."""
 
     def loss(model: Decoder, batch: PairBatch) -> LossSum:
         chosen, rejected = rewards(model, head, batch.row).view(-1, 2).unbind(1)
-        total = bradley_terry(chosen, rejected, options.margin, options.centering).sum()
+        total = bradley_terry(chosen, rejected, margin, centering).sum()
         return LossSum(total, batch.pairs, reward_metrics(chosen, rejected))
 
     return Objective(loss, lambda batch: batch.pairs)
@@ -136,20 +126,14 @@ def model_scorer(model: Decoder, factors: Factors | None, head: RewardHead, batc
     Without dropout, gradients or padding; longest first, so that too little memory shows at once. Raises TrainingError
     for a score that is not finite."""
 
-    @torch.no_grad()
     def score(rollouts: Sequence) -> torch.Tensor:
         texts = [[*rollout.prompt_ids, *rollout.response_ids] for rollout in rollouts]
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
         scores = torch.empty(len(texts), dtype=torch.float32)
-        was_training = model.training
-        model.eval()
-        try:
-            with swapped(model, factors):
-                for start in range(0, len(order), batch_size):
-                    chosen = order[start : start + batch_size]
-                    scores[chosen] = _score_texts(model, head, [texts[i] for i in chosen]).cpu()
-        finally:
-            model.train(was_training)
+        with evaluating(model), swapped(model, factors):
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                scores[chosen] = _score_texts(model, head, [texts[i] for i in chosen]).cpu()
         return _finite(scores, "the reward model", rollouts)
 
     return score

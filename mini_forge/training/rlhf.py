@@ -20,9 +20,9 @@ from torch import nn
 
 from mini_forge.data.batches import Batch, Document, collate
 from mini_forge.data.tokenizer import Tokenizer
-from mini_forge.model.decoder import Decoder
+from mini_forge.model.decoder import Decoder, evaluating
 from mini_forge.training.adapters_swap import as_reference
-from mini_forge.training.losses import nll_of
+from mini_forge.training.losses import model_nll
 from mini_forge.training.ppo_math import (
     KL_ESTIMATORS,
     gae,
@@ -36,7 +36,7 @@ from mini_forge.training.ppo_math import (
     whiten,
 )
 from mini_forge.training.reward import Scorer
-from mini_forge.training.rollouts import Prompt, Rollout, Sampling, sample_rollouts, without_dropout
+from mini_forge.training.rollouts import Prompt, Rollout, Sampling, sample_rollouts
 
 ROLLOUT, SHUFFLE, EVALUATION = range(3)  # what a seed is for
 
@@ -122,7 +122,7 @@ def policy_outputs(
     """log π(token) and V(before token) of the batch's N response tokens, both (N,) float32; zeros without a head."""
     rows, targets, _ = batch.trained()
     hidden = model(batch.input_ids, batch.position, batch.document, parents=batch.parents, rows=rows)
-    logps = -nll_of(model)(hidden / temperature, model.head_weight, targets)
+    logps = -model_nll(model, hidden / temperature, targets)
     return logps, torch.zeros_like(logps) if value_head is None else value_head(hidden)
 
 
@@ -132,7 +132,7 @@ def policy_and_reference(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(is_response, logps, ref_logps, values), each (B, T), of the documents, a forward pass for each of `parts`."""
     columns: tuple[list, list, list] = ([], [], [])
-    with without_dropout(model):
+    with evaluating(model):
         for part in parts:
             batch = collate([documents[i] for i in part], share_prefixes=True).to(model.device)
             logps, values = policy_outputs(model, batch, temperature, value_head)

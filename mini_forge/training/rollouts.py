@@ -7,20 +7,19 @@ dividing the hidden state h instead of the logits is the same up to rounding, an
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from mini_forge.data.batches import Document
+from mini_forge.data.batches import Document, cut_left
 from mini_forge.data.chat import Template
 from mini_forge.data.rows import first_problems
 from mini_forge.data.tasks import Pair
 from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.errors import CheckpointError, DataError, TrainingError
 from mini_forge.model.cache import KVCache, read_prompts
-from mini_forge.model.decoder import Decoder
+from mini_forge.model.decoder import Decoder, evaluating
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,7 @@ def encode_prompts(
         except DataError as error:
             problems += [f"{pair.file}:{pair.line}: {problem}" for problem in error.problems]
             continue
-        first = int(ids[:1] == [tokenizer.bos_id] and room > 1)
-        kept = ids if len(ids) <= room else ids[:first] + ids[len(ids) - room + first :]
+        kept = cut_left(ids, room, tokenizer.bos_id)
         cut += len(kept) < len(ids)
         prompts.append(Prompt(kept, tokenizer.decode(kept), rows[pair.line], pair.line))
     if problems:
@@ -134,7 +132,7 @@ def sample_responses(
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     rows: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
     running = set(range(B))
-    with without_dropout(model):
+    with evaluating(model):
         cache = KVCache(model, B, int(lengths.max()) + limit)
         hidden = read_prompts(model, prompts, lengths, cache)  # (B, D)
         for step in range(limit):
@@ -144,18 +142,6 @@ def sample_responses(
                 break
             hidden = model(ids[:, None], position=(lengths + step)[:, None], cache=cache)[:, 0]
     return rows
-
-
-@contextmanager
-def without_dropout(model: torch.nn.Module):
-    """Eval mode for as long as the context lasts; afterwards every module is in the mode it was in."""
-    trained = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in trained:
-            module.training = True
 
 
 def _draw(logits: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

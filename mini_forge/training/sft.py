@@ -5,7 +5,7 @@ import torch
 from mini_forge.data.batches import Batch
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.experts import balance_loss, load_metrics
-from mini_forge.training.losses import LossSum, Objective, nll_of
+from mini_forge.training.losses import LossSum, Objective, model_nll
 
 
 def sft_loss(model: Decoder, batch: Batch) -> LossSum:
@@ -16,7 +16,7 @@ def sft_loss(model: Decoder, batch: Batch) -> LossSum:
     wanted = rows if model.spec.experts is None else None
     hidden = model(batch.input_ids, batch.position, batch.document, parents=batch.parents, rows=wanted)
     hidden = hidden if wanted is not None else hidden.flatten(0, 1)[rows]
-    nll = nll_of(model)(hidden, model.head_weight, targets)
+    nll = model_nll(model, hidden, targets)
     if not model.routings:
         return LossSum(nll.sum(), nll.numel())
     return _with_balance(model, nll)

@@ -61,7 +61,7 @@ def measure(args) -> dict:
 
     from mini_forge.io.weights import load_base
     from mini_forge.model.lora import LoraSpec, inject
-    from mini_forge.providers import PROVIDERS, equip
+    from mini_forge.providers import PROVIDERS
     from mini_forge.training.loop import peak_memory_bytes
     from mini_forge.training.memory import keep_freed_memory
     from mini_forge.training.optim import clip_grad_norm, make_optimizer, parameter_groups
@@ -76,7 +76,6 @@ def measure(args) -> dict:
     ops = provider.ops if is_kept else replace(provider.ops, left_side=None)
     model = load_base(args.model, dtype, args.device, quantization, compute_dtype=dtype, ops=ops).train()
     inject(model, LoraSpec(16, 32), torch.Generator().manual_seed(0))
-    equip(model, provider)
     model.recompute = {"recompute selective": "selective", "recompute full": "full"}.get(name)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizer = make_optimizer("adamw_torch", parameter_groups(named, 0.001), 2e-4, 0.001, args.device)

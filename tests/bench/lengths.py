@@ -67,7 +67,7 @@ def measure(args) -> dict:
     from mini_forge.data.batches import collate
     from mini_forge.io.weights import load_base
     from mini_forge.model.lora import LoraSpec, inject
-    from mini_forge.providers import PROVIDERS, equip
+    from mini_forge.providers import PROVIDERS
     from mini_forge.training.loop import peak_memory_bytes
     from mini_forge.training.memory import keep_freed_memory
     from mini_forge.training.optim import clip_grad_norm, make_optimizer, parameter_groups
@@ -78,7 +78,6 @@ def measure(args) -> dict:
     provider = PROVIDERS["unsloth"]()
     model = load_base(args.model, torch.float32, cpu, ops=provider.ops).train()
     inject(model, LoraSpec(16, 32), torch.Generator().manual_seed(0))
-    equip(model, provider)
     model.recompute = None if args.recompute == "none" else args.recompute
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizer = make_optimizer("adamw_torch", parameter_groups(named, 0.001), 2e-4, 0.001, cpu)
