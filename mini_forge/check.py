@@ -19,7 +19,7 @@ from mini_forge.io.runs import RunFolder
 from mini_forge.memory_plan import format_memory, memory_plan, memory_report
 from mini_forge.prepare import Prepared, prepare
 from mini_forge.providers import PROVIDERS
-from mini_forge.resume import own_inputs, resume_problems
+from mini_forge.resume import on_its_own_day, own_inputs, resume_problems
 from mini_forge.run import windows
 from mini_forge.stages import loop_settings
 
@@ -65,7 +65,7 @@ def _prepared(config: TrainingConfig, resume: bool) -> Prepared:
     """What `prepare` gives. What is wrong with the run's folder is told together with the faults of all else."""
     folder = RunFolder(config.output_dir)
     problems = own_inputs(folder, config, resume)
-    for part in (folder.check_possible, lambda: prepare(config)):
+    for part in (folder.check_possible, lambda: prepare(on_its_own_day(folder, config) if resume else config)):
         try:
             prepared = part()
         except UserError as error:

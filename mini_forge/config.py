@@ -68,6 +68,10 @@ class TrainingConfig:
         "has one, else the plain task prompts", choices=("harmony", "chatml", "llama", "auto", "model"),
     )  # fmt: skip
     system_prompt: str | None = key(None, "System message put before every example")
+    template_date: str | None = key(
+        None, "The date, YYYY-MM-DD, for a template that tells it; left out: the day on which the run begins",
+        pattern=r"^\d{4}-\d{2}-\d{2}$", because='"YYYY-MM-DD"',
+    )  # fmt: skip
 
     # LoRA
     lora_r: int = key(16, "LoRA rank (dimensionality of the adapter)", minimum=1, maximum=256)

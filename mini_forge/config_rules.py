@@ -5,6 +5,7 @@ contradicts; what was filled in for them never does.
 """
 
 from collections.abc import Iterator
+from datetime import date
 
 PRECISION_FLAGS = {"float16": "fp16", "bfloat16": "bf16", "float32": None}  # dtype -> the flag that says the same
 
@@ -26,6 +27,8 @@ def contradictions(v: dict, written: set[str]) -> Iterator[str]:
     yield from _storage(v)
     yield from _precision(v, written)
     yield from _evaluation(v)
+    if v["template_date"] is not None and not _is_date(v["template_date"]):
+        yield f"template_date: {v['template_date']!r} is no day of the calendar; give YYYY-MM-DD"
     if v["provider"] == "unsloth" and "max_seq_length" in written and v["max_seq_length"] is None:
         yield 'max_seq_length: Cannot be -1 or null with provider "unsloth"; give a length, or leave the key out'
     if v["num_mini_batches"] > v["rollout_batch_size"]:
@@ -49,6 +52,14 @@ def contradictions(v: dict, written: set[str]) -> Iterator[str]:
             'label_smoothing: Must be > 0 with loss_type "exo_pair" (got 0), which takes its logarithm; leave the key '
             "out for 0.001"
         )
+
+
+def _is_date(text: str) -> bool:
+    try:
+        date.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _reinforcement(v: dict) -> Iterator[str]:

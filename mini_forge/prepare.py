@@ -6,6 +6,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import date
 from functools import partial
 from itertools import compress
 from pathlib import Path
@@ -19,7 +20,7 @@ from mini_forge.data.chat import Template, choose_template
 from mini_forge.data.labelled import LabelledDocument, collate_labelled, labelled_fingerprint, tokenize_labelled
 from mini_forge.data.pairs import PairDocument, collate_pairs, data_fingerprint, tokenize_pairs
 from mini_forge.data.rows import read_rows
-from mini_forge.data.tasks import Example, Labelled, Pair, load_examples, read_examples
+from mini_forge.data.tasks import Datum, Example, Labelled, Pair, load_examples, read_examples
 from mini_forge.data.token_store import StoredRows, TokenCache, TokenStore, highest_token, is_large, recipe
 from mini_forge.data.tokenizer import Tokenizer, load_tokenizer
 from mini_forge.errors import CheckpointError, ConfigError, DataError, UserError
@@ -205,10 +206,16 @@ def _open_model(config: TrainingConfig):
     weight_files(folder)
     with torch.device("meta"):  # the names of the layers, without their weights
         target_names(Decoder(spec), adapter_spec(config).targets)
-    template = choose_template(config.chat_template, config.model_name, tokenizer, config.task)
+    template = template_of(config, tokenizer)
     if "text_config" in record and (other := other_parts(folder)):
         template.notes.append(f"{config.model_name}: only its text model is read, not {other} tensors of other parts")
     return folder, spec, tokenizer, template
+
+
+def template_of(config: TrainingConfig, tokenizer: Tokenizer) -> Template:
+    """The template of a run, on its own day."""
+    today = date.fromisoformat(config.template_date) if config.template_date else None
+    return choose_template(config.chat_template, config.model_name, tokenizer, config.task, today)
 
 
 def tokenise_rows(config: TrainingConfig, template: Template, tokenizer: Tokenizer, limit: int, rows: list):
@@ -268,6 +275,27 @@ def _documents_of(prompts: list[Prompt]) -> tuple[list[Document], TokenStats]:
     return documents, TokenStats.of(len(prompts), len(prompts), 0, documents)
 
 
+def _template_notes(config: TrainingConfig, template: Template, rows) -> list[str]:
+    """What the user gave and the template does not spell."""
+    notes = []
+    if config.template_date and not template.date:
+        notes.append("template_date: no effect, the chat template tells no date")
+    if config.system_prompt and template.leaves_out("system"):
+        notes.append("system_prompt: the chat template leaves it out of a conversation that ends in a response; put it "
+                     "into the rows' first user messages")  # fmt: skip
+    first = {} if not isinstance(rows, list) else {_first_role(row): row for row in reversed(rows)}
+    for role in ("system", "developer"):
+        if (told := first.get(role)) is not None and template.leaves_out(role):
+            notes.append(f"{told.file}:{told.line}: the chat template leaves out {role} messages; put what they say "
+                         "into the first user message, or give chat_template another format")  # fmt: skip
+    return notes
+
+
+def _first_role(row: Datum) -> str | None:
+    messages = row.messages if isinstance(row, Example) else row.prompt
+    return messages[0]["role"] if messages else None
+
+
 def _preference_notes(config: TrainingConfig) -> list[str]:
     if not has_reference(config):
         return []
@@ -302,7 +330,10 @@ def _label_notes(config: TrainingConfig, documents: list[LabelledDocument]) -> l
 
 def _tokenise(config, plan, opened, train_rows, eval_rows) -> Prepared:
     folder, spec, tokenizer, template = opened
-    notes = [*config.warnings, *plan.notes, *template.notes]
+    notes = [*config.warnings, *plan.notes, *template.notes, *_template_notes(config, template, train_rows)]
+    if template.date:  # recorded, so that the run is told the same day whenever it goes on and is used
+        sources = {"template_date": "today", **config.provenance}
+        config = replace(config, template_date=template.date.isoformat(), provenance=sources)
     limit = config.max_seq_length or spec.max_positions
     if limit > spec.max_positions:
         notes.append(f"max_seq_length {limit} is more than the {spec.max_positions} positions the model was made for")

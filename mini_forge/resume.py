@@ -2,6 +2,7 @@
 anew would take away."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from mini_forge.config import TrainingConfig
@@ -27,6 +28,13 @@ def is_to_resume(folder: RunFolder, config: TrainingConfig, report: Callable[[st
         return False
     _check_same(folder, config)
     return True
+
+
+def on_its_own_day(folder: RunFolder, config: TrainingConfig) -> TrainingConfig:
+    """The configuration with the date that the run in the folder told its template when it began."""
+    if config.template_date is not None or not has_begun(folder):
+        return config
+    return replace(config, template_date=TrainingConfig.from_file(folder.path / CONFIG_FILE).template_date)
 
 
 def restore(folder: RunFolder, loop: Loop, model: Decoder, prepared: Prepared, report: Callable[[str], None]):

@@ -26,7 +26,7 @@ from mini_forge.model.decoder import Decoder
 from mini_forge.model.lora import LoraSpec, inject
 from mini_forge.prepare import Prepared, is_labelled, is_paired, model_identity, prepare
 from mini_forge.providers import PROVIDERS
-from mini_forge.resume import is_to_resume, own_inputs, restore
+from mini_forge.resume import is_to_resume, on_its_own_day, own_inputs, restore
 from mini_forge.stages import Stages, clear, last_checkpoint, loop_settings
 from mini_forge.training.adapters_swap import copied_factors
 from mini_forge.training.dpo import fill_reference, preference_objective
@@ -97,7 +97,7 @@ def train(
 def _train(config: TrainingConfig, folder: RunFolder, resume: bool, report, on_metrics, on_step) -> RunResult:
     if problems := own_inputs(folder, config, resume):
         raise ConfigError(*problems)
-    prepared = prepare(config)
+    prepared = prepare(on_its_own_day(folder, config) if resume else config)
     config = prepared.config
     keep_freed_memory()
     torch.manual_seed(config.seed)

@@ -37,6 +37,7 @@ from mini_forge.io.runs import (
     save_state,
     set_rng_state,
 )
+from mini_forge.json_faults import read_json
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.lora import LoraSpec
 from mini_forge.prepare import Prepared, trains_reward
@@ -173,6 +174,8 @@ class Stages:
         """Train the reward model in `reward/`, or what is left of it. The policy's adapter stands aside meanwhile."""
         folder = RunFolder(self.folder.path / REWARD_FOLDER)
         if folder.is_finished():
+            record = read_json(folder.path / SUMMARY_FILE)
+            check_same_data(record, self.prepared.fingerprint(), self.prepared.config.dataset, folder.path)
             self.report(f"reward model: {folder.path}, trained before")
             return
         policy, size = live_factors(self.model), self.model.spec.hidden_size
@@ -208,7 +211,8 @@ class Stages:
 
         def save(progress):
             state = {"loop": loop.state(), "optimizer": optimizer_state(loop.optimizer), "rng": rng_state()}
-            self._save(folder, progress.step, {**state, "head": head.state_dict()})
+            state |= {"head": head.state_dict(), "data": prepared.fingerprint()}
+            self._save(folder, progress.step, state)
 
         model.train()
         loop = Loop(
@@ -234,7 +238,8 @@ class Stages:
             self.report(f"reward model: {len(self.prepared.train)} pairs, {loop.settings.total_steps} steps")
             return
         source = folder.checkpoint(steps[-1])
-        state = load_state(source / STATE_FILE, ("head",))
+        state = load_state(source / STATE_FILE, ("head", "data"))
+        check_same_data(state, self.prepared.fingerprint(), self.prepared.config.dataset, source)
         fill_adapter(self.model, source)
         head.load_state_dict(state["head"])
         load_optimizer_state(loop.optimizer, state["optimizer"])
@@ -251,7 +256,8 @@ class Stages:
         folder.publish(write)
         accuracies = [m["eval_reward_accuracy"] for m in folder.metrics() if "eval_reward_accuracy" in m]
         first, last = (accuracies[0], accuracies[-1]) if accuracies else (None, None)
-        summary = {"status": "finished", "steps": loop.progress.step, "trained_pairs": loop.progress.trained_tokens,
+        summary = {"status": "finished", "data": self.prepared.fingerprint(), "steps": loop.progress.step,
+                   "trained_pairs": loop.progress.trained_tokens,
                    "eval_reward_accuracy_first": first, "eval_reward_accuracy_last": last,
                    "seconds": round(loop.progress.seconds, 3)}  # fmt: skip
         write_json(folder.path / SUMMARY_FILE, summary)

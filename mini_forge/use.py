@@ -22,7 +22,7 @@ from mini_forge.io.adapters import fill_adapter
 from mini_forge.io.models import load_model, load_tokenizer
 from mini_forge.io.runs import CONFIG_FILE, RunFolder
 from mini_forge.model.decoder import Decoder
-from mini_forge.prepare import is_labelled, tokenise_rows
+from mini_forge.prepare import is_labelled, template_of, tokenise_rows
 from mini_forge.run import held_out_metrics
 from mini_forge.stages import sampling_of, scorer_of
 from mini_forge.training.adapters_swap import copied_factors
@@ -107,8 +107,9 @@ def spelling_of(path: str) -> tuple[TrainingConfig | None, Tokenizer, Template]:
             told = (text if text.startswith(str(record)) else f"{record}: {text}" for text in error.problems)
             raise ConfigError(*(f"{text}; or put the run's own back" for text in told)) from None
     tokenizer = load_tokenizer(path)
-    chosen = (config.chat_template, config.model_name, config.task) if config else (None, str(path), "text-generation")
-    return config, tokenizer, choose_template(chosen[0], chosen[1], tokenizer, chosen[2])
+    if config is None:
+        return None, tokenizer, choose_template(None, str(path), tokenizer, "text-generation")
+    return config, tokenizer, template_of(config, tokenizer)
 
 
 def evaluate_run(

@@ -381,5 +381,5 @@ def test_the_answer_of_a_generation_is_without_what_templates_put_around_it(tmp_
 
 def test_a_date_is_that_of_the_template_not_of_the_moment(tmp_path):
     tokenizer = toy_tokenizer.byte_level(tmp_path, chat_template="{{ strftime_now('%d %b %Y') }}" + NO_CUE)
-    chosen = choose_template(None, "m", tokenizer, "text-generation", now=datetime(2024, 7, 26))
+    chosen = choose_template(None, "m", tokenizer, "text-generation", today=datetime(2024, 7, 26))
     assert chosen.render_prompt(turns("u")).startswith("26 Jul 2024<|start|>user")

@@ -5,8 +5,11 @@ import json
 import pytest
 
 from mini_forge.data.chat import FORMATS
+from mini_forge.data.labelled import tokenize_labelled
+from mini_forge.data.pairs import tokenize_pairs
 from mini_forge.data.tasks import Example, load_examples
 from mini_forge.errors import DataError
+from mini_forge.training.rollouts import encode_prompts
 from tests.test_chat import HARMONY, NO_CUE, marked, template, turns
 
 
@@ -143,3 +146,55 @@ def test_our_own_formats_refuse_what_they_have_no_place_for(name, row, what, tmp
     (example,) = load_examples(tmp_path / "rows.jsonl", "text-generation")
     with pytest.raises(DataError, match=f'rows.jsonl:1: .*{what}.* use chat_template "model"'):
         template(tmp_path, name).render(example)
+
+
+# What asks for thinking, and what asks for none; the last response may have some of its own.
+THINKS = """{% for m in messages %}{{ '<|start|>' + m.role + '\n' }}
+{%- if m.reasoning_content and loop.last %}{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}{% endif %}
+{%- if m.tool_calls %}{{ '<tool>' + m.tool_calls[0].arguments | tojson }}{% else %}{{ m.content }}{% endif %}
+{{- '<|end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n' + CUE }}{% endif %}"""
+CUES = {"thinking": "'<think>\n'", "none": "'<think>\n\n</think>\n\n'"}
+
+
+@pytest.mark.parametrize("cue", CUES)
+@pytest.mark.parametrize(("said", "text"), [
+    ({"content": "", "tool_calls": [{"name": "f", "arguments": {}}]}, "assistant\n⟦<tool>{}<|end|>⟧"),
+    ({"content": "a", "reasoning_content": "hm"}, "assistant\n<think>\n⟦hm\n</think>\n\na<|end|>⟧"),
+    ({"content": "<th", "reasoning_content": ""}, "assistant\n⟦<th<|end|>⟧"),
+], ids=["call", "thought", "neither"])  # fmt: skip
+def test_what_follows_the_part_of_the_cue_that_is_there_is_trained_on(tmp_path, cue, said, text):
+    chosen = template(tmp_path, special=HARMONY, chat_template=THINKS.replace("CUE", CUES[cue]))
+    spelled = marked(chosen.render(Example((*turns("u"), {"role": "assistant", **said}))))
+    assert spelled == "<|start|>user\nu<|end|>\n<|start|>" + text
+
+
+def test_a_first_turn_of_the_assistant_has_its_header_before_it(tmp_path):
+    """Also where the generation prompt is spelled behind a message alone."""
+    source = """{% for m in messages %}{{ '<|start|>' + m.role + '\n' + m.content + '<|end|>\n' }}
+{%- if loop.last and add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}{% endfor %}"""
+    chosen = template(tmp_path, special=HARMONY, chat_template=source)
+    said = [{"role": "assistant", "content": "hello"}, *turns("u", "a")]
+    assert marked(chosen.render(Example(tuple(said)))) == (
+        "<|start|>assistant\n⟦hello<|end|>⟧\n<|start|>user\nu<|end|>\n<|start|>assistant\n⟦a<|end|>⟧"
+    )
+
+
+def test_the_tools_of_a_pair_and_of_a_labelled_row_are_spelled(tmp_path):
+    source = """{{ tools | tojson }}{% for m in messages %}{{ '<|start|>' + m.role + '\n' + m.content + '<|end|>\n' }}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"""
+    chosen = template(tmp_path, special=HARMONY, chat_template=source)
+    tokenizer = chosen._tokenizer
+    row = {"prompt": "p", "chosen": "c", "rejected": "r", "completion": "c", "label": True, "tools": [{"x": 1}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+
+    def rows(**options):
+        return load_examples(tmp_path / "rows.jsonl", "text-generation", **options)
+
+    pairs, _ = tokenize_pairs(rows(strategy="dpo"), chosen, tokenizer)
+    [labelled], _ = tokenize_labelled(rows(strategy="dpo", is_labelled=True), chosen, tokenizer)
+    prompts, _ = encode_prompts(rows(strategy="rlhf", needs_pairs=False), {1: row}, chosen, tokenizer, 99)
+    for ids in (*(side.ids for side in pairs[0].sides), labelled.ids, prompts[0].ids):
+        assert tokenizer.decode(list(ids), skip_special=False).startswith('[{"x": 1}]<|start|>user')
+    (tmp_path / "rows.jsonl").write_text(json.dumps({**row, "tools": "f"}) + "\n")
+    with pytest.raises(DataError, match="rows.jsonl:1: tools must be a list of objects, is a string"):
+        rows(strategy="dpo")

@@ -86,6 +86,8 @@ BROKEN = [
     ("output_dir", "", "output_dir: Cannot be empty"),
     ("eval_dataset", "", "eval_dataset: Cannot be empty"),
     ("init_adapter", "", "init_adapter: Cannot be empty"),
+    ("template_date", "24.12.2026", 'template_date: Must be of the form "YYYY-MM-DD" (got "24.12.2026")'),
+    ("template_date", "2026-02-30", "template_date: '2026-02-30' is no day of the calendar; give YYYY-MM-DD"),
     ("reference", "sft", 'reference: Must be in ["base", "init_adapter"] (got "sft")'),
     ("seed", -1, "seed: Must be between 0 and 4294967295"),
     ("logging_steps", 0, "logging_steps: Must be ≥ 1"),

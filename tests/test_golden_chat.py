@@ -38,7 +38,7 @@ def family(record: dict, folder):
     tokenizer = toy_tokenizer.byte_level(
         folder, tuple(record["special"]), chat_template=record["template"], bos_token=record["bos_token"]
     )
-    return tokenizer, choose_template("model", "any", tokenizer, "text-generation", now=NOW)
+    return tokenizer, choose_template("model", "any", tokenizer, "text-generation", today=NOW)
 
 
 def examples_of(rows: list[dict], folder, task="text-generation"):

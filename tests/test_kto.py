@@ -131,7 +131,7 @@ def chatml(tokenizer):
 def labelled(prompt="What is two and two?", completion="The answer is four.", is_desirable=True, line=1) -> Labelled:
     sides = [((turn(role, text),) if isinstance(text, str) else tuple(text))
              for role, text in (("user", prompt), ("assistant", completion))]  # fmt: skip
-    return Labelled(*sides, is_desirable, line, "rows.jsonl")
+    return Labelled(*sides, is_desirable, line=line, file="rows.jsonl")
 
 
 def test_rows_have_the_tokens_and_masks_of_the_hugging_face_tokenizer():

@@ -66,6 +66,12 @@ def test_dropout_mask_has_the_rate_and_follows_the_seed():
     assert abs(neighbours - 0.81) < 5 * math.sqrt(0.81 * 0.19 / shape.numel()) * 2
 
 
+@pytest.mark.parametrize("rate", [1 - 2**-12, 1 - 2**-16, 1 - 2**-17, 1 - 2**-40, 1.0])
+def test_a_rate_near_one_drops_nearly_all(rate):
+    keep = dropout_keep(torch.Size((1000, 1000)), rate, 7, torch.device("cpu"))
+    assert keep.float().mean() < 2 * max(1 - rate, 2**-16)
+
+
 def test_two_projections_of_one_input_draw_different_masks():
     made = layer(dropout=0.5).train()
     x = torch.ones(1, 5, dtype=torch.float64)

@@ -11,6 +11,7 @@ import sys
 import time
 import zipfile
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,11 @@ import mini_forge
 from mini_forge.bench.measure import bench
 from mini_forge.check import check
 from mini_forge.cli import main
+from mini_forge.data import chat
 from mini_forge.errors import CheckpointError, ConfigError, TrainingError, UserError
 from mini_forge.io.runs import RunFolder, load_state, save_state
-from tests.tiny import write_checkpoint, write_rows
+from mini_forge.use import Session, evaluate_run
+from tests.tiny import CHAT_TEMPLATE, tokenizer_files, write_checkpoint, write_rows
 
 CONTRACT_KEYS = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second",
                  "peak_memory_bytes", "seconds"}  # fmt: skip
@@ -269,6 +272,76 @@ def test_resuming_on_changed_data_is_refused(settings, rows):
     rows.write_text(rows.read_text().replace("please", "kindly"))
     with pytest.raises(ConfigError, match="dataset: .* has changed since"):
         run(settings, resume=True, **extra)
+
+
+DATED = "{{ '<|im_start|>' + strftime_now('%d %B %Y') + '<|im_end|>' }}" + CHAT_TEMPLATE
+
+
+class Clock(date):
+    """A day that a test sets."""
+
+    day = date(2026, 12, 24)
+
+    @classmethod
+    def today(cls):
+        return cls.day
+
+
+@pytest.mark.parametrize("given", [None, "2020-02-29"])
+def test_a_run_that_goes_on_another_day_tells_its_template_its_own(settings, tmp_path, monkeypatch, given):
+    """And so do evaluation and generation with it."""
+    monkeypatch.setattr(chat, "date", Clock)
+    model = write_checkpoint(tmp_path / "dated")
+    tokenizer_files(model, DATED)
+    settings |= {"model_name": str(model), "save_strategy": "steps", "save_steps": 1, "template_date": given}
+
+    def die(record):
+        if record["step"] == 3:
+            raise Killed
+
+    whole, _ = run(settings, output_dir=str(tmp_path / "whole"))
+    with pytest.raises(Killed):
+        run(settings, on_metrics=die)
+    monkeypatch.setattr(Clock, "day", date(2026, 12, 25))
+    resumed, _ = run(settings, resume=True)
+    assert same(adapter(whole.output_dir), adapter(resumed.output_dir))
+    spelled = Session.open(str(resumed.output_dir)).template.render_prompt(({"role": "user", "content": "u"},))
+    assert spelled.startswith("<|im_start|>29 February 2020" if given else "<|im_start|>24 December 2026")
+    metrics, _ = evaluate_run(str(resumed.output_dir))
+    assert metrics["eval_loss"] == pytest.approx(whole.metrics[-1]["eval_loss"], rel=1e-6)
+    with pytest.raises(ConfigError, match="template_date: '2021-01-01' differs from"):
+        (resumed.output_dir / "summary.json").unlink()
+        run(settings, resume=True, template_date="2021-01-01")
+
+
+def test_a_date_that_nobody_is_told_is_not_recorded(settings):
+    result, lines = run(settings, template_date="2020-02-29", max_steps=1)
+    assert any(line == "note: template_date: no effect, the chat template tells no date" for line in lines)
+    result, _ = run(settings, output_dir=settings["output_dir"] + "2", max_steps=1)
+    assert json.loads((result.output_dir / "training_config.json").read_text())["template_date"] is None
+
+
+# System messages that stand before the last question alone, which a conversation that is answered does not end in.
+LAST = """{% for m in messages %}{% if m.role in ('system', 'developer') %}{% elif loop.last and m.role == 'user' %}
+{{- '<|im_start|>' + messages[0].content + m.content + '<|im_end|>\n' }}{% else %}
+{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+
+def test_what_a_template_leaves_out_is_told(settings, tmp_path):
+    rows = [[{"role": role, "content": f"c{i}"} for role in ("system", "user", "assistant")] for i in range(12)]
+    rows[0][0]["role"] = rows[3][0]["role"] = "developer"
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in [rows[1], *rows]))
+    model = write_checkpoint(tmp_path / "last")
+    tokenizer_files(model, LAST)
+    settings |= {"max_steps": 1, "dataset": str(tmp_path / "m.jsonl")}
+    _, lines = run(settings, model_name=str(model), system_prompt="Be brief.")
+    told = [line for line in lines if "chat template leaves" in line]
+    assert len(told) == 3 and "system_prompt: the chat template leaves it out" in told[0]
+    assert "m.jsonl:1: the chat template leaves out system messages" in told[1]
+    assert "m.jsonl:2: the chat template leaves out developer messages" in told[2]
+    _, lines = run(settings, output_dir=settings["output_dir"] + "2", system_prompt="Be brief.")
+    assert not any("chat template leaves" in line for line in lines)
 
 
 def test_half_written_checkpoints_are_swept_and_broken_ones_named(settings):

@@ -203,6 +203,23 @@ def test_a_run_tied_to_its_first_adapter_begins_at_it(settings, tmp_path, capsys
     assert metrics["eval_kl"] == pytest.approx(whole.metrics[-1]["eval_kl"], rel=1e-4)
 
 
+@pytest.mark.parametrize("stage", ["reward", "policy"])
+def test_a_reward_model_goes_on_with_its_own_pairs_alone(settings, rows, stage):
+    """The prompts stay the same: what PPO looks at is not changed."""
+
+    def kill(record):
+        if "loss" in record and (record["step"] == 3 if stage == "reward" else record.get("stage") is None):
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(settings, on_metrics=kill)
+    swapped = [json.loads(line) for line in rows.read_text().splitlines()]
+    texts = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in swapped]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    with pytest.raises(ConfigError, match="dataset: .* has changed since .*reward"):
+        run(settings, resume=True)
+
+
 def test_a_function_rewards_prompts_alone(settings, prompts_only, functions):
     result, _ = run(settings, dataset=str(prompts_only), reward_function="rewards_of_test:letters")
     assert not (result.output_dir / "reward").exists()

@@ -232,5 +232,9 @@ def test_preference_pairs(tmp_path):
     assert problems(tmp_path, json.dumps({**rows[1], "chosen": [good, user]}), strategy="dpo") == [
         "1: chosen must end with an assistant turn, ends with 'user'"
     ]
+    twice = {"prompt": [{"role": "system", "content": "s"}, user], "chosen": [user, good], "rejected": [bad]}
+    assert problems(tmp_path, json.dumps(twice), strategy="dpo") == [
+        "1: chosen begins with the prompt's last message; give all of the prompt's there, or none"
+    ]
     only = one(tmp_path, {"prompt": "p"}, strategy="rlhf", needs_pairs=False)
     assert (only.prompt, only.chosen, only.line) == ((user,), None, 1)

@@ -25,7 +25,7 @@ refuse tools, calls, results and thinking: they have no place for them.
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import date
 from functools import partial
 from itertools import pairwise
 from os.path import commonprefix
@@ -61,6 +61,7 @@ class Template:
     end: str | None  # what it puts after it: an end token, "" for nothing; None if it would not say
     cue: str  # its generation prompt; may be "", where a response follows the user's turn directly
     asks: bool  # whether it has one; if not, one is made of what precedes a response's content
+    date: date | None  # that it tells; None if it tells none
     _spell: Callable[..., str] = field(repr=False)  # (messages, tools, add_generation_prompt) -> text
     _tokenizer: Tokenizer = field(repr=False)
 
@@ -86,19 +87,28 @@ class Template:
             text += self._tokenizer.eos_token or ""
         return Rendered(text, [*spans[:-1], (start, len(text))], prompt)
 
-    def render_prompt(self, conversation: Example | Sequence[dict], system_prompt: str | None = None) -> str:
+    def render_prompt(
+        self, conversation: Example | Sequence[dict], system_prompt: str | None = None, tools=None
+    ) -> str:
         """The text to generate from: an example's without its last response, or a conversation's that awaits one."""
         if isinstance(conversation, Example):
             return self.render(conversation, system_prompt).prompt
         messages = (*_with_system(tuple(conversation), system_prompt), {"role": "assistant", "content": _MARK})
         try:
-            text = self._spell(messages, None, False)
-            start = self._start(text, messages, len(messages) - 1, None)
+            text = self._spell(messages, tools, False)
+            start = self._start(text, messages, len(messages) - 1, tools)
         except TemplateFailure as failure:
             raise DataError(f"the {self.name} chat template: {failure}") from failure
         if start is None:
             raise DataError(f"the {self.name} chat template: cannot tell where the response would begin")
         return text[:start]
+
+    def leaves_out(self, role: str) -> bool:
+        """Whether a conversation that ends in a response lacks what its first message, of that role, says."""
+        messages = ({"role": role, "content": _MARK}, {"role": "user", "content": "x"},
+                    {"role": "assistant", "content": "y"})  # fmt: skip
+        text = self._spell_past(messages, None, False)
+        return text is not None and _MARK not in text
 
     def stop_ids(self, tokenizer: Tokenizer) -> list[int]:
         """The ids that end a response: the checkpoint's eos, and the template's end token where it is one token."""
@@ -131,26 +141,35 @@ class Template:
         else:
             end = self._end_of_content(text, messages, turn, tools)
         if start is None or end is None or start >= end:
-            raise TemplateFailure(f"cannot tell where the response messages[{turn}] begins and ends in what it spells")
+            raise TemplateFailure(
+                f"cannot tell where the response messages[{turn}] begins and ends in what it spells; end the row "
+                "before it, or give chat_template another format"
+            )
         return start, end
 
     def _start(self, text: str, messages: tuple[dict, ...], turn: int, tools) -> int | None:
         """Where in `text` the generation prompt of an assistant turn ends."""
         cue = self._spell_past(messages[:turn], tools, True) if self.asks else None
-        if cue is not None and text.startswith(cue):
+        is_cued = turn > 0 or (cue or "").endswith(self.cue)  # some spell it only behind a message
+        if cue is not None and is_cued and text.startswith(cue):
             return len(cue)
         if (start := self._start_by_marks(text, messages, turn, tools)) is not None:
             return start
+        shared = None if cue is None else self._shared(text, cue, messages[:turn], tools)
         if messages[turn].get("tool_calls"):
-            return None
+            return shared
         before, _ = self._around(messages, turn, tools)
-        if text.startswith(before):
+        if text.startswith(before) and (shared is None or not _thought(messages[turn], before)):
             return len(before.rstrip(" "))  # a prompt that ends in a space splits it from its word
-        if cue is None:
-            return None
-        asked = self._spell_past(messages[:turn], tools, False)
-        shared = len(commonprefix((cue, text)))  # the cue asks for no thinking, and this response has some
-        return shared if asked is not None and shared > len(asked.rstrip()) else None
+        return shared
+
+    def _shared(self, text: str, cue: str, asked: tuple[dict, ...], tools) -> int | None:
+        """How far the text is its generation prompt's, where that asks for thinking, or for none, and the response is
+        otherwise; None where they differ before. A word or tag that both begin alike is the response's."""
+        before = self._spell_past(asked, tools, False)
+        shared = commonprefix((cue, text))
+        end = max(shared.rfind(">"), *(shared.rfind(space) for space in " \n")) + 1
+        return end if before is not None and end > len(before.rstrip()) else None
 
     def _start_by_marks(self, text: str, messages: tuple[dict, ...], turn: int, tools) -> int | None:
         """The same for a template that spells the past otherwise when something follows (gpt-oss drops the thinking
@@ -222,12 +241,12 @@ class Template:
 
 
 def choose_template(
-    chat_template: str | None, model_name: str, tokenizer: Tokenizer, task: str, now: datetime | None = None
+    chat_template: str | None, model_name: str, tokenizer: Tokenizer, task: str, today: date | None = None
 ) -> Template:
     """The template a configuration asks for: harmony, chatml, llama, model (the checkpoint's own), auto (by the model's
     name), or None: the checkpoint's own if it has one, else the plain prompt of the task.
 
-    `now` is the date for templates that tell it. Raises CheckpointError when the tokenizer lacks what is needed."""
+    `today` is the date for templates that tell it. Raises CheckpointError when the tokenizer lacks what is needed."""
     name, notes = chat_template, []
     if name == "auto":
         name = _format_of(model_name)
@@ -248,7 +267,7 @@ def choose_template(
             notes.append(f"chat_template {name}: the tokenizer has no token {' '.join(missing)}; it is spelled as text")
         if tokenizer.adds_bos and not (name == "llama" and tokenizer.bos_token == "<s>"):
             source = "{{- bos_token -}}" + source
-    template = _template(name, source, notes, tokenizer, now)
+    template = _template(name, source, notes, tokenizer, today)
     if tokenizer.eos_token is None and (name == "plain" or template.end == ""):
         raise CheckpointError(
             f"{tokenizer.path}: nothing to end a response with: the tokenizer has no eos_token and the {name} "
@@ -257,17 +276,18 @@ def choose_template(
     return template
 
 
-def _template(name: str, source: str, notes: list[str], tokenizer: Tokenizer, now: datetime | None) -> Template:
+def _template(name: str, source: str, notes: list[str], tokenizer: Tokenizer, today: date | None) -> Template:
     """Compiles the source and asks it, with a short conversation, what it puts around a response."""
+    today = (today or date.today()) if "strftime_now" in source else None
     try:
-        spell = partial(_spell, compile_template(source, now), tokenizer, name)
+        spell = partial(_spell, compile_template(source, today), tokenizer, name)
     except TemplateFailure as failure:
         raise CheckpointError(
             f"{tokenizer.path}: its chat template does not compile: {failure}; "
             "mend it there, or give chat_template another format"
         ) from failure
     ask = ({"role": "user", "content": "x"},)
-    template = Template(name, source, notes, "", None, "", True, spell, tokenizer)
+    template = Template(name, source, notes, "", None, "", True, today, spell, tokenizer)
     try:
         plain, cue = spell(ask, None, False), spell(ask, None, True)
         before, after = template._around((*ask, {"role": "assistant", "content": ""}), 1, None)
@@ -285,7 +305,7 @@ def _template(name: str, source: str, notes: list[str], tokenizer: Tokenizer, no
             "prompts stop before that, as in training"
         )
     own_cue = cue.removeprefix(plain) if asks and cue.startswith(plain) else ""
-    template = Template(name, source, notes, opening, after.strip(), own_cue, asks, spell, tokenizer)
+    template = Template(name, source, notes, opening, after.strip(), own_cue, asks, today, spell, tokenizer)
     if opening.strip():
         notes.append(_opening_note(template, ask))
     return template
@@ -351,6 +371,12 @@ def _marked(message: dict) -> dict:
             'tool_calls must be a list of {"function": {"name": …, "arguments": {…}}}; write them so'
         ) from error
     return {**message, "tool_calls": [*others, last]}
+
+
+def _thought(message: dict, text: str) -> bool:
+    """Whether the thinking of a message is in the text."""
+    thinking = _with_reasoning(message).get("reasoning_content")
+    return isinstance(thinking, str) and bool(thinking.strip()) and thinking.strip() in text
 
 
 def _with_reasoning(message: dict) -> dict:

@@ -116,7 +116,8 @@ def continuation(
     row: Pair | Labelled, turns: Sequence[dict], template: Template, system_prompt: str | None
 ) -> Rendered:
     """The row's prompt continued by `turns`: of its assistant turns those of `turns` alone are responses."""
-    rendered = template.render(Example((*row.prompt, *turns), line=row.line, file=row.file), system_prompt)
+    whole = Example((*row.prompt, *turns), tools=row.tools, line=row.line, file=row.file)
+    rendered = template.render(whole, system_prompt)
     responses = sum(message["role"] == "assistant" for message in turns)
     return replace(rendered, trained=rendered.trained[-responses:])
 

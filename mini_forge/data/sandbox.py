@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
-from datetime import datetime
+from datetime import date
 from functools import wraps
 
 import jinja2
@@ -46,13 +46,13 @@ class TemplateTimeout(CheckpointError):
     """A template ran too long. No `TemplateFailure`: whatever it is asked next, it would most likely do so again."""
 
 
-def compile_template(source: str, now: datetime | None = None) -> Callable[..., str]:
+def compile_template(source: str, today: date | None = None) -> Callable[..., str]:
     """`render(**variables) -> str` of a Jinja chat template. Compiling and rendering raise TemplateFailure, rendering
     for too long TemplateTimeout.
 
-    `now` is what `strftime_now` tells, fixed here so that a template spells the same text throughout a run."""
+    `today` is what `strftime_now` tells, at 0:00, so that a template spells the same text throughout a run."""
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
-    moment = now or datetime.now()
+    moment = today or date.today()
     environment.filters = {name: _guarded(function) for name, function in environment.filters.items()}
     environment.filters["tojson"] = _guarded(_to_json)
     del environment.globals["lipsum"]  # text by the megabyte

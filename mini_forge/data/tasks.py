@@ -42,6 +42,7 @@ class Pair:
     prompt: tuple[dict, ...]
     chosen: tuple[dict, ...] | None = None
     rejected: tuple[dict, ...] | None = None
+    tools: tuple[dict, ...] | None = None
     line: int = 0
     file: str = ""
 
@@ -53,6 +54,7 @@ class Labelled:
     prompt: tuple[dict, ...]
     completion: tuple[dict, ...]
     is_desirable: bool
+    tools: tuple[dict, ...] | None = None
     line: int = 0
     file: str = ""
 
@@ -120,7 +122,7 @@ def labelled(fields: dict) -> Labelled:
 
 
 def prompt_only(fields: dict) -> Pair:
-    return _read_row(fields, "rlhf", {("prompt",): lambda row: Pair(_prompt(row))})
+    return _read_row(fields, "rlhf", {("prompt",): lambda row: Pair(_prompt(row), tools=_tools(row))})
 
 
 TASKS: dict[str, Callable[[dict], Example]] = {
@@ -147,12 +149,16 @@ def _from_messages(row: dict) -> Example:
     if not turns:
         raise _Fault("messages has no assistant turn; there is nothing to learn from it")
     messages = messages[: turns[-1] + 1]  # what follows the last response is never trained on
+    users = [message["content"] for message in messages if message["role"] == "user"]
+    response = messages[-1].get("content")
+    return Example(messages, None, users[-1] if users else None, response, response, tools=_tools(row))
+
+
+def _tools(row: dict) -> tuple[dict, ...] | None:
     tools = row.get("tools")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise _Fault(f"tools must be a list of objects, is {kind(tools)}")
-    users = [message["content"] for message in messages if message["role"] == "user"]
-    response = messages[-1].get("content")
-    return Example(messages, None, users[-1] if users else None, response, response, tools=tuple(tools or ()) or None)
+    return tuple(tools or ()) or None
 
 
 def _from_instruction(row: dict) -> Example:
@@ -232,7 +238,7 @@ def _letters(text: str) -> str:
 
 def _preference(row: dict) -> Pair:
     prompt = _prompt(row)
-    return Pair(prompt, _continuation(row, "chosen", prompt), _continuation(row, "rejected", prompt))
+    return Pair(prompt, _continuation(row, "chosen", prompt), _continuation(row, "rejected", prompt), _tools(row))
 
 
 def _labelled(row: dict) -> Labelled:
@@ -240,7 +246,7 @@ def _labelled(row: dict) -> Labelled:
     completion = _continuation(row, "completion", prompt)
     if not isinstance(row["label"], bool):
         raise _Fault(f"label must be true (a desirable completion) or false, without quotes, is {kind(row['label'])}")
-    return Labelled(prompt, completion, row["label"])
+    return Labelled(prompt, completion, row["label"], _tools(row))
 
 
 def _prompt(row: dict) -> tuple[dict, ...]:
@@ -257,6 +263,8 @@ def _continuation(row: dict, key: str, prompt: tuple[dict, ...]) -> tuple[dict, 
     turns = _turns(row, key, "assistant")
     if turns[: len(prompt)] == prompt and len(turns) > len(prompt):  # the whole conversation given again
         turns = turns[len(prompt) :]
+    if turns[0] == prompt[-1]:
+        raise _Fault(f"{key} begins with the prompt's last message; give all of the prompt's there, or none")
     if turns[-1]["role"] != "assistant":
         raise _Fault(f"{key} must end with an assistant turn, ends with {turns[-1]['role']!r}")
     return turns

@@ -29,7 +29,6 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 import jinja2
@@ -132,7 +131,7 @@ def recipe(
         "tokenizer": _digest(tokenizer.path / "tokenizer.json"),
         "special_tokens": [getattr(tokenizer, name) for name in names],
         "template": template.source,
-        "date": date.today().isoformat() if "strftime_now" in template.source else None,
+        "date": template.date and template.date.isoformat(),
         "task": task,
         "max_length": max_length,
         "train_on_prompt": train_on_prompt,

@@ -33,8 +33,11 @@ NEUTRAL = {
 }  # fmt: skip
 
 
-def save_adapter(folder: Path, model: Decoder, spec: LoraSpec, base_name: str, expert_format: str = "peft"):
-    """Write the model's LoRA layers into `folder`, which exists. expert_format: one of expert_adapters.FORMATS."""
+def save_adapter(folder: str | Path, model: Decoder, spec: LoraSpec, base_name: str, expert_format: str = "peft"):
+    """Write the model's LoRA layers into `folder`, in PEFT's format. base_name: the base's folder or hub ID, for those
+    who will load it. expert_format: one of expert_adapters.FORMATS."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     layers = dict(lora_layers(model))
     stacks = {name: layer for name, layer in layers.items() if isinstance(layer, LoRAStack)}
     is_fused = expert_format == "peft"

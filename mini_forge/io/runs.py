@@ -380,7 +380,7 @@ def load_state(path: Path, parts: tuple[str, ...] = ("data",)) -> dict:
 
 def check_same_data(state: dict, fingerprint: str, dataset: str, source: Path):
     """Raise ConfigError if the checkpoint `source` was saved over other data than has `fingerprint`."""
-    if state["data"] != fingerprint:
+    if state.get("data") != fingerprint:
         raise ConfigError(
             f"dataset: {dataset!r} (or the tokenizer) has changed since {source} was saved, so its place in the data "
             "means nothing; put it back, or start another run with init_adapter"

@@ -38,6 +38,14 @@ class LoraSpec:
     targets: tuple[str, ...] | None = None
     use_rslora: bool = False
 
+    def __post_init__(self):
+        if self.rank < 1 or not 0 <= self.dropout <= 1:
+            raise ConfigError(f"rank: {self.rank} must be at least 1, and dropout, {self.dropout}, from 0 to 1")
+        if isinstance(self.targets, str):
+            raise ConfigError(
+                f"targets: {self.targets!r} must be a tuple of names, ({self.targets!r},), or None for all"
+            )
+
     @property
     def scaling(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)

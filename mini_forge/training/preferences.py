@@ -56,7 +56,9 @@ class LossOptions:
     target_margin: float = 0.5
 
 
-def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
+def dpo_loss(
+    chosen: torch.Tensor, rejected: torch.Tensor, ref_chosen: torch.Tensor, ref_rejected: torch.Tensor, beta: float
+) -> torch.Tensor:
     """Preference loss of each pair, in nats. DPO (2305.18290) Eq. 7.
 
     All (P,) float32 summed log-probabilities of response tokens; returns (P,), differentiable in the first two."""

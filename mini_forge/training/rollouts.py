@@ -71,7 +71,7 @@ def encode_prompts(
     prompts, problems, cut = [], [], 0
     for pair in pairs:
         try:
-            ids = tokenizer.encode(template.render_prompt(pair.prompt, system_prompt))
+            ids = tokenizer.encode(template.render_prompt(pair.prompt, system_prompt, pair.tools))
         except CheckpointError as error:  # a template that does not end
             raise CheckpointError(f"{pair.file}:{pair.line}: {error}") from error
         except DataError as error:
