@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import mini_forge
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mini_forge"
 # A module imports only from its own room and from those to the left of it.
@@ -105,3 +107,14 @@ def test_nothing_outside_the_declared_dependencies_is_imported():
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
             extra = {"gguf"} if path.parent.name == "export" else set()
             assert {n.split(".")[0] for n in names} <= allowed | extra, path
+
+
+def test_type_checkers_are_told_of_every_public_name():
+    told = {
+        {"schedule": "schedules"}.get(alias.name, alias.asname): f"{node.module}.{alias.name}"
+        for node in ast.parse((PACKAGE / "__init__.pyi").read_text()).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    names = {name: f"mini_forge.{place}.{name}" for name, place in mini_forge._WHERE.items()}
+    assert told == names | {name: f"mini_forge.{place}" for name, place in mini_forge._MODULES.items()}

@@ -91,3 +91,18 @@ def test_the_rows_are_what_the_script_makes_of_apt_s_text(make_dataset):
     (package,) = make_dataset.read_packages(records)
     assert (package.name, package.synopsis) == ("a", "tool to do")
     assert package.paragraphs == ("Wrapped text.", "List:\n* one\n* two", "End.")
+
+
+def test_the_loop_that_the_readme_shows_learns_and_leaves_an_adapter(monkeypatch, tmp_path):
+    text = (CONFIGS.parent / "README.md").read_text(encoding="utf-8")
+    code = next(part for part in text.split("```python\n") if "optimizer.step()" in part).partition("```")[0]
+    told = code.replace("optimizer.step()", "losses.append(loss.total.item() / loss.count); optimizer.step()")
+    names = {"torch": torch, "mini_forge": mini_forge, "losses": []}
+    (tmp_path / "configs").symlink_to(CONFIGS)
+    monkeypatch.chdir(tmp_path)
+    exec(told, names)
+    losses = names["losses"]
+    assert len(losses) == 20 and sum(losses[-4:]) < 0.95 * sum(losses[:4])
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        assert torch.equal(mini_forge.load_model("runs/my_adapter").logits(ids), names["model"].eval().logits(ids))

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from mini_forge.errors import ConfigError
 from mini_forge.training.schedule import SCHEDULES, lr_at, polynomial, warmup_steps
 
 GOLDEN = {
@@ -64,5 +65,5 @@ def test_warmup_steps_round_up_in_float_arithmetic(total, ratio, steps):
 
 
 def test_an_unknown_schedule_is_an_error():
-    with pytest.raises(KeyError):
+    with pytest.raises(ConfigError, match="'triangle' must be one of linear, cosine"):
         lr_at("triangle", 0, 10, 2, 1e-3)

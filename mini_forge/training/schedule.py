@@ -9,11 +9,15 @@ its end (the usual cosine would rise again). By hand, for 10 steps of which 2 wa
 
 import math
 
+from mini_forge.errors import ConfigError
+
 POLYNOMIAL_END = 1e-7  # where the polynomial schedule ends, as in the transformers library
 
 
 def lr_at(name: str, step: int, total_steps: int, warmup_steps: int, peak: float) -> float:
-    """Learning rate of optimizer step `step` under the schedule `name`, a key of SCHEDULES (KeyError otherwise)."""
+    """Learning rate of optimizer step `step` under the schedule `name`, a key of SCHEDULES (ConfigError otherwise)."""
+    if name not in SCHEDULES:
+        raise ConfigError(f"lr_scheduler_type: {name!r} must be one of {', '.join(SCHEDULES)}")
     return SCHEDULES[name](step, total_steps, warmup_steps, peak)
 
 
