@@ -20,8 +20,7 @@ from mini_forge.memory_plan import format_memory, memory_plan, memory_report
 from mini_forge.prepare import Prepared, prepare
 from mini_forge.providers import PROVIDERS
 from mini_forge.resume import on_its_own_day, own_inputs, resume_problems
-from mini_forge.run import windows
-from mini_forge.stages import loop_settings
+from mini_forge.settings import loop_settings, windows
 
 
 def check(config: TrainingConfig, *, resume: bool = False, overwrite: bool = False) -> dict:

@@ -19,7 +19,7 @@ import torch
 from mini_forge.config import Machine, TrainingConfig
 from mini_forge.config_plan import GIB
 from mini_forge.data.batches import plan_epoch
-from mini_forge.data.pairs import collate_pairs, flatten
+from mini_forge.data.pairs import flatten
 from mini_forge.data.token_store import inputs_of
 from mini_forge.inputs import adapter_spec, has_reference
 from mini_forge.io.adapters import PREFIX, read_adapter_tensors
@@ -50,6 +50,7 @@ from mini_forge.memory_items import (
 )
 from mini_forge.model.decoder import Decoder
 from mini_forge.prepare import Prepared, in_bfloat16, trains_reward
+from mini_forge.settings import responses_to_each, reward_windows
 from mini_forge.training.windows import Windows
 from mini_forge_kernels import amx_product, frozen_product
 
@@ -265,7 +266,7 @@ def _reinforced(prepared: Prepared, sizes: Sizes, job: Job) -> Job:
     """The job of PPO or GRPO and of its reward model. An upper bound: every response is as long as it may get, those to
     the longest prompts meet, and none shares its prompt's computation."""
     config, new = prepared.config, prepared.config.max_new_tokens
-    copies = config.group_size if config.advantage == "group" else 1
+    copies = responses_to_each(config)
     size = min(config.per_device_train_batch_size, math.ceil(config.rollout_batch_size / config.num_mini_batches))
     trained, evaluated = (
         sorted((len(prompt.ids) for prompt in prompts), reverse=True)
@@ -293,12 +294,8 @@ def _reinforced(prepared: Prepared, sizes: Sizes, job: Job) -> Job:
 def _reward_pairs(prepared: Prepared) -> tuple[int, int]:
     """(tokens, longest document) of the largest microbatch of the reward model's training: whole documents, each with
     its last token."""
-    config = prepared.config
-    window = Windows(
-        prepared.train, config.per_device_train_batch_size, config.gradient_accumulation_steps,
-        config.group_by_length, config.packing, 2 * prepared.max_length, config.seed, collate_pairs,
-    )  # fmt: skip
-    documents, _ = largest_microbatch(window, window.steps_per_epoch * config.reward_epochs)
+    window = reward_windows(prepared)
+    documents, _ = largest_microbatch(window, window.steps_per_epoch * prepared.config.reward_epochs)
     sides = flatten(documents)
     return sum(len(side.ids) for side in sides), max(len(side.ids) for side in sides)
 

@@ -60,6 +60,12 @@ class Prepared:
     eval_prompts: list[Prompt] = field(default_factory=list)
 
     @property
+    def base_name(self) -> str:
+        """What adapter_config.json calls the base: the hub ID, or a local folder's absolute path."""
+        local = Path(self.config.model_name).expanduser()
+        return str(local.resolve()) if local.is_dir() else self.config.model_name
+
+    @property
     def is_paired(self) -> bool:
         """Whether `train` and `eval` hold pairs."""
         return is_paired(self.config)

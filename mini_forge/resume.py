@@ -3,17 +3,14 @@ anew would take away."""
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
+from mini_forge.checkpoints import has_begun, put_back, read_checkpoint
 from mini_forge.config import TrainingConfig
 from mini_forge.errors import ConfigError, UserError
-from mini_forge.io.adapters import fill_adapter
-from mini_forge.io.runs import CONFIG_FILE, RunFolder, check_same_data, load_state, set_rng_state
+from mini_forge.io.runs import CONFIG_FILE, RunFolder
 from mini_forge.model.decoder import Decoder
 from mini_forge.prepare import Prepared
-from mini_forge.stages import has_begun
 from mini_forge.training.loop import Loop
-from mini_forge.training.optim import load_optimizer_state
 
 # Keys that may change between a run and its resumption, because no step depends on them.
 FREE_ON_RESUME = ("output_dir", "comment", "notes", "logging_steps", "save_steps", "save_strategy", "save_total_limit",
@@ -40,12 +37,9 @@ def on_its_own_day(folder: RunFolder, config: TrainingConfig) -> TrainingConfig:
 def restore(folder: RunFolder, loop: Loop, model: Decoder, prepared: Prepared, report: Callable[[str], None]):
     """Put model and loop where the last checkpoint was saved. Raises UserError where that is damaged, or of other
     data."""
-    step, source, state = _last(folder, prepared)
-    fill_adapter(model, source)
-    load_optimizer_state(loop.optimizer, state["optimizer"])
-    loop.restore(state["loop"])
+    step, source, state = read_checkpoint(folder, prepared, prepared.fingerprint())
+    put_back(source, state, model, loop)
     folder.truncate_metrics(step)
-    set_rng_state(state["rng"])
     report(f"resuming from {source}")
 
 
@@ -71,7 +65,7 @@ def resume_problems(folder: RunFolder, prepared: Prepared) -> list[str]:
     try:
         _check_same(folder, prepared.config)
         if prepared.config.strategy != "rlhf":  # whose checkpoints are of its stages
-            _last(folder, prepared)
+            read_checkpoint(folder, prepared, prepared.fingerprint())
     except UserError as error:
         return list(error.problems)
     return []
@@ -85,12 +79,3 @@ def _check_same(folder: RunFolder, config: TrainingConfig):
             *[f"{k}: {now[k]!r} differs from {recorded.get(k)!r}, with which this run began; --resume goes on with the "
               "same run: give the same value, or start another with init_adapter" for k in changed]
         )  # fmt: skip
-
-
-def _last(folder: RunFolder, prepared: Prepared) -> tuple[int, Path, dict]:
-    """The last checkpoint: its step, its folder and its state."""
-    step = folder.steps()[-1]
-    source = folder.checkpoint(step)
-    state = load_state(source / "trainer_state.pt")
-    check_same_data(state, prepared.fingerprint(), prepared.config.dataset, source)
-    return step, source, state

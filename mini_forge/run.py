@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from mini_forge import __version__
+from mini_forge.checkpoints import last_checkpoint, save_checkpoint
 from mini_forge.config import TrainingConfig
 from mini_forge.data.pairs import data_fingerprint
 from mini_forge.durable import write_json
@@ -20,30 +21,21 @@ from mini_forge.io.adapters import fill_adapter, save_adapter
 from mini_forge.io.card import model_card
 from mini_forge.io.fitting import check_adapter_format
 from mini_forge.io.models import load_model
-from mini_forge.io.runs import REFERENCE_FILE, SUMMARY_FILE, RunFolder, rng_state, save_state
+from mini_forge.io.runs import REFERENCE_FILE, SUMMARY_FILE, RunFolder
 from mini_forge.io.weights import load_base
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.lora import LoraSpec, inject
 from mini_forge.prepare import Prepared, is_labelled, is_paired, model_identity, prepare
 from mini_forge.providers import PROVIDERS
 from mini_forge.resume import is_to_resume, on_its_own_day, own_inputs, restore
-from mini_forge.stages import Stages, clear, last_checkpoint, loop_settings
+from mini_forge.settings import loop_settings, objective_of, optimizer_of, windows
+from mini_forge.stages import Stages, clear
 from mini_forge.training.adapters_swap import copied_factors
-from mini_forge.training.dpo import fill_reference, preference_objective
-from mini_forge.training.kto import KTOOptions, kto_objective, label_means
+from mini_forge.training.dpo import fill_reference
+from mini_forge.training.kto import label_means
 from mini_forge.training.loop import Interrupted, Loop, peak_memory_bytes, stop_signals
-from mini_forge.training.losses import Objective
 from mini_forge.training.memory import keep_freed_memory
-from mini_forge.training.optim import (
-    make_optimizer,
-    optimizer_state,
-    parameter_groups,
-)
-from mini_forge.training.preferences import REFERENCE_FREE, LossOptions
-from mini_forge.training.sft import SFT
-from mini_forge.training.windows import Windows
-
-OBJECTIVES = {"sft": SFT, "qlora": SFT}  # of strategies whose objective has no settings
+from mini_forge.training.preferences import REFERENCE_FREE
 
 
 @dataclass
@@ -144,29 +136,6 @@ def build_model(prepared: Prepared, lora: LoraSpec, report=print, load: Callable
     return model.train()
 
 
-def objective_of(config: TrainingConfig) -> Objective:
-    """What the run's strategy minimises."""
-    if config.strategy != "dpo":
-        return OBJECTIVES[config.strategy]
-    if is_labelled(config):
-        return kto_objective(KTOOptions(config.beta, config.desirable_weight, config.undesirable_weight))
-    return preference_objective(config.loss_type, LossOptions(config.beta, config.label_smoothing, config.simpo_gamma))
-
-
-def windows(prepared: Prepared) -> Windows:
-    """The run's training documents, cut into optimizer steps."""
-    config = prepared.config
-    if config.strategy == "rlhf":  # as many rows as an update of PPO asks; the reward stage has windows of its own
-        asked = config.rollout_batch_size // (config.group_size if config.advantage == "group" else 1)
-        size = min(config.per_device_train_batch_size, asked)
-        return Windows(prepared.train, size, asked // size, False, False, 0, config.seed, prepared.collate)
-    capacity = prepared.max_length * (2 if prepared.is_paired else 1)  # a bin of pairs has room for the longest pair
-    return Windows(
-        prepared.train, config.per_device_train_batch_size, config.gradient_accumulation_steps, config.group_by_length,
-        config.packing, capacity, config.seed, prepared.collate,
-    )  # fmt: skip
-
-
 def held_out_metrics(config: TrainingConfig, model: Decoder, documents: list, max_length: int) -> dict:
     """`eval_…` metrics of documents of the form that the run trains on, by what it minimises."""
     objective, batch_size = objective_of(config), config.per_device_eval_batch_size
@@ -183,22 +152,13 @@ def build_loop(
 ) -> Loop:
     config, plan = prepared.config, prepared.plan
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    optimizer = make_optimizer(
-        config.optim, parameter_groups(trainable, config.weight_decay), config.learning_rate, config.weight_decay,
-        plan.device,
-    )  # fmt: skip
     window = windows(prepared)
     settings = loop_settings(config, window.steps_per_epoch, has_eval=bool(prepared.eval))
     objective, fingerprint = objective_of(config), prepared.fingerprint()
 
     def save(progress):
-        keep_best = progress.best_step if config.load_best_model_at_end else None
-        folder.save_checkpoint(progress.step, write_checkpoint, config.save_total_limit, keep_best)
-
-    def write_checkpoint(target: Path):
-        save_adapter(target, model, lora, _base_name(prepared))
-        state = {"loop": loop.state(), "optimizer": optimizer_state(optimizer), "rng": rng_state(), "data": fingerprint}
-        save_state(target / "trainer_state.pt", state)
+        best = progress.best_step if config.load_best_model_at_end else None
+        save_checkpoint(folder, prepared, model, lora, loop, fingerprint, best)
 
     def log(record):
         record = label_means(record) if prepared.is_labelled and "loss" in record else record
@@ -214,7 +174,7 @@ def build_loop(
     loop = Loop(
         settings=settings,
         parameters=[p for _, p in trainable],
-        optimizer=optimizer,
+        optimizer=optimizer_of(config, plan, trainable, config.learning_rate),
         scaler=torch.amp.GradScaler(plan.device) if plan.use_scaler else None,
         window=window,
         count=objective.count,
@@ -232,13 +192,7 @@ def build_stages(
 ) -> Stages:
     """What takes the loop's place with strategy rlhf."""
     on_metrics, on_step = on_metrics or (lambda record: None), on_step or (lambda step, total: None)
-    return Stages(prepared, model, lora, folder, _base_name(prepared), report, on_metrics, on_step)
-
-
-def _base_name(prepared: Prepared) -> str:
-    """What adapter_config.json calls the base: the hub ID, or a local folder's absolute path."""
-    local = Path(prepared.config.model_name).expanduser()
-    return str(local.resolve()) if local.is_dir() else prepared.config.model_name
+    return Stages(prepared, model, lora, folder, report, on_metrics, on_step)
 
 
 def _precompute_reference(prepared: Prepared, model: Decoder, folder: RunFolder, report):
@@ -298,11 +252,11 @@ def _finish(prepared: Prepared, model: Decoder, lora: LoraSpec, folder: RunFolde
     summary = summarise(prepared, loop, folder.metrics())
 
     def write(target: Path):
-        save_adapter(target, model, lora, _base_name(prepared), config.adapter_format)
+        save_adapter(target, model, lora, prepared.base_name, config.adapter_format)
         prepared.tokenizer.save(target)
         # The very template of the training, whoever reads this folder: it may not be the checkpoint's own.
         (target / "chat_template.jinja").write_text(prepared.template.source, encoding="utf-8", newline="")
-        (target / "README.md").write_text(model_card(config.to_dict(), summary, _base_name(prepared)), encoding="utf-8")
+        (target / "README.md").write_text(model_card(config.to_dict(), summary, prepared.base_name), encoding="utf-8")
 
     folder.publish(write)
     first, last = summary["eval_loss_first"], summary["eval_loss_last"]

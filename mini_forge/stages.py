@@ -5,24 +5,20 @@ trained again, so each stage goes on where it was stopped. `Stages` looks to a r
 """
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from mini_forge.checkpoints import put_back, read_checkpoint, save_checkpoint
 from mini_forge.config import Plan, TrainingConfig
-from mini_forge.data.chat import Template
-from mini_forge.data.pairs import collate_pairs, data_fingerprint
-from mini_forge.data.tokenizer import Tokenizer
+from mini_forge.data.pairs import data_fingerprint
 from mini_forge.durable import write_atomic, write_json
 from mini_forge.inference.evaluate import evaluate_pairs
-from mini_forge.inference.generate import spelled_end, until
-from mini_forge.io.adapters import fill_adapter, save_adapter
 from mini_forge.io.rewards import load_function, load_reward, save_reward
 from mini_forge.io.runs import (
     CONFIG_FILE,
@@ -31,27 +27,20 @@ from mini_forge.io.runs import (
     SUMMARY_FILE,
     RunFolder,
     check_same_data,
-    load_state,
     read_records,
-    rng_state,
-    save_state,
-    set_rng_state,
 )
 from mini_forge.json_faults import read_json
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.lora import LoraSpec
 from mini_forge.prepare import Prepared, trains_reward
+from mini_forge.settings import optimizer_of, ppo_settings, reward_settings, reward_windows, sampling_of
 from mini_forge.training.adapters_swap import fresh_factors, live_factors, put_factors
-from mini_forge.training.loop import Loop, LoopSettings
-from mini_forge.training.optim import load_optimizer_state, make_optimizer, optimizer_state, parameter_groups
+from mini_forge.training.loop import Loop
 from mini_forge.training.ppo_loop import PPO, Progress
 from mini_forge.training.reward import RewardHead, Scorer, function_scorer, model_scorer, reward_objective
 from mini_forge.training.rlhf import PPOSettings, ValueHead, evaluate_policy
-from mini_forge.training.rollouts import Sampling, prompt_document
-from mini_forge.training.schedule import warmup_steps
-from mini_forge.training.windows import Windows
+from mini_forge.training.rollouts import prompt_document
 
-STATE_FILE = "trainer_state.pt"
 EVAL_PROMPTS = 64  # answered at each evaluation during training; `eval` answers all
 HEAD_SEED = 1  # beside the run's seed, so that reward and policy do not begin with the same adapter
 
@@ -64,7 +53,6 @@ class Stages:
     model: Decoder
     lora: LoraSpec
     folder: RunFolder
-    base_name: str
     report: Callable[[str], None]
     on_metrics: Callable[[dict], None]
     on_step: Callable[[int, int], None]
@@ -105,15 +93,10 @@ class Stages:
         truncate_samples(self.folder.path / SAMPLES_FILE, steps[-1] if steps else -1)
         if not steps:
             return
-        source = self.folder.checkpoint(steps[-1])
-        state = load_state(source / STATE_FILE, ("data", "value_head"))
-        check_same_data(state, self._fingerprint(), self.prepared.config.dataset, source)
-        fill_adapter(self.model, source)
+        _, source, state = read_checkpoint(self.folder, self.prepared, self._fingerprint(), "value_head")
         if self.ppo.value_head is not None:
             self.ppo.value_head.load_state_dict(state["value_head"])
-        load_optimizer_state(self.ppo.optimizer, state["optimizer"])
-        self.ppo.restore(state["loop"])
-        set_rng_state(state["rng"])
+        put_back(source, state, self.model, self.ppo)
         self.report(f"resuming from {source}")
 
     def _fingerprint(self) -> int:
@@ -149,18 +132,9 @@ class Stages:
         self.on_metrics(record)
 
     def _save_ppo(self, progress: Progress):
-        ppo = self.ppo
-        state = {"loop": ppo.state(), "optimizer": optimizer_state(ppo.optimizer), "rng": rng_state()}
-        state["data"] = self._fingerprint()
-        state["value_head"] = None if ppo.value_head is None else ppo.value_head.state_dict()
-        self._save(self.folder, progress.step, state)
-
-    def _save(self, folder: RunFolder, step: int, state: dict):
-        def write(target: Path):
-            save_adapter(target, self.model, self.lora, self.base_name)
-            save_state(target / STATE_FILE, state)
-
-        folder.save_checkpoint(step, write, self.prepared.config.save_total_limit, None)
+        head = None if self.ppo.value_head is None else self.ppo.value_head.state_dict()
+        data = self._fingerprint()
+        save_checkpoint(self.folder, self.prepared, self.model, self.lora, self.ppo, data, value_head=head)
 
     def _evaluate(self) -> dict:
         began, prepared = time.perf_counter(), self.prepared
@@ -196,10 +170,7 @@ class Stages:
         prepared, model = self.prepared, self.model
         config, plan = prepared.config, prepared.plan
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad] + list(head.named_parameters())
-        window = Windows(
-            prepared.train, config.per_device_train_batch_size, config.gradient_accumulation_steps,
-            config.group_by_length, config.packing, 2 * prepared.max_length, config.seed, collate_pairs,
-        )  # fmt: skip
+        window = reward_windows(prepared)
         objective, batch_size = reward_objective(head), config.per_device_eval_batch_size
 
         def evaluate():
@@ -210,9 +181,8 @@ class Stages:
             self.on_metrics({"stage": REWARD_FOLDER, **record})
 
         def save(progress):
-            state = {"loop": loop.state(), "optimizer": optimizer_state(loop.optimizer), "rng": rng_state()}
-            state |= {"head": head.state_dict(), "data": prepared.fingerprint()}
-            self._save(folder, progress.step, state)
+            data = prepared.fingerprint()
+            save_checkpoint(folder, prepared, model, self.lora, loop, data, head=head.state_dict())
 
         model.train()
         loop = Loop(
@@ -232,25 +202,19 @@ class Stages:
 
     def _begin_reward(self, folder: RunFolder, loop: Loop, head: RewardHead):
         folder.sweep()
-        steps = folder.steps()
-        if not steps:
+        if not folder.steps():
             folder.start(self.prepared.config.to_dict())
             self.report(f"reward model: {len(self.prepared.train)} pairs, {loop.settings.total_steps} steps")
             return
-        source = folder.checkpoint(steps[-1])
-        state = load_state(source / STATE_FILE, ("head", "data"))
-        check_same_data(state, self.prepared.fingerprint(), self.prepared.config.dataset, source)
-        fill_adapter(self.model, source)
+        step, source, state = read_checkpoint(folder, self.prepared, self.prepared.fingerprint(), "head")
         head.load_state_dict(state["head"])
-        load_optimizer_state(loop.optimizer, state["optimizer"])
-        loop.restore(state["loop"])
-        folder.truncate_metrics(steps[-1])
-        set_rng_state(state["rng"])
+        put_back(source, state, self.model, loop)
+        folder.truncate_metrics(step)
         self.report(f"resuming the reward model from {source}")
 
     def _finish_reward(self, folder: RunFolder, loop: Loop, head: RewardHead):
         def write(target: Path):
-            save_reward(target, self.model, head, self.lora, self.base_name)
+            save_reward(target, self.model, head, self.lora, self.prepared.base_name)
             self.prepared.tokenizer.save(target)
 
         folder.publish(write)
@@ -265,20 +229,6 @@ class Stages:
             "" if first is None else f"; prefers the chosen of held-out pairs in {first:.1%} before, {last:.1%} after"
         )
         self.report(f"reward model: saved in {folder.path}{told}")
-
-
-def has_begun(folder: RunFolder) -> bool:
-    """Whether there is something to resume."""
-    reward = RunFolder(folder.path / REWARD_FOLDER)
-    return bool(folder.steps() or reward.steps() or reward.is_finished())
-
-
-def last_checkpoint(folder: RunFolder) -> Path | None:
-    """Of the run or, before it has one, of its reward model."""
-    for each in (folder, RunFolder(folder.path / REWARD_FOLDER)):
-        if each.steps():
-            return each.checkpoint(each.steps()[-1])
-    return None
 
 
 def clear(folder: RunFolder, reward_model: str | None):
@@ -300,62 +250,6 @@ def scorer_of(config: TrainingConfig, plan: Plan, model: Decoder, run: Path) -> 
     )  # fmt: skip
     head = RewardHead.of(stored.score, stored.pad_id)
     return model_scorer(stored.model, stored.factors, head, config.per_device_eval_batch_size)
-
-
-def sampling_of(config: TrainingConfig, template: Template, tokenizer: Tokenizer) -> Sampling:
-    """How the run's rollouts are drawn, and where they end."""
-    allowed = until(spelled_end(template, tokenizer), tokenizer)
-    is_ended = None if allowed is None else lambda tokens: allowed(0, tokens) == []
-    return Sampling(config.max_new_tokens, config.temperature, frozenset(template.stop_ids(tokenizer)), is_ended)
-
-
-def ppo_settings(config: TrainingConfig, prompts: int) -> PPOSettings:
-    """The configuration's keys for a number of prompts to train on."""
-    same = ("logging_steps", "rollout_batch_size", "ppo_epochs", "num_mini_batches", "learning_rate", "max_grad_norm",
-            "kl_coef", "kl_estimator", "kl_target", "target_kl", "gamma", "gae_lambda", "clip_range",
-            "value_clip_range", "value_coef", "advantage", "group_size", "seed")  # fmt: skip
-    responses = config.group_size if config.advantage == "group" else 1
-    per_epoch = math.ceil(prompts / (config.rollout_batch_size // responses))
-    total = config.max_steps if config.max_steps > 0 else per_epoch * config.num_train_epochs
-    return PPOSettings(
-        total_steps=total,
-        steps_per_epoch=per_epoch,
-        eval_steps=config.eval_steps,
-        save_steps={"no": None, "steps": config.save_steps, "epoch": per_epoch}[config.save_strategy],
-        micro_batch_size=config.per_device_train_batch_size,
-        schedule=config.lr_scheduler_type,
-        warmup_steps=warmup_steps(total * config.ppo_epochs * config.num_mini_batches, config.warmup_ratio),
-        **{name: getattr(config, name) for name in same},
-    )
-
-
-def loop_settings(config: TrainingConfig, steps_per_epoch: int, has_eval: bool) -> LoopSettings:
-    total = config.max_steps if config.max_steps > 0 else steps_per_epoch * config.num_train_epochs
-    save_steps = {"no": None, "steps": config.save_steps, "epoch": steps_per_epoch}[config.save_strategy]
-    return LoopSettings(
-        total_steps=total,
-        steps_per_epoch=steps_per_epoch,
-        warmup_steps=warmup_steps(total, config.warmup_ratio),
-        learning_rate=config.learning_rate,
-        schedule=config.lr_scheduler_type,
-        max_grad_norm=config.max_grad_norm,
-        logging_steps=config.logging_steps,
-        eval_steps=config.eval_steps if has_eval else None,
-        save_steps=save_steps,
-        patience=config.early_stopping_patience,
-        keep_best=config.load_best_model_at_end and has_eval,
-    )
-
-
-def reward_settings(config: TrainingConfig, steps_per_epoch: int) -> LoopSettings:
-    own = {"num_train_epochs": config.reward_epochs, "learning_rate": config.reward_learning_rate}
-    of_the_policy = {"max_steps": -1, "early_stopping_patience": None, "load_best_model_at_end": False}
-    return loop_settings(replace(config, **own, **of_the_policy), steps_per_epoch, has_eval=True)
-
-
-def optimizer_of(config: TrainingConfig, plan: Plan, named: list, learning_rate: float):
-    groups = parameter_groups(named, config.weight_decay)
-    return make_optimizer(config.optim, groups, learning_rate, config.weight_decay, plan.device)
 
 
 def append_line(path: Path, record: dict):

@@ -24,7 +24,8 @@ from mini_forge.io.runs import CONFIG_FILE, RunFolder
 from mini_forge.model.decoder import Decoder
 from mini_forge.prepare import is_labelled, template_of, tokenise_rows
 from mini_forge.run import held_out_metrics
-from mini_forge.stages import sampling_of, scorer_of
+from mini_forge.settings import sampling_of
+from mini_forge.stages import scorer_of
 from mini_forge.training.adapters_swap import copied_factors
 from mini_forge.training.reward import Scorer
 from mini_forge.training.rlhf import evaluate_policy

@@ -20,7 +20,7 @@ from mini_forge.inference.evaluate import evaluate_labelled
 from mini_forge.model import decoder
 from mini_forge.model.lora import LoraSpec, inject, lora_layers
 from mini_forge.prepare import prepare
-from mini_forge.run import windows
+from mini_forge.settings import windows
 from mini_forge.training.kto import KTOOptions, kto_loss, kto_objective, label_means, reference_point
 from tests import golden_files as golden
 from tests import toy_tokenizer

@@ -57,7 +57,7 @@ from mini_forge.model.quant import Linear4bit, Linear8bit, Linear16bit
 from mini_forge.model.stacks import Stack4bit, Stack8bit, StackMxfp4
 from mini_forge.prepare import Prepared, prepare
 from mini_forge.providers import PROVIDERS
-from mini_forge.run import windows
+from mini_forge.settings import windows
 from mini_forge.training.losses import model_nll, token_nll
 from mini_forge.training.optim import make_optimizer
 from mini_forge.training.rlhf import Experience

@@ -463,7 +463,7 @@ def test_the_last_good_checkpoint_is_named(settings, monkeypatch):
         loss = sft_loss(model, batch)
         return loss if len(seen) <= 6 else LossSum(loss.total * float("nan"), loss.count)
 
-    monkeypatch.setattr("mini_forge.run.OBJECTIVES", {"sft": type(SFT)(sometimes_nan, SFT.count)})
+    monkeypatch.setattr("mini_forge.settings.OBJECTIVES", {"sft": type(SFT)(sometimes_nan, SFT.count)})
     with pytest.raises(TrainingError, match=r"step 4: the loss is nan.*last good checkpoint: .*step-3"):
         run(settings, eval_split=0, save_strategy="steps", save_steps=1)
 
@@ -566,7 +566,7 @@ def test_an_error_in_the_optimizer_leaves_the_old_run(settings, monkeypatch):
     def refuse(*_):
         raise ConfigError("optim: no")
 
-    monkeypatch.setattr("mini_forge.run.make_optimizer", refuse)
+    monkeypatch.setattr("mini_forge.settings.make_optimizer", refuse)
     with pytest.raises(ConfigError):
         run(settings, overwrite=True)
     assert (result.output_dir / "adapter_model.safetensors").exists()
@@ -775,7 +775,7 @@ def test_a_disk_that_is_full_at_a_checkpoint_is_not_kept_full_by_its_half(settin
     def full(path, state):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr("mini_forge.run.save_state", full)
+    monkeypatch.setattr("mini_forge.checkpoints.save_state", full)
     with pytest.raises(TrainingError, match=r"No space left on device.*trainer_state.pt.*no checkpoint was saved yet"):
         run(settings, save_strategy="steps", save_steps=1)
     assert list(Path(settings["output_dir"], "checkpoints").iterdir()) == []

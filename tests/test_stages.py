@@ -325,7 +325,7 @@ def test_a_disk_that_is_full_names_the_last_checkpoint_of_either_stage(settings,
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         save_state(path, state)
 
-    monkeypatch.setattr("mini_forge.stages.save_state", full)
+    monkeypatch.setattr("mini_forge.checkpoints.save_state", full)
     inner = "reward/checkpoints" if stage == "reward model" else "checkpoints"
     with pytest.raises(TrainingError, match=f"No space left on device.*last good checkpoint: .*/run/{inner}/step-1$"):
         run(settings)

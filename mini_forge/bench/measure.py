@@ -32,7 +32,8 @@ from mini_forge.io.weights import load_base
 from mini_forge.memory_plan import memory_plan
 from mini_forge.model.decoder import Decoder
 from mini_forge.prepare import Prepared, is_labelled, prepare
-from mini_forge.run import build_loop, build_model, windows
+from mini_forge.run import build_loop, build_model
+from mini_forge.settings import windows
 from mini_forge.training.loop import peak_memory_bytes
 from mini_forge.training.memory import keep_freed_memory
 

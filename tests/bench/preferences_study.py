@@ -26,7 +26,7 @@ from mini_forge.data.pairs import PairDocument, tokenize_pairs
 from mini_forge.data.tasks import load_examples
 from mini_forge.inference.evaluate import evaluate_pairs
 from mini_forge.io.rewards import load_reward
-from mini_forge.run import objective_of
+from mini_forge.settings import objective_of
 from mini_forge.training.adapters_swap import swapped
 from mini_forge.training.reward import RewardHead, reward_objective
 
