@@ -281,6 +281,13 @@ def _documents_of(prompts: list[Prompt]) -> tuple[list[Document], TokenStats]:
     return documents, TokenStats.of(len(prompts), len(prompts), 0, documents)
 
 
+def _adapted_stacks(config: TrainingConfig, spec: DecoderSpec) -> set[str]:
+    """The last names of the stacks of experts that are adapted."""
+    with torch.device("meta"):
+        names = target_names(Decoder(spec), adapter_spec(config).targets)
+    return {name.rpartition(".")[2] for name in names if ".experts." in name}
+
+
 def _template_notes(config: TrainingConfig, template: Template, rows) -> list[str]:
     """What the user gave and the template does not spell."""
     notes = []
@@ -345,6 +352,9 @@ def _tokenise(config, plan, opened, train_rows, eval_rows) -> Prepared:
         notes.append(f"max_seq_length {limit} is more than the {spec.max_positions} positions the model was made for")
     if config.adapter_format == "per-expert" and spec.experts is None:
         notes.append("adapter_format: no effect on a model without experts")
+    elif config.adapter_format == "per-expert" and _adapted_stacks(config, spec) == {"gate_up_proj"}:
+        notes.append('adapter_format "per-expert": PEFT leaves out adapters of experts.gate_up_proj without '
+                     "experts.down_proj; name both, or leave adapter_format out")  # fmt: skip
     train_rows, eval_rows = (
         _with_tokens(config, template, tokenizer, limit, notes, rows) for rows in (train_rows, eval_rows)
     )

@@ -281,6 +281,7 @@ def summarise(prepared: Prepared, loop: Loop, metrics: list[dict]) -> dict:
         "status": "finished",
         "steps": progress.step,
         "stopped_early": progress.stopped_early,
+        "skipped_steps": progress.skipped,
         "train_loss_first": losses[0] if losses else None,
         "train_loss_last": losses[-1] if losses else None,
         "eval_loss_first": evaluations[0] if evaluations else None,

@@ -8,10 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mini_forge
+from mini_forge.cli import main
 from mini_forge.errors import CheckpointError, ConfigError
 from mini_forge.io.adapters import fill_adapter, read_adapter_config, save_adapter
 from mini_forge.io.merge import merge_adapter
 from mini_forge.model.lora import LoraSpec, inject, lora_layers
+from tests.golden_files import family
 from tests.test_weights import split_in_two, store_in_4bit
 from tests.tiny import make_unreadable, write_checkpoint
 
@@ -84,7 +86,6 @@ def test_tensors_must_fit_exactly(run, change, message):
     ("init_lora_weights", "olora", "init_lora_weights = 'olora'"),
     ("peft_type", "IA3", "peft_type 'IA3'"),
     ("task_type", "SEQ_CLS", "that of a reward model"),
-    ("target_modules", ".*_proj", "is a pattern"),
     ("r", None, "needs numbers `r`"),
     ("r", True, "r True.*needs numbers `r`"),
     ("lora_alpha", "16", "lora_alpha '16'"),
@@ -174,3 +175,68 @@ def test_an_adapter_without_a_base_says_so(run):
 def test_files_have_the_users_own_permissions(run, tmp_path):
     (tmp_path / "plain").write_text("")
     assert (run / "adapter_model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_pattern_s_modules_are_those_that_have_tensors(tiny, run):
+    record = json.loads((run / "adapter_config.json").read_text())
+    (run / "adapter_config.json").write_text(json.dumps({**record, "target_modules": r"model\..*_proj"}))
+    spec, _ = read_adapter_config(run)
+    assert len(spec.targets) == 14 and "model.layers.1.mlp.down_proj" in spec.targets
+    assert torch.equal(mini_forge.load_model(run).logits(IDS), adapted(tiny)[0].logits(IDS))
+
+
+def multimodal(folder):
+    """The golden Gemma 3 as the text part of a multimodal checkpoint, with a tensor of its vision tower."""
+    text, ids, _ = family("gemma3_text_hub")
+    folder.mkdir()
+    config = json.loads((text / "config.json").read_text())
+    outer = {"model_type": "gemma3", "text_config": config, "vision_config": {"hidden_size": 8}}
+    (folder / "config.json").write_text(json.dumps(outer))
+    tensors = {f"language_model.{name}": tensor for name, tensor in load_file(text / "model.safetensors").items()}
+    tensors["vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight"] = torch.ones(8, 8)
+    save_file(tensors, folder / "model.safetensors")
+    return folder, text, ids
+
+
+def test_an_adapter_of_a_multimodal_model_has_the_names_of_its_class(tmp_path):
+    """transformers' AutoModelForCausalLM makes the multimodal class of such a checkpoint, and PEFT names by that; short
+    targets would name the vision tower's layers too."""
+    base, text, ids = multimodal(tmp_path / "base")
+    model, spec = adapted(base, targets=("q_proj", "down_proj"))
+    save_adapter(tmp_path / "run", model, spec, str(base))
+    layers = len(model.model.layers)
+    modules = [f"model.language_model.layers.{i}.{name}" for i in range(layers)
+               for name in ("self_attn.q_proj", "mlp.down_proj")]  # fmt: skip
+    names = load_file(tmp_path / "run" / "adapter_model.safetensors").keys()
+    assert names == {f"base_model.model.{module}.lora_{letter}.weight" for module in modules for letter in "AB"}
+    record = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert record["target_modules"] == sorted(modules)
+    wanted = model.logits(ids)
+    assert torch.equal(mini_forge.load_model(tmp_path / "run").logits(ids), wanted)
+    # As others may write the same: by a pattern, or with short names.
+    for targets in (r".*language_model.*\.(q|down)_proj", ["q_proj", "down_proj"]):
+        (tmp_path / "run" / "adapter_config.json").write_text(json.dumps({**record, "target_modules": targets}))
+        assert torch.equal(mini_forge.load_model(tmp_path / "run").logits(ids), wanted)
+    merged = merge_adapter(tmp_path / "run", tmp_path / "merged")
+    torch.testing.assert_close(mini_forge.load_model(merged).logits(ids), wanted, atol=0.05, rtol=0)  # bfloat16
+    # Of the text part alone the same adapter has the plain names.
+    model, spec = adapted(text, targets=("q_proj", "down_proj"))
+    save_adapter(tmp_path / "text", model, spec, str(text))
+    record = json.loads((tmp_path / "text" / "adapter_config.json").read_text())
+    assert record["target_modules"] == ["down_proj", "q_proj"]
+
+
+@pytest.mark.parametrize("extra", [
+    "model.embed_tokens.lora_embedding_A", "lm_head.weight", "model.layers.0.self_attn.q_proj.lora_magnitude_vector",
+    "model.layers.0.self_attn.q_proj.lora_B.bias", "model.layers.1.mlp.router.lora_B.weight",
+])  # fmt: skip
+@pytest.mark.parametrize("command", ["merge", "export"])
+def test_a_tensor_that_would_be_left_out_is_refused(run, tmp_path, extra, command, capsys):
+    if command == "export":
+        pytest.importorskip("gguf")
+    tensors = load_file(run / "adapter_model.safetensors")
+    tensors[f"base_model.model.{extra}"] = torch.ones(4)
+    save_file(tensors, run / "adapter_model.safetensors")
+    assert main([command, str(run), str(tmp_path / "out.gguf")]) == 2
+    assert f"1 tensors that are no update of the decoder's layers, among them {extra}" in capsys.readouterr().err
+    assert not (tmp_path / "out.gguf").exists()

@@ -305,3 +305,41 @@ def test_targets_of_some_layers_only_are_saved_by_their_full_names(targets, tmp_
     if any("experts" in target for target in targets):
         assert record["lora_dropout"] == 0.0  # PEFT refuses dropout beside target_parameters
     merge_adapter(tmp_path, tmp_path / "merged")
+
+
+def test_mixtrals_experts_are_named_as_its_files_name_them(saved):
+    out, model, input_ids = saved("mixtral_hub", "per-expert")
+    tensors = load_file(out / "adapter_model.safetensors")
+    owner, layer = f"{PREFIX}model.layers.0.block_sparse_moe.experts", model.model.layers[0].mlp.experts
+    width = layer.down_proj.shape[2]
+    for part, stack, rows in (("w1", layer.gate_up_proj, slice(width)), ("w3", layer.gate_up_proj, slice(width, None)),
+                              ("w2", layer.down_proj, slice(None))):  # fmt: skip
+        assert torch.equal(tensors[f"{owner}.1.{part}.lora_A.weight"], stack.lora_A[1].data)
+        assert torch.equal(tensors[f"{owner}.1.{part}.lora_B.weight"], stack.lora_B[1, rows].data)
+    record = json.loads((out / "adapter_config.json").read_text())
+    assert record["target_modules"] == ["q_proj", "v_proj", "w1", "w2", "w3"] and "target_parameters" not in record
+    assert torch.equal(mini_forge.load_model(out).logits(input_ids), model.logits(input_ids))
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe_hub", "mixtral_hub"])
+@pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
+def test_experts_stored_in_stacks_are_those_stored_one_by_one(name, quantization, tmp_path):
+    """transformers 5 holds them so, and can save them so; also in memory, in few bits, and merged."""
+    folder, input_ids, _ = family(name)
+    plain = mini_forge.load_model(folder)
+    stacked = tmp_path / "stacked"
+    shutil.copytree(folder, stacked)
+    save_file({n: p.data.contiguous() for n, p in plain.named_parameters()}, stacked / "model.safetensors")
+    one, other = (mini_forge.load_model(path, quantization=quantization) for path in (folder, stacked))
+    kind = type(one.model.layers[-1].mlp.experts.down_proj)
+    assert type(other.model.layers[-1].mlp.experts.down_proj) is kind
+    assert (kind is nn.Parameter) == (quantization is None)
+    assert torch.equal(one.logits(input_ids), other.logits(input_ids))
+    if quantization is None:
+        spec = LoraSpec(3, 6, targets=STACKS)
+        inject(other, spec, torch.Generator().manual_seed(0))
+        for _, layer in lora_layers(other):
+            layer.lora_B.data.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+        save_adapter(tmp_path / "run", other, spec, str(stacked))
+        merged = mini_forge.load_model(merge_adapter(tmp_path / "run", tmp_path / "merged"))
+        torch.testing.assert_close(merged.logits(input_ids), other.logits(input_ids), atol=1e-4, rtol=1e-4)

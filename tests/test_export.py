@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 import sys
+from dataclasses import fields
 
 import gguf
 import numpy as np
@@ -18,10 +19,11 @@ from mini_forge.cli import main
 from mini_forge.data.tokenizer import load_tokenizer
 from mini_forge.errors import CheckpointError, ConfigError
 from mini_forge.export import TYPES
-from mini_forge.export.architectures import ARCHITECTURES
+from mini_forge.export.architectures import ARCHITECTURES, problems
 from mini_forge.export.gguf_file import export_gguf
 from mini_forge.export.vocabulary import vocabulary
 from mini_forge.io.adapters import save_adapter
+from mini_forge.model.decoder import DecoderSpec, ExpertsSpec, LayerSpec
 from mini_forge.model.families import MODULES
 from mini_forge.model.lora import LoraSpec, inject, lora_layers, merge
 from tests.golden_files import GOLDEN
@@ -386,7 +388,6 @@ def test_a_model_that_llama_cpp_would_compute_otherwise_is_refused(name, words, 
 
 
 @pytest.mark.parametrize(("name", "change", "words"), [
-    ("qwen2_hub", {"partial_rotary_factor": 0.5}, "a part of each head"),
     ("gemma3", {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.5}}, "YaRN's alone"),
     ("gpt_oss", {"layer_types": ["full_attention"] * 2}, "without sliding layers"),
 ])  # fmt: skip
@@ -398,6 +399,36 @@ def test_so_is_one_whose_config_differs_in_a_key(name, change, words, tmp_path):
     write_run(tmp_path / "run", base)
     with pytest.raises(CheckpointError, match=words):
         export_gguf(tmp_path / "run", tmp_path / "out.gguf")
+
+
+def test_rotations_of_a_part_are_a_problem_where_they_are_not_taken():
+    spec = mini_forge.load_model(checkpoint("phi3_partial_hub")).spec
+    assert not problems(ARCHITECTURES["phi3"], spec)
+    assert "rotations of a part of each head" in problems(ARCHITECTURES["qwen2"], spec)
+
+
+def test_a_family_that_llama_cpp_is_not_asked_for_is_refused(tmp_path, monkeypatch):
+    write_run(tmp_path / "run", checkpoint("qwen2_hub"))
+    monkeypatch.delitem(ARCHITECTURES, "qwen2")
+    with pytest.raises(CheckpointError, match="model_type 'qwen2' is none that export knows; use `merge`"):
+        export_gguf(tmp_path / "run", tmp_path / "out.gguf")
+
+
+# What the architectures, their tables and the tests above know of. An option of the decoder that is new here must be
+# looked for in `problems`, or written into the file, before a model that has it is exported as one that has not.
+KNOWN = {
+    DecoderSpec: "vocab_size hidden_size mlp_size heads kv_heads head_size layers rope norm_eps max_positions qkv_bias "
+    "out_bias mlp_bias tied_head qk_norm norm_product norm_offset post_norms local_rope rope_interleaved sinks "
+    "attention_scale temperature activation clamp experts mlp_name fused_projections embed_scale residual_scale "
+    "hidden_scale",
+    LayerSpec: "window chunk rope temperature experts",
+    ExpertsSpec: "count top_k size router normalized router_name router_bias bias shared_size balance_coef",
+}
+
+
+@pytest.mark.parametrize("spec", KNOWN)
+def test_every_option_of_the_decoder_is_known_to_export(spec):
+    assert [field.name for field in fields(spec)] == KNOWN[spec].split()
 
 
 def test_the_command_says_where_a_window_is_missing(tmp_path, capsys):

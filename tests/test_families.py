@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -172,7 +173,59 @@ def test_the_trained_length_beside_the_record_has_priority():
         assert trained(kind, {}, max_position_embeddings=128) == 128
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}  # fmt: skip
+
+
+@pytest.mark.parametrize(("record", "told"), [
+    ({"rope_type": "linear", "factor": "4"}, "factor '4' must be a finite number above 0"),
+    ({"rope_type": "linear", "factor": 0}, "factor 0 must be a finite number above 0"),
+    ({"rope_type": "linear", "factor": math.inf}, "factor inf must be a finite number above 0"),
+    ({"rope_type": "linear", "factor": True}, "factor True must be a finite number above 0"),
+    ({**YARN, "beta_fast": 0}, "beta_fast 0 must be a finite number above 0"),
+    ({**YARN, "attention_factor": "1"}, "attention_factor '1' must be a finite number above 0"),
+    ({**YARN, "rope_theta": 1.0}, "rope_theta 1 turns all channels alike"),
+    ({**LLAMA3, "low_freq_factor": 0}, "low_freq_factor 0 must be a finite number above 0"),
+    ({"rope_theta": "1e4"}, "rope_theta '1e4' must be a finite number above 0"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not supported for this model_type"),
+])  # fmt: skip
+def test_numbers_with_which_nothing_turns_are_named(record, told):
+    with pytest.raises(CheckpointError, match=re.escape(told)):
+        spec("llama", rope_parameters=record)
+
+
+@pytest.mark.parametrize("part", [1.5, -1, "1", 0])
+def test_a_part_of_a_head_is_a_share(part):
+    with pytest.raises(CheckpointError, match=re.escape(f"partial_rotary_factor {part!r} must be")):
+        spec("phi3", partial_rotary_factor=part)
+
+
+def test_bands_of_yarn_that_run_backwards_and_a_null_are_as_transformers_has_them():
+    """Its ramp divides by high - low, and by 0.001 only where they are equal; a null `truncate` is false."""
+    made = spec("llama", rope_parameters={**YARN, "original_max_position_embeddings": 2, "truncate": None}).rope
+    assert made.get("truncate", True) is None
+    found, _ = inverse_frequencies(made, 16)
+    base = 1.0 / 1e4 ** (torch.arange(0, 16, 2).float() / 16)
+    low, high = (16 * math.log(2 / (turns * 2 * math.pi)) / (2 * math.log(1e4)) for turns in (32, 1))
+    low, high = max(low, 0), min(high, 15)
+    assert high < low
+    keep = 1 - ((torch.arange(8).float() - low) / (high - low)).clamp(0, 1)
+    torch.testing.assert_close(found, base / 4 * (1 - keep) + base * keep)
+
+
 # --- gpt_oss
+
+
+@pytest.mark.parametrize("null", ["rope_parameters", "rope_scaling"])
+def test_gpt_oss_with_a_null_for_its_rotations_has_the_usual_ones(null):
+    assert spec("gpt_oss", **{null: None}).rope == spec("gpt_oss").rope
+
+
+@pytest.mark.parametrize("floor", [0, -1, "8"])
+def test_llama4s_temperature_grows_by_steps_of_some_length(floor):
+    with pytest.raises(CheckpointError, match="floor_scale .* must be a finite number above 0"):
+        spec("llama4_text", floor_scale=floor)
 
 
 def test_gpt_oss_slides_in_every_other_layer_beginning_with_the_first():
@@ -381,7 +434,7 @@ def test_canonical_rows_by_hand():
      Place("model.layers.0.mlp.experts.gate_up_proj", 3, "up")),
     ("qwen3_moe", "model.layers.0.mlp.experts.12.down_proj.weight", Place("model.layers.0.mlp.experts.down_proj", 12)),
     ("qwen3_moe", "model.layers.0.mlp.up_proj.weight", None),
-    ("qwen3_moe", "model.layers.0.mlp.experts.gate_up_proj", None),
+    ("qwen3_moe", "model.layers.0.mlp.experts.gate_up_proj", Place("model.layers.0.mlp.experts.gate_up_proj")),
     ("mixtral", "model.layers.0.mlp.experts.3.w1.weight", Place("model.layers.0.mlp.experts.gate_up_proj", 3, "gate")),
     ("mixtral", "model.layers.0.mlp.experts.3.w3.weight", Place("model.layers.0.mlp.experts.gate_up_proj", 3, "up")),
     ("mixtral", "model.layers.0.mlp.experts.3.w2.weight", Place("model.layers.0.mlp.experts.down_proj", 3)),

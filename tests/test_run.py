@@ -193,6 +193,15 @@ def test_fp16_resumes_with_its_scale(settings, tmp_path):
     assert same(adapter(whole.output_dir), adapter(resumed.output_dir))
 
 
+def test_fp16_of_which_no_step_counted_has_failed(settings, capsys):
+    """An alpha with which every product overflows; and the skipped steps of a run are told."""
+    with pytest.raises(TrainingError, match="step 4: no step had a finite fp16 gradient, nothing was trained"):
+        run(settings, fp16=True, lora_alpha=10**5)
+    result, _ = run(settings, fp16=True, output_dir=settings["output_dir"] + "2")
+    summary = json.loads((result.output_dir / "summary.json").read_text())
+    assert summary["skipped_steps"] == sum(m["grad_norm"] is None for m in result.metrics if "loss" in m) < 4
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_leaves_and_the_run_goes_on(settings, tmp_path, number, code):
     extra = {**HARD, "max_steps": 60, "save_steps": 1000}

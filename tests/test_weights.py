@@ -10,8 +10,11 @@ from safetensors.torch import load_file, save_file
 import mini_forge
 from mini_forge.errors import CheckpointError, ConfigError
 from mini_forge.io import weights
+from mini_forge.io.adapters import save_adapter
 from mini_forge.io.hub import resolve_model
+from mini_forge.io.merge import largest_difference, merge_adapter
 from mini_forge.io.weights import Checkpoint, load_base
+from mini_forge.model.lora import LoraSpec, inject
 from mini_forge.model.quant import Linear4bit, Linear8bit, quantize_4bit, quantize_8bit
 from tests.tiny import make_unreadable, random_model, write_checkpoint
 
@@ -204,6 +207,34 @@ def test_tied_checkpoints_may_or_may_not_store_the_head(tmp_path, quantization, 
     assert torch.equal(mini_forge.load_model(folder, quantization=quantization).logits(ids), logits)
 
 
+def test_a_tied_matrix_may_be_stored_as_the_head_alone(tmp_path):
+    folder = write_checkpoint(tmp_path / "tied", tie_word_embeddings=True)
+    expected = mini_forge.load_model(folder).logits(torch.arange(9)[None])
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    assert torch.equal(mini_forge.load_model(folder).logits(torch.arange(9)[None]), expected)
+    run = tmp_path / "run"
+    model, spec = mini_forge.load_model(folder), LoraSpec(2, 4)
+    inject(model, spec)
+    save_adapter(run, model, spec, str(folder))
+    merged = merge_adapter(run, tmp_path / "merged")
+    assert torch.equal(mini_forge.load_model(merged).logits(torch.arange(9)[None]), expected)
+    assert largest_difference(run, merged)[0] == 0
+
+
+@pytest.mark.parametrize("record", ["[]", "null", '{"a": 3}', "{}"])
+def test_an_index_that_names_no_files_is_refused(folder, record):
+    (folder / "model.safetensors.index.json").write_text(f'{{"weight_map": {record}}}')
+    with pytest.raises(CheckpointError, match="index.json: weight_map must name each tensor's file; fetch it again"):
+        mini_forge.load_model(folder)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors", "hqq", 5])
+def test_a_quantization_of_another_kind_is_refused_by_its_name(folder, method):
+    change_config(folder, quantization_config={"quant_method": method})
+    with pytest.raises(CheckpointError, match=f"quantization_config is {method!r}, which is not supported; take the"):
+        mini_forge.load_model(folder)
+
+
 @pytest.mark.parametrize("change", [lambda head: head.index_fill(0, torch.tensor([271]), 0.5), lambda head: head[:-1]])
 def test_a_head_that_is_tied_must_be_the_embedding(tmp_path, change):
     """transformers unties such a model; a trained matrix must not be dropped unseen."""
@@ -269,6 +300,8 @@ def test_layers_stored_in_8bit_load_as_they_are_or_dense(folder):
     name, weight = "model.layers.0.mlp.up_proj", torch.tensor([[127, -64], [1, 0]], dtype=torch.int8).repeat(32, 16)
     stored = {name + ".weight": weight, name + ".SCB": torch.full((64,), 2.0), name + ".weight_format": torch.tensor(0)}
     rewrite(folder, lambda t: t.update(stored))
+    with pytest.raises(CheckpointError, match="stored as int8, not nf4; set use_8bit"):
+        mini_forge.load_model(folder, quantization="nf4")
     layer = mini_forge.load_model(folder, quantization="int8").get_submodule(name)
     assert torch.equal(layer.weight, weight) and torch.equal(layer.SCB, stored[name + ".SCB"])
     dense = mini_forge.load_model(folder).get_submodule(name).weight

@@ -14,10 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mini_forge.errors import CheckpointError, reason_of
-from mini_forge.io.expert_adapters import fuse, fused_tensors, per_expert_tensors, stack_targets
+from mini_forge.io.expert_adapters import fuse, fused_tensors, own_name, per_expert_tensors, stack_targets
 from mini_forge.io.weights import write_safetensors
 from mini_forge.json_faults import read_json
 from mini_forge.model.decoder import Decoder
+from mini_forge.model.families.layout import without_text_prefix
 from mini_forge.model.lora import LoraSpec, LoRAStack, inject, lora_layers, target_names
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -41,19 +42,23 @@ def save_adapter(folder: str | Path, model: Decoder, spec: LoraSpec, base_name: 
     layers = dict(lora_layers(model))
     stacks = {name: layer for name, layer in layers.items() if isinstance(layer, LoRAStack)}
     is_fused = expert_format == "peft"
-    tensors = fused_tensors(stacks, model.layout) if is_fused else per_expert_tensors(stacks)
+    tensors = (fused_tensors if is_fused else per_expert_tensors)(stacks, model.layout)
     for name, layer in layers.items():
         if name not in stacks:
             tensors[f"{name}.lora_A.weight"] = layer.lora_A.detach().float().cpu().contiguous()
             tensors[f"{name}.lora_B.weight"] = layer.lora_B.detach().float().cpu().contiguous()
-    entries = [(f"{PREFIX}{name}", tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+
+    def others(name: str) -> str:  # name for a module or tensor of ours
+        return model.text_model + name.removeprefix("model.")
+
+    entries = [(f"{PREFIX}{others(name)}", tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     write_safetensors(folder / WEIGHTS_FILE, entries, tensors.values())
     modules = {name.rsplit(".", 1)[-1] for name in layers if name not in stacks}
     parameters = {".".join(name.split(".")[-3:]) for name in stacks}
-    if is_fused and set(target_names(model, (*modules, *parameters))) != set(
-        layers
-    ):  # short names would name others too
-        modules, parameters = layers.keys() - stacks.keys(), set(stacks)
+    # Short names would name others too, of this text model or of the model that it is a part of.
+    is_part = model.text_model != "model."
+    if is_fused and (is_part or set(target_names(model, (*modules, *parameters))) != set(layers)):
+        modules, parameters = {others(name) for name in layers.keys() - stacks.keys()}, set(map(others, stacks))
     if stacks and not is_fused:  # as if each expert were three linear layers
         modules |= {n.split(".lora_")[0].rsplit(".", 1)[-1] for n in tensors}
         parameters = set()
@@ -119,11 +124,10 @@ def named_base(record: dict, path: Path) -> str:
 
 def lora_spec(record: dict, path: Path) -> LoraSpec:
     """The LoRA that adapter_config.json's `record` describes; `path` is for errors, CheckpointError."""
-    targets = record.get("target_modules")
-    if isinstance(targets, str) and targets != "all-linear":
-        raise CheckpointError(f"{path}: target_modules {targets!r} is a pattern; a list of module names is needed")
-    targets = ["all-linear"] if targets == "all-linear" else targets or []
-    parameters = record.get("target_parameters") or []
+    targets, parameters = record.get("target_modules"), record.get("target_parameters") or []
+    if isinstance(targets, str):  # a pattern's modules are those that have tensors
+        targets = [targets] if targets == "all-linear" else _adapted_modules(path.with_name(WEIGHTS_FILE))
+    targets = targets or []
     for key, names in {"target_modules": targets, "target_parameters": parameters}.items():
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise CheckpointError(f"{path}: {key} {record[key]!r} must be a list of names; write them so")
@@ -138,7 +142,9 @@ def lora_spec(record: dict, path: Path) -> LoraSpec:
         rank=rank,
         alpha=alpha,
         dropout=dropout,
-        targets=None if targets == ["all-linear"] and not parameters else (*targets, *parameters),
+        targets=None
+        if targets == ["all-linear"] and not parameters
+        else tuple(map(without_text_prefix, (*targets, *parameters))),
         use_rslora=bool(record.get("use_rslora", False)),
     )
 
@@ -152,10 +158,21 @@ def load_adapter(model: Decoder, folder: Path, spec: LoraSpec | None = None) -> 
     return spec
 
 
+def _adapted_modules(path: Path) -> list[str]:
+    """The modules that have an adapter in a file; of experts one by one, the last part of their names."""
+    names = (own_name(name).removeprefix(PREFIX).partition(".lora_")[0] for name in stored_tensors(path))
+    return sorted({name.rpartition(".")[2] if ".experts." in name else without_text_prefix(name) for name in names})
+
+
 def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The adapter's tensors by PEFT's names. Raises CheckpointError for an absent or broken file, or a
-    number that is none."""
-    path = folder / WEIGHTS_FILE
+    """The adapter's tensors, by PEFT's names for a model that is text alone. Raises CheckpointError for an absent or
+    broken file, or a number that is none."""
+    tensors = stored_tensors(folder / WEIGHTS_FILE)
+    return {PREFIX + without_text_prefix(own_name(n).removeprefix(PREFIX)): tensor for n, tensor in tensors.items()}
+
+
+def stored_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The same by the names that they have in the file."""
     try:
         path.open("rb").close()  # of any file that it may not read, load_file says that there is none
         tensors = load_file(path)

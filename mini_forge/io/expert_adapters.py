@@ -7,7 +7,8 @@ latter. A is (E·R, in) with row e·R + k, B is (out, R·E) with column k·E + e
 turns, so do the rows of its B.
 
 The per-expert layout has `….experts.3.gate_proj.lora_A.weight`, and so up_proj and down_proj, as if each expert were
-three linear layers; gate and up have the same A.
+three linear layers; gate and up have the same A. Its names are the checkpoint's: Mixtral's are w1, w3 and w2, under
+`block_sparse_moe`. Here they are read as `own_name` gives them.
 """
 
 import re
@@ -15,12 +16,16 @@ import re
 import torch
 
 from mini_forge.errors import CheckpointError
+from mini_forge.model.families.layout import PerExpert
 from mini_forge.model.lora import LoRAStack
 from mini_forge.model.stacks import deinterleave_rows, interleave_rows
 
 FORMATS = ("peft", "per-expert")
 PARTS = ("gate_proj", "up_proj", "down_proj")
 PER_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.lora_([AB])\.weight")
+# Of checkpoints that name their experts' matrices otherwise.
+OTHER_NAMES = re.compile(r"(.*)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.(.*)")
+OTHER_PARTS = dict(zip(("w1", "w3", "w2"), PARTS, strict=True))
 Factors = tuple[torch.Tensor, torch.Tensor]  # A (E, R, in) and B (E, out, R), float32
 
 
@@ -62,13 +67,20 @@ def from_fused(name: str, A: torch.Tensor, B: torch.Tensor, experts: int, layout
     return A, B
 
 
-def per_expert_tensors(stacks: dict[str, LoRAStack]) -> dict[str, torch.Tensor]:
-    """One adapter for every matrix of every expert."""
-    tensors = {}
+def own_name(name: str) -> str:
+    """The tensor `….mlp.experts.3.gate_proj.…` of an adapter whose base names its experts' matrices otherwise."""
+    match = OTHER_NAMES.fullmatch(name)
+    return name if match is None else f"{match[1]}.mlp.experts.{match[2]}.{OTHER_PARTS[match[3]]}.{match[4]}"
+
+
+def per_expert_tensors(stacks: dict[str, LoRAStack], layout=None) -> dict[str, torch.Tensor]:
+    """One adapter for every matrix of every expert, by the checkpoint's names where it has some for them."""
+    tensors, (gate, up, down) = {}, layout.names if isinstance(layout, PerExpert) else PARTS
     for name, layer in stacks.items():
         owner, _, leaf = name.rpartition(".")
+        owner = layout.stored_name(owner) if isinstance(layout, PerExpert) else owner
         for e, (A, B) in enumerate(zip(layer.lora_A.detach(), layer.lora_B.detach(), strict=True)):
-            halves = dict(zip(PARTS[:2], B.chunk(2), strict=True)) if leaf == "gate_up_proj" else {PARTS[2]: B}
+            halves = dict(zip((gate, up), B.chunk(2), strict=True)) if leaf == "gate_up_proj" else {down: B}
             for part, rows in halves.items():
                 stem = f"{owner}.{e}.{part}"
                 tensors[f"{stem}.lora_A.weight"] = A.float().cpu().clone()
@@ -103,7 +115,7 @@ def stack_targets(targets: tuple[str, ...] | None, names) -> tuple[str, ...] | N
         return targets
     stacks = ["experts.gate_up_proj"] * bool(found & set(PARTS[:2])) + ["experts.down_proj"] * (PARTS[2] in found)
     others = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names if not PER_EXPERT.fullmatch(name)}
-    return (*(t for t in targets if t not in PARTS or t in others), *stacks)
+    return (*(t for t in targets if t not in (*PARTS, *OTHER_PARTS) or t in others), *stacks)
 
 
 def _from_pieces(pieces, owner: str, leaf: str, experts: int) -> Factors:

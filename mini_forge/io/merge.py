@@ -21,7 +21,16 @@ from mini_forge.io.adapters import PREFIX, read_adapter_config, read_adapter_ten
 from mini_forge.io.expert_adapters import fuse, stack_targets
 from mini_forge.io.models import base_of, load_tokenizer, require_adapter
 from mini_forge.io.records import spec_of
-from mini_forge.io.weights import BNB_SUFFIXES, Checkpoint, Loader, weight_files, write_safetensors
+from mini_forge.io.weights import (
+    BNB_SUFFIXES,
+    EMBEDDING,
+    HEAD,
+    ONE_SOURCE,
+    Checkpoint,
+    Loader,
+    weight_files,
+    write_safetensors,
+)
 from mini_forge.json_faults import read_json
 from mini_forge.model.families import expert_layout
 from mini_forge.model.families.layout import PACKED, Place, text_name
@@ -80,8 +89,10 @@ class Merger:
         self.layout = expert_layout(self.checkpoint.config)
         self.own = {name: text_name(name, self.layout) for name in self.checkpoint.entries}
         self.updates = adapter_updates(run, read_adapter_config(run)[0], self)
-        embedding = next(n for n, own in self.own.items() if own == "model.embed_tokens.weight")
-        self.dense_dtype = self.checkpoint.entries[embedding].dtype
+        embeddings = [n for n, own in self.own.items() if own in (EMBEDDING, HEAD)]
+        if not embeddings:
+            raise CheckpointError(f"{self.checkpoint.folder}: no tensor {EMBEDDING}; {ONE_SOURCE}")
+        self.dense_dtype = self.checkpoint.entries[embeddings[0]].dtype
 
     def place(self, stored: str) -> Place | None:
         own = self.own[stored]
@@ -155,7 +166,7 @@ def adapter_updates(run: Path, spec: LoraSpec, merger: Merger) -> dict[str, Upda
         endings = tuple(f".experts.{name}" for name in STACK_NAMES)
         stacks = sorted(n for n in weights if n.endswith(endings) and f".{n}".endswith(targets))
         tensors = fuse(tensors, stacks, merger.spec.experts.count, merger.layout)
-    updates = {}
+    updates, used = {}, set()
     for key in [key for key in tensors if ".lora_A" in key]:
         name, partner = key.replace(".lora_A", ""), key.replace(".lora_A", ".lora_B")
         if name not in weights:
@@ -168,6 +179,12 @@ def adapter_updates(run: Path, spec: LoraSpec, merger: Merger) -> dict[str, Upda
         if partner not in tensors:
             raise CheckpointError(f"{run}: the adapter has {key} but no {partner}")
         updates[name] = Update(tensors[key], tensors[partner], spec.scaling)
+        used |= {key, partner}
+    if left := sorted(tensors.keys() - used):
+        raise CheckpointError(
+            f"{run}: the adapter has {len(left)} tensors that are no update of the decoder's layers, among them "
+            f"{left[0]}; only plain LoRA on these can be merged"
+        )
     return updates
 
 

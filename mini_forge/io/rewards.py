@@ -26,6 +26,7 @@ from mini_forge.io.adapters import (
     named_base,
     read_adapter_tensors,
     save_adapter,
+    stored_tensors,
     unfit,
 )
 from mini_forge.io.expert_adapters import fuse, stack_targets
@@ -57,7 +58,7 @@ class StoredReward:
 def save_reward(folder: Path, model: Decoder, head: torch.nn.Module, spec: LoraSpec, base_name: str):
     """Write the model's adapter and the head's `score` into `folder`, which exists."""
     save_adapter(folder, model, spec, base_name)
-    tensors = read_adapter_tensors(folder)
+    tensors = stored_tensors(folder / WEIGHTS_FILE)
     tensors[PREFIX + SCORE] = head.score.weight.detach().float().cpu().contiguous()
     entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     beside = folder / f"{WEIGHTS_FILE}.part"  # not over the file itself: the tensors are mapped from it

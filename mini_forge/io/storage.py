@@ -49,16 +49,17 @@ class Storage:
     def stored(self, name: str, parts: dict[str, torch.Tensor], folder: Path) -> Linear4bit | Linear8bit:
         """The layer of weight `name` from the tensors in which a checkpoint holds it, without its bias."""
         if name + ".absmax" not in parts:
+            self._check_same("int8", name, folder, "set use_8bit")
             scale = parts[name.removesuffix("weight") + "SCB"]
             return self._with_ops(Linear8bit.from_state(parts[name], scale, compute_dtype=self.compute_dtype))
         state = {"weight" + key.removeprefix(name): tensor for key, tensor in parts.items()}
         layer = Linear4bit.from_state(state, compute_dtype=self.compute_dtype)
-        if self.quantization not in (None, layer.quant_type):
-            raise CheckpointError(
-                f"{folder}: {name} is stored as {layer.quant_type}, not {self.quantization}; "
-                f"set bnb_4bit_quant_type to {layer.quant_type!r}"
-            )
+        self._check_same(layer.quant_type, name, folder, f"set bnb_4bit_quant_type to {layer.quant_type!r}")
         return self._with_ops(layer)
+
+    def _check_same(self, stored: str, name: str, folder: Path, remedy: str):
+        if self.quantization not in (None, stored):
+            raise CheckpointError(f"{folder}: {name} is stored as {stored}, not {self.quantization}; {remedy}")
 
     def _with_ops(self, layer: Linear4bit | Linear8bit) -> Linear4bit | Linear8bit:
         layer.left_side = self.left_side

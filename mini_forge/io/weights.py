@@ -24,7 +24,7 @@ from mini_forge.io.records import spec_of
 from mini_forge.io.storage import Storage, multiplies_stored
 from mini_forge.json_faults import read_json
 from mini_forge.model.decoder import Decoder
-from mini_forge.model.families import expert_layout
+from mini_forge.model.families import expert_layout, text_model
 from mini_forge.model.families.layout import text_name
 from mini_forge.model.ops import PLAIN, Ops
 from mini_forge.model.quant import Linear16bit
@@ -39,7 +39,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ONE_SOURCE = "take the weights, all of them, and config.json from one source"
 HEADER_LIMIT_BYTES = 100_000_000  # the format's own bound
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # old checkpoints store these derived values
-HEAD = "lm_head.weight"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 DENSE_BYTES = 4 << 20  # of a tensor that stays dense this much is read at once, and stays in cache until it is copied
 MATRICES = (nn.Linear, nn.Embedding)
 QUANT_STATE = ".quant_state.bitsandbytes__"
@@ -108,7 +108,10 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder: those its index names, else `model.safetensors`, else the only one."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+            raise CheckpointError(f"{index}: weight_map must name each tensor's file; fetch it again")
+        names = sorted(set(shards.values()))
         root = folder.resolve()
         for name in names:
             # Hub caches keep files as links out of the folder, so the name is checked, not where a link leads.
@@ -176,10 +179,12 @@ class Loader:
         self.checkpoint = checkpoint = Checkpoint(folder)
         spec, layout = spec_of(checkpoint.config, checkpoint.folder), expert_layout(checkpoint.config)
         checkpoint.entries = text_entries(checkpoint.entries, layout)
+        if spec.tied_head and EMBEDDING not in checkpoint.entries and HEAD in checkpoint.entries:  # stored under either
+            checkpoint.entries[EMBEDDING] = checkpoint.entries.pop(HEAD)
         dtype = dtype or _stored_dtype(checkpoint)
         with torch.device("meta"):
             self.model = Decoder(spec, ops)
-        self.model.layout = layout
+        self.model.layout, self.model.text_model = layout, text_model(checkpoint.config)
         self.storage = Storage(quantization, nested, compute_dtype or dtype, dtype, torch.device(device),
                                ops.left_side if multiplies_stored(ops, dtype, device) else None)  # fmt: skip
         self.stacks = StackLoader(self.model, self.storage, layout)
@@ -262,7 +267,7 @@ class Loader:
     def _compare_rows(self, name: str, first: int, rows: torch.Tensor):
         """A head that is stored although it is the embedding must be equal to it, as exactly as both are known."""
         tied = self.model.head_weight[first : first + len(rows)]
-        stored = self.checkpoint.entries["model.embed_tokens.weight"].dtype
+        stored = self.checkpoint.entries[EMBEDDING].dtype
         narrow = min((tied.dtype, rows.dtype, stored), key=lambda dtype: dtype.itemsize)
         rows, tied = rows.to(tied.device, narrow), tied.to(narrow)
         if not bool(((rows == tied) | (rows.isnan() & tied.isnan())).all()):
@@ -387,4 +392,6 @@ def text_entries(entries: dict[str, TensorEntry], layout) -> dict[str, TensorEnt
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    return checkpoint.entries["model.embed_tokens.weight"].dtype
+    if EMBEDDING not in checkpoint.entries:
+        raise CheckpointError(f"{checkpoint.folder}: no tensor {EMBEDDING}; {ONE_SOURCE}")
+    return checkpoint.entries[EMBEDDING].dtype

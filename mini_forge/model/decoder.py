@@ -240,7 +240,8 @@ class Decoder(nn.Module):
         self.lm_head = None if spec.tied_head else nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
         ropes = {"global": spec.rope, "local": spec.local_rope}
         self.ropes = {name: Rope(rope, spec.head_size) for name, rope in ropes.items() if rope is not None}
-        self.layout = None  # how experts lie on disk (model/families/layout.py), set when a checkpoint is loaded
+        # Of the checkpoint that was loaded: how experts lie on disk (families/layout.py), and `families.text_model`.
+        self.layout, self.text_model = None, "model."
         self.routings: list[Routing] = []  # of the last forward pass in training
         # What the backward makes again instead of keeping it: "selective", the MLPs (half of the layers' products, two
         # thirds of their activations); "full", whole layers; "offload", these from inputs kept in host memory; None,

@@ -68,7 +68,7 @@ def _yarn(spec, base, channels):
     if spec.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, channels - 1)
-    ramp = (torch.arange(channels // 2).float() - low) / max(high - low, 0.001)
+    ramp = (torch.arange(channels // 2).float() - low) / (high - low or 0.001)
     keep = 1 - ramp.clamp(0, 1)
     return base / factor * (1 - keep) + base * keep, _magnitude(spec, factor)
 
@@ -87,6 +87,10 @@ def _magnitude(spec, factor):
 
 
 SCALINGS = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
+_NUMBERS = (
+    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
+    "attention_factor", "mscale", "mscale_all_dim", "partial_rotary_factor",
+)  # fmt: skip
 _REQUIRED = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -94,8 +98,9 @@ _REQUIRED = {
 }
 
 
-def rope_spec(config: dict, default_theta: float = 10000.0) -> RopeSpec:
-    """From a Hugging Face config: `rope_parameters` (new) or `rope_theta` with `rope_scaling` (old).
+def rope_spec(config: dict, default_theta: float = 10000.0, may_be_partial: bool = False) -> RopeSpec:
+    """From a Hugging Face config: `rope_parameters` (new) or `rope_theta` with `rope_scaling` (old). may_be_partial:
+    whether the family has rotations of a part of each head.
 
     Where both records stand they must mean the same: which of two counts is not the same in all versions of
     transformers."""
@@ -104,6 +109,10 @@ def rope_spec(config: dict, default_theta: float = 10000.0) -> RopeSpec:
     if len(specs) == 2 and specs[0] != specs[1] and not _same(*specs):
         raise CheckpointError(
             "config.json: rope_parameters and rope_scaling mean different rotations; keep one of them"
+        )
+    if specs[0].get("partial_rotary_factor", 1.0) != 1 and not may_be_partial:
+        raise CheckpointError(
+            "config.json: partial_rotary_factor is not supported for this model_type, whose heads turn whole"
         )
     return specs[0]
 
@@ -116,7 +125,8 @@ def _spec(record: dict, config: dict, default_theta: float) -> RopeSpec:
     if kind not in SCALINGS:
         raise CheckpointError(f"config.json: rope type {kind!r} is not supported; supported: {', '.join(SCALINGS)}")
     record = {"partial_rotary_factor": config.get("partial_rotary_factor"), **record}
-    scaling = {k: v for k, v in record.items() if k not in ("rope_theta", "rope_type", "type") and v is not None}
+    own = ("rope_theta", "rope_type", "type")
+    scaling = {k: v for k, v in record.items() if k not in own and (v is not None or k == "truncate")}
     if kind in ("llama3", "yarn"):  # beside the record it has priority over that within
         trained, longest = "original_max_position_embeddings", config.get("max_position_embeddings")
         scaling[trained] = config.get(trained) or scaling.get(trained) or longest
@@ -125,7 +135,24 @@ def _spec(record: dict, config: dict, default_theta: float) -> RopeSpec:
         raise CheckpointError(
             f"config.json: rope type {kind!r} needs {', '.join(missing)}; write them beside rope_type"
         )
+    _check_numbers(theta, kind, scaling)
     return RopeSpec(float(theta), kind, tuple(sorted(scaling.items())))
+
+
+def _check_numbers(theta, kind: str, scaling: dict):
+    """Raises CheckpointError for numbers with which there is no rotation."""
+    numbers = {"rope_theta": theta, **{key: scaling[key] for key in _NUMBERS if key in scaling}}
+    wrong = [
+        f"{key} {value!r} must be a finite number above 0"
+        for key, value in numbers.items()
+        if type(value) not in (int, float) or not 0 < value < math.inf
+    ]
+    if not wrong and scaling.get("partial_rotary_factor", 1.0) > 1:
+        wrong.append(f"partial_rotary_factor {scaling['partial_rotary_factor']!r} must be at most 1")
+    if not wrong and kind == "yarn" and theta == 1:
+        wrong.append("rope_theta 1 turns all channels alike")
+    if wrong:
+        raise CheckpointError(*[f"config.json: {text}; copy the file again from its source" for text in wrong])
 
 
 def _same(one: RopeSpec, other: RopeSpec) -> bool:

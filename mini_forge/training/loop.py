@@ -64,7 +64,9 @@ class Progress:
     window_tokens: int = 0
     window_seconds: float = 0.0
     window_metrics: dict = field(default_factory=dict)
-    skipped_steps: int = 0
+    skipped_steps: int = 0  # fp16: in a row, without a finite gradient
+    skipped: int = 0  # fp16: in all
+    optimizer_steps: int = 0  # fp16: those skipped among them
     evaluated_step: int = -1
     best_loss: float | None = None
     best_step: int | None = None
@@ -94,6 +96,14 @@ class Resumable:
             self.save(self.progress)
             self._saved_step = self.progress.step
 
+    def _check_trained(self):
+        """Raise TrainingError at the end of a run in fp16 of which no step counted."""
+        if self.progress.skipped and self.progress.skipped == self.progress.optimizer_steps:
+            raise TrainingError(
+                f"{self.unit} {self.progress.step}: no step had a finite fp16 gradient, nothing was trained; "
+                "use bf16 or float32"
+            )
+
     def _save_is_due(self, finished: bool) -> bool:
         step, every = self.progress.step, self.settings.save_steps
         return bool(every) and step > 0 and (finished or step % every == 0)
@@ -109,6 +119,8 @@ class Resumable:
         if self.scaler is not None:
             self.scaler.step(self.optimizer)  # skips the update by itself when a gradient is not finite
             self.scaler.update()
+            self.progress.optimizer_steps += 1
+            self.progress.skipped += not math.isfinite(norm)
             self.progress.skipped_steps = 0 if math.isfinite(norm) else self.progress.skipped_steps + 1
             if self.progress.skipped_steps >= MAX_SKIPPED_STEPS:
                 raise TrainingError(
@@ -162,6 +174,8 @@ class Loop(Resumable):
                     finished = progress.step >= last or progress.stopped_early
                     if finished and progress.window_count:
                         self._log_window()
+                    if finished:
+                        self._check_trained()
                     if self._save_is_due(finished):
                         stop.hold(self._save_once)
                     if finished:

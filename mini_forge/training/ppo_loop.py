@@ -54,6 +54,8 @@ class Progress:
     window_seconds: float = 0.0
     evaluated_step: int = -1
     skipped_steps: int = 0  # fp16: optimizer steps in a row without a finite gradient
+    skipped: int = 0  # fp16: in all
+    optimizer_steps: int = 0  # fp16: those skipped among them
     # A run's summary asks these of every loop; this one neither stops early nor looks for a best step.
     stopped_early: bool = False
     best_loss: float | None = None
@@ -99,6 +101,8 @@ class PPO(Resumable):
                 while True:
                     self.on_step(progress.step, last)
                     stop.hold(self._evaluate_if_due)
+                    if progress.step >= last:
+                        self._check_trained()
                     if self._save_is_due(progress.step == last):
                         stop.hold(self._save_once)
                     if progress.step >= last:

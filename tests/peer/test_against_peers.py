@@ -157,7 +157,7 @@ def test_adapters_of_experts_load_in_peft_whole_and_with_the_same_logits(name, t
 
 @torch.no_grad()
 @pytest.mark.parametrize("targets", [TARGETS, TARGETS[2:]])
-@pytest.mark.parametrize("name", [name for name in MOE if name.startswith("qwen3_moe")])
+@pytest.mark.parametrize("name", [name for name in MOE if name.startswith(("qwen3_moe", "mixtral"))])
 def test_per_expert_adapters_load_in_peft_whole_and_with_the_same_logits(name, targets, tmp_path, recwarn):
     """PEFT itself fuses them over transformers' stacks: twice the rank for gate_up, whose halves have each their A."""
     folder, logits = save_moe_adapter(name, tmp_path / "run", targets, "per-expert")
@@ -166,3 +166,33 @@ def test_per_expert_adapters_load_in_peft_whole_and_with_the_same_logits(name, t
     factors = [tensor for key, tensor in peft.utils.get_peft_model_state_dict(model).items() if "lora_B" in key]
     assert factors and all((tensor != 0).any(dim=1).all() for tensor in factors)  # PEFT starts B at 0
     assert worst(logits, model(IDS % model.config.vocab_size).logits) < TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("targets", [("q_proj", "down_proj"), None])
+def test_adapters_of_a_multimodal_gemma_load_in_peft_and_its_own_here(targets, tmp_path):
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "head_dim": 12,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 6}  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = transformers.Gemma3Config(text_config=sizes, vision_config=vision, mm_tokens_per_image=4,
+                                       image_token_index=96, boi_token_index=94, eoi_token_index=95)  # fmt: skip
+    base = tmp_path / "base"
+    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(base)
+    model, spec = mini_forge.load_model(base), LoraSpec(3, 6, targets=targets)
+    inject(model, spec)
+    for _, layer in lora_layers(model):
+        layer.lora_B.data.normal_(std=0.3)
+    save_adapter(tmp_path / "run", model, spec, str(base))
+    ids = IDS % 90
+    peer = peft.PeftModel.from_pretrained(peer_model(base), tmp_path / "run")
+    assert worst(model.logits(ids), peer(input_ids=ids).logits) < TOLERANCE
+    assert not any("vision" in name for name, _ in peer.named_parameters() if "lora_" in name)
+    pattern = r".*language_model.*\.(q_proj|up_proj)"
+    peer = peft.get_peft_model(peer_model(base), peft.LoraConfig(r=3, target_modules=pattern, task_type="CAUSAL_LM"))
+    for name, parameter in peer.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(std=0.3)
+    peer.save_pretrained(tmp_path / "theirs")
+    ours = mini_forge.load_model(tmp_path / "theirs")
+    assert worst(ours.logits(ids), peer.eval()(input_ids=ids).logits) < TOLERANCE

@@ -36,6 +36,12 @@ def expert_layout(config: dict):
     return getattr(MODULES[config["model_type"]], "LAYOUT", None)
 
 
+def text_model(config: dict) -> str:
+    """What others call `model.` of this checkpoint: an adapter's names are those of the class that transformers'
+    AutoModelForCausalLM makes of it, which may be a multimodal one."""
+    return getattr(MODULES[config["model_type"]], "TEXT_MODEL", "model.") if "text_config" in config else "model."
+
+
 def decoder_spec(config: dict) -> DecoderSpec:
     """config: the parsed config.json. Raises CheckpointError for an unsupported model_type or a missing key."""
     kind = config.get("model_type")

@@ -8,6 +8,8 @@ from mini_forge.model.families.common import base_spec
 from mini_forge.model.rope import rope_spec
 from mini_forge.model.spec import LayerSpec
 
+TEXT_MODEL = "model.language_model."  # in the multimodal class, which is what a multimodal checkpoint is loaded as
+
 
 def spec(config):
     config = config.get("text_config", config)

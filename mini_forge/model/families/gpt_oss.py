@@ -14,7 +14,7 @@ YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0
 
 def spec(config):
     config = {"rope_theta": 150000.0, "rms_norm_eps": 1e-5, **config}
-    if not config.keys() & {"rope_parameters", "rope_scaling"}:
+    if not (config.get("rope_parameters") or config.get("rope_scaling")):
         config["rope_parameters"] = YARN
     kinds = config.get("layer_types") or [
         "full_attention" if i % 2 else "sliding_attention" for i in range(config["num_hidden_layers"])

@@ -29,18 +29,24 @@ class Place:
     part: str | None = None
 
 
+def without_text_prefix(name: str) -> str:
+    """The name of a module or tensor of a multimodal model, as its text model alone has it."""
+    for prefix, own in TEXT_PREFIXES.items():
+        if name.startswith(prefix):
+            name = own + name.removeprefix(prefix)
+    return name
+
+
 def text_name(stored: str, layout=None) -> str | None:
     """The name of a tensor in the text model; None for a tensor of another part of a multimodal checkpoint."""
     if OTHER_PARTS.match(stored):
         return None
-    for prefix, own in TEXT_PREFIXES.items():
-        if stored.startswith(prefix):
-            stored = own + stored.removeprefix(prefix)
+    stored = without_text_prefix(stored)
     return layout.own_name(stored) if isinstance(layout, PerExpert) else stored
 
 
 class PerExpert:
-    """Three matrices (out, in) for each expert: `….mlp.experts.3.GATE.weight`, and so up and down.
+    """Three matrices (out, in) for each expert: `….mlp.experts.3.GATE.weight`, and so up and down; or stacks like ours.
 
     mlp: what stored names say for `mlp`."""
 
@@ -53,10 +59,14 @@ class PerExpert:
     def own_name(self, stored: str) -> str:
         return stored.replace(f".{self.mlp}.", ".mlp.")
 
+    def stored_name(self, own: str) -> str:
+        return own.replace(".mlp.", f".{self.mlp}.")
+
     def place(self, name: str) -> Place | None:
         match = self.pattern.fullmatch(name)
-        if match is None:
-            return None
+        if match is None:  # or in stacks like ours, as newer programs may save them
+            whole = STACKS.fullmatch(name)
+            return None if whole is None or whole[2] is not None else Place(whole[1])
         owner, expert, name = match.groups()
         part = ("gate", "up", None)[self.names.index(name)]
         return Place(f"{owner}.{'down_proj' if part is None else 'gate_up_proj'}", int(expert), part)

@@ -7,6 +7,7 @@ from mini_forge.model.spec import DecoderSpec
 
 COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
           "max_position_embeddings")  # fmt: skip
+QUANT_METHODS = (None, "bitsandbytes", "mxfp4")
 OPTIONAL_COUNTS = ("num_key_value_heads", "head_dim")  # null as if absent
 
 
@@ -16,6 +17,12 @@ def check_written(config: dict):
         record = config.get(key, {})
         if not isinstance(record, dict) and (record is not None or key == "text_config"):
             raise CheckpointError(f"config.json: {key} {record!r} must be an object, or left out")
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method not in QUANT_METHODS:
+        raise CheckpointError(
+            f"config.json: quantization_config is {method!r}, which is not supported; take the model unquantized, or "
+            "in bitsandbytes' 4 or 8 bits"
+        )
     text = config.get("text_config", config)
     counts = {key: text[key] for key in COUNTS if key in text}
     _refuse_numbers(counts | {key: text[key] for key in OPTIONAL_COUNTS if text.get(key) is not None}, {})
@@ -59,6 +66,8 @@ def check_numbers(spec: DecoderSpec):
         sizes["local rope_theta"] = spec.local_rope.theta
     if spec.attention_scale is not None:
         sizes["attention multiplier"] = spec.attention_scale
+    if any(layer.temperature for layer in spec.layers):
+        sizes["floor_scale"] = spec.temperature[1]
     _refuse_numbers(counts, sizes)
     for name, pair in {"attn_scale, floor_scale": spec.temperature, "swiglu_limit, swiglu_alpha": spec.clamp}.items():
         if not all(type(x) in (int, float) and math.isfinite(x) for x in pair):

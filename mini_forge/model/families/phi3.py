@@ -7,8 +7,8 @@ from mini_forge.model.spec import LayerSpec
 
 
 def spec(config):
-    rope = rope_spec(config)
+    rope = rope_spec(config, may_be_partial=True)
     if rope.kind != "default":
         raise CheckpointError(f"config.json: rope type {rope.kind!r} is not supported for phi3; supported: default")
     layers = [LayerSpec(config.get("sliding_window"))] * config["num_hidden_layers"]
-    return base_spec({"rms_norm_eps": 1e-5, **config}, layers, fused_projections=True)
+    return base_spec({"rms_norm_eps": 1e-5, **config}, layers, rope=rope, fused_projections=True)
