@@ -144,7 +144,7 @@ def held_out_metrics(config: TrainingConfig, model: Decoder, documents: list, ma
         return label_means(means, "eval_")
     if is_paired(config):
         return evaluate_pairs(model, documents, objective.sums, batch_size=batch_size)
-    return evaluate_loss(model, documents, objective.total_and_count, batch_size=batch_size)
+    return evaluate_loss(model, documents, objective.sums, batch_size=batch_size)
 
 
 def build_loop(

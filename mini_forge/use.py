@@ -23,6 +23,7 @@ from mini_forge.io.models import load_model, load_tokenizer
 from mini_forge.io.runs import CONFIG_FILE, RunFolder
 from mini_forge.model.decoder import Decoder
 from mini_forge.prepare import is_labelled, template_of, tokenise_rows
+from mini_forge.providers import PROVIDERS
 from mini_forge.run import held_out_metrics
 from mini_forge.settings import sampling_of
 from mini_forge.stages import scorer_of
@@ -44,16 +45,17 @@ class Session:
     config: TrainingConfig | None
 
     @classmethod
-    def open(cls, path: str, system_prompt: str | None = None, device: str = "auto") -> "Session":
-        """path: a run or adapter folder, a model folder, or a hub ID."""
+    def open(cls, path: str, system_prompt: str | None = None) -> "Session":
+        """path: a run or adapter folder, a model folder, or a hub ID. A run computes with its provider's ops."""
         config, tokenizer, template = spelling_of(path)
         if config is not None:
-            config = replace(config, device=device)  # where it is used, not where it was trained
-            plan = resolve(config, detect_machine(device))
-            options = {"nested": plan.nested, "compute_dtype": getattr(torch, plan.compute_dtype)}
+            config = replace(config, device="auto")  # where it is used, not where it was trained
+            plan = resolve(config, detect_machine("auto"))
+            ops = PROVIDERS[config.provider](plan.device).ops
+            options = {"nested": plan.nested, "compute_dtype": getattr(torch, plan.compute_dtype), "ops": ops}
             model = load_model(path, getattr(torch, plan.dtype), plan.device, plan.quantization, **options)
         else:
-            machine = detect_machine(device)
+            machine = detect_machine("auto")
             dtype = torch.bfloat16 if machine.device == "cuda" and machine.has_bf16 else torch.float32
             model = load_model(path, dtype, machine.device)
         if system_prompt is None and config is not None:
@@ -143,7 +145,7 @@ def evaluate_run(
         session.system_prompt,
     )  # fmt: skip
     metrics = {"rows": len(examples), "rows_dropped": stats.dropped}
-    metrics |= evaluate_loss(session.model, documents, SFT.total_and_count,
+    metrics |= evaluate_loss(session.model, documents, SFT.sums,
                              batch_size=config.per_device_eval_batch_size if config else 1)  # fmt: skip
     scores, predictions = evaluate_generation(
         session.model, session.tokenizer, session.template, examples, config.task if config else "text-generation",

@@ -21,7 +21,7 @@ from mini_forge.memory_items import Job, sizes_of, stored_bytes
 from mini_forge.model.cache import KVCache, read_prompts
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.families import decoder_spec
-from mini_forge.model.functional import LeftSide
+from mini_forge.model.left_side import LeftSide
 from mini_forge.model.lora import LoRALinear, LoraSpec, inject, lora_layers, merge, project
 from mini_forge.model.quant import (
     Linear4bit,

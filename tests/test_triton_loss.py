@@ -64,28 +64,11 @@ def test_values_and_gradients_equal_the_reference_and_float64(shape, dtype, weig
         assert_near(grad, other, dtype)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("weight_trains", [False, True])
-def test_the_sum_has_the_gradients_of_the_sum(shape, weight_trains):
-    hidden, weight, targets, upstream = inputs(*shape, torch.float32, weight_trains)
-    wanted = (hidden, weight) if weight_trains else (hidden,)
-    exact, grads = oracle(hidden, weight, targets, torch.full_like(upstream, 0.3), wanted)
-    total, nll = kernel.summed_nll(hidden, weight, targets)
-    assert not nll.requires_grad
-    assert_near(nll, exact, torch.float32)
-    assert total.item() == pytest.approx(exact.sum().item(), rel=1e-5, abs=1e-6)
-    for grad, expected in zip(torch.autograd.grad(0.3 * total, wanted), grads, strict=True):
-        assert_near(grad, expected, torch.float32)
-
-
 def test_only_the_head_may_train():
     hidden, weight, targets, upstream = inputs(5, 33, 8, torch.float32, True)
     hidden = hidden.detach()
     _, (expected,) = oracle(hidden, weight, targets, upstream, (weight,))
     (grad,) = torch.autograd.grad(kernel.token_nll(hidden, weight, targets), (weight,), upstream)
-    assert_near(grad, expected, torch.float32)
-    _, (expected,) = oracle(hidden, weight, targets, torch.ones_like(upstream), (weight,))
-    (grad,) = torch.autograd.grad(kernel.summed_nll(hidden, weight, targets)[0], (weight,))
     assert_near(grad, expected, torch.float32)
 
 
@@ -112,9 +95,9 @@ def test_a_sure_token_keeps_its_distance_from_certainty_in_16_bits(dtype):
 def test_no_tokens_are_an_empty_loss_with_a_gradient_path():
     for weight_trains in (False, True):
         hidden, weight, targets, _ = inputs(0, 9, 6, torch.float32, weight_trains)
-        total, nll = kernel.summed_nll(hidden, weight, targets)
-        assert nll.shape == (0,) and total.item() == 0
-        (kernel.token_nll(hidden, weight, targets).sum() + total).backward()
+        nll = kernel.token_nll(hidden, weight, targets)
+        assert nll.shape == (0,)
+        nll.sum().backward()
         assert hidden.grad.shape == (0, 6) and (not weight_trains or not weight.grad.any())
 
 
@@ -128,14 +111,13 @@ def test_rows_that_lie_apart_are_read_where_they_lie():
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("of", [lambda *a: kernel.token_nll(*a).sum(), lambda *a: kernel.summed_nll(*a)[0]])
 @pytest.mark.parametrize("weight_trains", [False, True])
-def test_full_logits_never_exist(of, weight_trains, monkeypatch):
+def test_full_logits_never_exist(weight_trains, monkeypatch):
     hidden, weight, targets, _ = inputs(64, 4096, 4, torch.float32, weight_trains)
     monkeypatch.setattr(kernel, "CHUNK_BYTES", 8 * 4096 * 4)
     monkeypatch.setattr(kernel, "BLOCK", 4096)
     with torch.profiler.profile(profile_memory=True) as profile:
-        of(hidden, weight, targets).backward()
+        kernel.token_nll(hidden, weight, targets).sum().backward()
     made = [e.self_cpu_memory_usage + e.self_device_memory_usage for e in profile.events()]
     assert max(made) < 2 * 8 * 4096 * 4
     # One buffer for all chunks, and one more in a backward that makes the logits again.
@@ -149,5 +131,4 @@ def test_no_gradient_is_made_where_none_is_asked_for(monkeypatch):
     monkeypatch.setattr(kernel, "launch", lambda *a, **k: written.append(k["WRITES"]) or launch(*a, **k))
     with torch.no_grad():
         assert not kernel.token_nll(hidden, weight, targets).requires_grad
-        kernel.summed_nll(hidden, weight, targets)
     assert written and not any(written)

@@ -13,7 +13,7 @@ in generation, W is read once and used at once.
 
 With bfloat16 weights, more rows, and a CPU that has a matrix unit, amx_product.py is faster.
 
-Reference: `mini_forge.model.functional.LeftSide`, on a weight made float32.
+Reference: `mini_forge.model.left_side.LeftSide`, on a weight made float32.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from mini_forge.model.fourbit import Quantized4bit
-from mini_forge.model.functional import LeftSide, low_product
+from mini_forge.model.left_side import LeftSide, low_product
 from mini_forge.model.memory import fresh
 from mini_forge.model.quant import Quantized8bit
 from mini_forge_kernels import amx_product

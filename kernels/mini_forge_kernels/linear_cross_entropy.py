@@ -10,9 +10,8 @@ logit in 16 bits; torch operations make eight to ten, most of 4 bytes. Not measu
 
 Which gradients the forward can make depends on who knows g:
 
-    frozen W      row i of dh hangs on g_i alone: made with g = 1, multiplied in the backward    2 products with V
-    `summed_nll`  all g are one number: dh and dW made with g = 1, multiplied in the backward    3
-    trained W     dW mixes tokens and waits for g: the backward makes each chunk's dz again      4
+    frozen W     row i of dh hangs on g_i alone: made with g = 1, multiplied in the backward    2 products with V
+    trained W    dW mixes tokens and waits for g: the backward makes each chunk's dz again      4
 
 The kernel subtracts the 1 of dz before it rounds to 16 bits, so a probability near 1 keeps its distance from it. In
 float16 a softmax below 3e-8 becomes 0, of all V at most V · 3e-8 of the sum: 0.4 % where V is 128k and all are equal.
@@ -25,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from mini_forge_kernels.triton_support import jit, launch, power_of_two, tl, warps
 
-__all__ = ["CHUNK_BYTES", "summed_nll", "token_nll"]
+__all__ = ["CHUNK_BYTES", "token_nll"]
 
 CHUNK_BYTES = 1 << 28  # of logits: 1,046 rows of Llama-3's 128,256 in bfloat16, enough for a product at full rate
 BLOCK = 4096  # logits of a row that a program holds at a time
@@ -37,13 +36,6 @@ def token_nll(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor)
     hidden (N, D), weight (V, D) of one dtype, targets (N,) int64 in [0, V), on a CUDA device (or anywhere under
     Triton's interpreter). Returns (N,) float32, differentiable in `hidden` and, where it is trained, `weight`."""
     return _TokenNLL.apply(*_without_graph(hidden, weight), targets)
-
-
-def summed_nll(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum of `token_nll`, a float32 scalar with gradient, and (N,) float32 without: for a loss that is the sum.
-
-    A trained weight costs three products then, not four, and 4·V·D bytes from forward to backward."""
-    return _SummedNLL.apply(*_without_graph(hidden, weight), targets)
 
 
 def _without_graph(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -76,21 +68,7 @@ class _TokenNLL(torch.autograd.Function):
         return *grads, None
 
 
-class _SummedNLL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, targets):
-        nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        ctx.save_for_backward(*_gradients(hidden, weight, targets, nll, ctx.needs_input_grad))
-        ctx.mark_non_differentiable(nll)
-        return nll.sum(), nll
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream, _):
-        return *(None if grad is None else grad * upstream.to(grad.dtype) for grad in ctx.saved_tensors), None
-
-
-def _gradients(hidden, weight, targets, nll, needs, upstream=None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _gradients(hidden, weight, targets, nll, needs, upstream) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """dh and dW, each where it is needed, in their tensors' dtypes; fills nll."""
     grad_hidden = hidden.new_empty(hidden.shape) if needs[0] else None
     # float32: a sum over chunks in 16 bits would lose the small ones

@@ -15,8 +15,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from mini_forge.model.functional import rms_norm as reference
-from mini_forge.model.functional import vjp
 from mini_forge.model.memory import fresh
+from mini_forge.model.ops import vjp
 from mini_forge_kernels import rowwise
 from mini_forge_kernels.triton_support import as_rows, jit, launch, power_of_two, reason_not, tl, warps, widen
 
@@ -74,7 +74,7 @@ def _input_gradient(grad, x, weight, rstd):
 
 @torch.no_grad()
 def rms_norm_vjp(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float):
-    """`rms_norm` under a frozen weight and its vector-Jacobian product, as `functional.vjp` gives them."""
+    """`rms_norm` under a frozen weight and its vector-Jacobian product, as `ops.vjp` gives them."""
     if reason_not(x.device) is None:
         return vjp(lambda x: rms_norm(x, weight, eps), grad, x)
     if rowwise.serves(grad, x, weight):

@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from mini_forge.model.functional import clamped_swiglu as clamped_reference
 from mini_forge.model.functional import swiglu as reference
-from mini_forge.model.functional import vjp
 from mini_forge.model.memory import fresh
+from mini_forge.model.ops import vjp
 from mini_forge_kernels import rowwise
 from mini_forge_kernels.triton_support import as_rows, jit, launch, power_of_two, reason_not, tl, widen
 
@@ -38,7 +38,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def swiglu_vjp(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor):
-    """`swiglu` and its vector-Jacobian product, as `functional.vjp` gives them; silu(gate) serves both."""
+    """`swiglu` and its vector-Jacobian product, as `ops.vjp` gives them; silu(gate) serves both."""
     if reason_not(gate.device) is None:
         return vjp(swiglu, grad, gate, up)
     if rowwise.serves(grad, gate, up):

@@ -29,30 +29,17 @@ SAMPLES = 8  # rows generated for a task without scores: enough to look at
 def evaluate_loss(
     model: Decoder,
     documents: Sequence[Document],
-    nll_sum: Callable[[Decoder, Batch], tuple[torch.Tensor, int]],
+    batch_sums: Callable[[Decoder, Batch], tuple[torch.Tensor, int, dict[str, float]]],
     *,
     batch_size: int,
-    device: torch.device | str | None = None,
 ) -> dict[str, float | int]:
     """`eval_loss` in nats per trained-on token, `eval_perplexity` and `eval_tokens`, over all documents.
 
-    `nll_sum(model, batch)` gives the summed loss and its count; only the totals are divided, so every token weighs the
-    same whatever its batch. `device`: where batches are put; None leaves that to `nll_sum`. Longest documents go
-    first, so that too little memory shows at once. Raises DataError without documents, TrainingError for a loss that
-    is not finite."""
-    if not documents:
-        raise DataError("evaluation: no rows to evaluate on; give a dataset with at least one row with a response")
-    ordered = sorted(documents, key=lambda document: document.inputs, reverse=True)
-    total, count = 0.0, 0
-    with evaluating(model):
-        for start in range(0, len(ordered), batch_size):
-            batch = collate(ordered[start : start + batch_size])
-            batch_total, batch_count = nll_sum(model, batch if device is None else batch.to(device))
-            total, count = total + float(batch_total), count + batch_count
-    loss = total / count
-    if not math.isfinite(loss):
-        raise TrainingError(f"evaluation: the loss is {loss}; the weights are damaged or overflow in this precision")
-    return {"eval_loss": loss, "eval_perplexity": perplexity(loss), "eval_tokens": count}
+    `batch_sums(model, batch)` gives the summed loss, its count and the metrics' sums; only the totals are divided, so
+    every token weighs the same whatever its batch. Longest documents go first, so that too little memory shows at once.
+    Raises DataError without documents, TrainingError for a loss that is not finite."""
+    means, count = _means(model, documents, batch_sums, batch_size, collate)
+    return {**means, "eval_perplexity": perplexity(means["eval_loss"]), "eval_tokens": count}
 
 
 def evaluate_pairs(
@@ -90,7 +77,7 @@ def evaluate_labelled(
 def _means(model: Decoder, documents: Sequence, batch_sums, batch_size: int, together) -> tuple[dict[str, float], int]:
     """The mean loss and metrics over all documents, and how many were counted; `together` makes batches of them."""
     if not documents:
-        raise DataError("evaluation: no rows to evaluate on; give a dataset with at least one")
+        raise DataError("evaluation: no rows to evaluate on; give a dataset with at least one row with a response")
     ordered = sorted(documents, key=lambda document: document.inputs, reverse=True)
     total, count, sums = 0.0, 0, {}
     with evaluating(model):

@@ -26,7 +26,7 @@ PER_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.l
 # Of checkpoints that name their experts' matrices otherwise.
 OTHER_NAMES = re.compile(r"(.*)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.(.*)")
 OTHER_PARTS = dict(zip(("w1", "w3", "w2"), PARTS, strict=True))
-Factors = tuple[torch.Tensor, torch.Tensor]  # A (E, R, in) and B (E, out, R), float32
+FactorPair = tuple[torch.Tensor, torch.Tensor]  # A (E, R, in) and B (E, out, R), float32
 
 
 def fused_tensors(stacks: dict[str, LoRAStack], layout) -> dict[str, torch.Tensor]:
@@ -45,7 +45,7 @@ def _fused_stem(name: str, stacks) -> str:
     return f"{owner}.base_layer" if has_both and leaf == "gate_up_proj" else owner
 
 
-def to_fused(name: str, A: torch.Tensor, B: torch.Tensor, layout) -> Factors:
+def to_fused(name: str, A: torch.Tensor, B: torch.Tensor, layout) -> FactorPair:
     """Our factors (E, R, in), (E, out, R) → PEFT's (E·R, in), (out, R·E)."""
     if layout.interleaves and name.endswith("gate_up_proj"):
         B = interleave_rows(B, 1)
@@ -54,7 +54,7 @@ def to_fused(name: str, A: torch.Tensor, B: torch.Tensor, layout) -> Factors:
     return A.reshape(-1, A.shape[2]), B.permute(1, 2, 0).reshape(B.shape[1], -1)
 
 
-def from_fused(name: str, A: torch.Tensor, B: torch.Tensor, experts: int, layout) -> Factors:
+def from_fused(name: str, A: torch.Tensor, B: torch.Tensor, experts: int, layout) -> FactorPair:
     """The inverse of `to_fused`."""
     if A.dim() != 2 or B.dim() != 2 or len(A) % experts or B.shape[1] != len(A):
         raise CheckpointError(f"{name}: factors {list(A.shape)} and {list(B.shape)} are not those of {experts} experts")
@@ -118,7 +118,7 @@ def stack_targets(targets: tuple[str, ...] | None, names) -> tuple[str, ...] | N
     return (*(t for t in targets if t not in (*PARTS, *OTHER_PARTS) or t in others), *stacks)
 
 
-def _from_pieces(pieces, owner: str, leaf: str, experts: int) -> Factors:
+def _from_pieces(pieces, owner: str, leaf: str, experts: int) -> FactorPair:
     """One stack's factors from its `pieces`, which are taken out."""
     parts = PARTS[:2] if leaf == "gate_up_proj" else PARTS[2:]
     try:

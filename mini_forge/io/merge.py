@@ -247,7 +247,7 @@ def streamed_logits(folder: Path, ids: torch.Tensor, updates: dict[str, Update])
         model.model.layers[i] = torch.nn.Identity()
     loader.load("model.norm.")
     loader.load("lm_head.")
-    return model.head(model.finish(x, *ids.shape))
+    return model.head(model.finish(x)).view(*ids.shape, -1)
 
 
 def _attach(block: torch.nn.Module, name: str, update: Update):

@@ -36,7 +36,7 @@ from mini_forge.io.runs import REWARD_FOLDER
 from mini_forge.io.weights import Loader, load_base, write_safetensors
 from mini_forge.json_faults import read_json
 from mini_forge.model.decoder import Decoder
-from mini_forge.model.lora import LoRALinear, LoraSpec, LoRAStack, inject, lora_layers, target_names
+from mini_forge.model.lora import Factors, LoRALinear, LoraSpec, LoRAStack, inject, lora_layers, target_names
 from mini_forge.model.ops import PLAIN
 
 SCORE = "score.weight"
@@ -46,11 +46,11 @@ SCORE = "score.weight"
 class StoredReward:
     """A reward model as loaded. `model`: the one that was given, if it can lend its backbone, else one of its own.
 
-    factors: the adapter to be swapped in on `model`: by layer, A (R, in), B (out, R) and the scaling, on its device;
-    None for a model without one. score: (1, D) float32. pad_id: a token passed over when looking for the last one."""
+    factors: the adapter to be swapped in on `model`, on its device; None for a model without one. score: (1, D)
+    float32. pad_id: a token passed over when looking for the last one."""
 
     model: Decoder
-    factors: dict[str, tuple[torch.Tensor, torch.Tensor, float]] | None
+    factors: Factors | None
     score: torch.Tensor
     pad_id: int | None = None
 

@@ -7,7 +7,7 @@ import torch
 
 from mini_forge.errors import CheckpointError
 from mini_forge.model.fourbit import FLOATS
-from mini_forge.model.functional import LeftSide
+from mini_forge.model.left_side import LeftSide
 from mini_forge.model.ops import Ops
 from mini_forge.model.quant import Linear4bit, Linear8bit
 

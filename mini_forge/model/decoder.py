@@ -19,7 +19,7 @@ from mini_forge.model.experts import MixtureOfExperts, Routing
 from mini_forge.model.lora import Factors, is_adapted, is_frozen, project, project_again, project_unit
 from mini_forge.model.masks import Documents, document_positions
 from mini_forge.model.offload import HostCopies, offloaded
-from mini_forge.model.ops import PLAIN, Differentiable, Ops, gated_unit
+from mini_forge.model.ops import PLAIN, Differentiable, Ops, gated_unit, vjp
 from mini_forge.model.quant import Linear16bit
 from mini_forge.model.rope import Rope
 from mini_forge.model.spec import DecoderSpec, ExpertsSpec, LayerSpec
@@ -46,9 +46,9 @@ class RMSNorm(nn.Module):
         return self.ops.rms_norm(x, weight, self.eps)
 
     def vjp(self, grad, x):
-        """This norm, its weight frozen, with its vector-Jacobian product: see `functional.vjp`."""
+        """This norm, its weight frozen, with its vector-Jacobian product: see `ops.vjp`."""
         if self.is_wide:
-            return functional.vjp(self, grad, x)
+            return vjp(self, grad, x)
         return self.ops.rms_norm_vjp(grad, x, self.weight, self.eps)
 
 
@@ -290,7 +290,8 @@ class Decoder(nn.Module):
                 x = block(x, stream, layer_cache, wanted)
         # A copy: a checkpointed block that runs again in the backward appends again.
         self.routings = list(stream.routings or ())
-        return self.finish(x, *input_ids.shape) if rows is None else self._finish(x)
+        x = self.finish(x)
+        return x.view(*input_ids.shape, -1) if rows is None else x
 
     def begin(self, input_ids, position=None, document=None, cache: KVCache | None = None, parents=None):
         """What the first block takes: embeddings (N, D) and the Stream that all blocks share."""
@@ -306,11 +307,8 @@ class Decoder(nn.Module):
             x = x + neftune_noise(x, documents, self.neftune_alpha)
         return x, self._stream(position, x.dtype, documents, cache is not None)
 
-    def finish(self, x, B: int, T: int) -> torch.Tensor:
-        """What the last block gives, (N, D), → final-norm hidden states (B, T, D)."""
-        return self._finish(x).view(B, T, -1)
-
-    def _finish(self, x):
+    def finish(self, x: torch.Tensor) -> torch.Tensor:
+        """What the last block gives → final-norm hidden states, both (N, D)."""
         x = self.model.norm(x)
         return x if self.spec.hidden_scale == 1 else x * self.spec.hidden_scale
 

@@ -4,70 +4,10 @@ Dimension key of the whole project: B rows, T tokens in a row, N = B·T tokens o
 H query heads, K key/value heads, C head width, F MLP width, R LoRA rank, E experts, S cache slots, L document length.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 
 from mini_forge.model.masks import Documents
-from mini_forge.model.memory import fresh
-
-
-def vjp(function: Callable, grad: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, list]:
-    """function(*inputs), without a graph to the outside, and its vector-Jacobian product with `grad`, the gradient of
-    that result: one of each input, None where it needs none.
-
-    `grad` may be overwritten. This one differentiates by autograd; ops may have it written by hand."""
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
-        out = function(*leaves)
-        last = _WithGradient.apply(out, grad)
-    found = iter(torch.autograd.grad(last, [leaf for leaf in leaves if leaf.requires_grad]))
-    return out.detach(), [next(found) if leaf.requires_grad else None for leaf in leaves]
-
-
-class _WithGradient(torch.autograd.Function):
-    """A number whose gradient is `grad` where `out` is asked for it: torch.autograd.grad(out, …, grad) imports SymPy to
-    compare the two shapes, 0.3 s and 30 MiB of every process."""
-
-    @staticmethod
-    def forward(ctx, out, grad):
-        ctx.grad = grad
-        return out.new_zeros(())
-
-    @staticmethod
-    def backward(ctx, _):
-        return ctx.grad, None
-
-
-class LeftSide:
-    """x (N, K) of products with frozen matrices: what an op may prepare once, for all of them.
-
-    low: l (N, R) and a thin factor, whose product is added: l Fᵀ for F (out, R), or l F for F (R, in). With l or F = 0
-    no bit of the result is another. onto: what all is added to, in place."""
-
-    def __init__(self, x: torch.Tensor):
-        self.x = x
-
-    def product_t(self, weight: torch.Tensor, onto: torch.Tensor | None = None, low: tuple | None = None):
-        """x Wᵀ, (N, out). weight (out, K)."""
-        return self._multiply(weight.t(), onto, low, True)
-
-    def product(self, weight: torch.Tensor, onto: torch.Tensor | None = None, low: tuple | None = None):
-        """x W, (N, in). weight (K, in)."""
-        return self._multiply(weight, onto, low, False)
-
-    def _multiply(self, weight, onto, low, is_transposed) -> torch.Tensor:
-        out = self.x @ weight if onto is None else onto.addmm_(self.x, weight)
-        return out if low is None else low_product(low, is_transposed, out)
-
-
-def low_product(low: tuple[torch.Tensor, torch.Tensor], is_transposed: bool, onto: torch.Tensor | None) -> torch.Tensor:
-    """l Fᵀ, if is_transposed, or l F; or that added to `onto` in place."""
-    left, factor = low[0], low[1].t() if is_transposed else low[1]
-    if onto is not None:
-        return onto.addmm_(left, factor)
-    return torch.mm(left, factor, out=fresh((len(left), factor.shape[1]), left.dtype, left.device))
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from mini_forge.model import functional
+from mini_forge.model.left_side import LeftSide
 from mini_forge.model.low_rank import IN_TORCH, LowRank
 
 
@@ -21,7 +22,7 @@ class Ops:
 
     name: str
     rms_norm: Callable
-    rms_norm_vjp: Callable  # (dy, x, weight, eps), the weight frozen: what `functional.vjp` gives
+    rms_norm_vjp: Callable  # (dy, x, weight, eps), the weight frozen: what `vjp` gives
     rope_qk: Callable
     swiglu: Callable
     swiglu_vjp: Callable  # (dh, gate, up): likewise
@@ -35,7 +36,7 @@ class Ops:
     mxfp4: tuple[Callable, Callable] | None = None
     # Of a float32 x on the CPU, for products with weights as they are stored: bfloat16, 8 and 4 bits. Where this is
     # None, weights in bfloat16 are held in the training dtype, and others made dense for each product.
-    left_side: type[functional.LeftSide] | None = None
+    left_side: type[LeftSide] | None = None
 
 
 def rope_qk(
@@ -45,9 +46,36 @@ def rope_qk(
     return functional.apply_rope(query, cos, sin), functional.apply_rope(key, cos, sin)
 
 
+def vjp(function: Callable, grad: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, list]:
+    """function(*inputs), without a graph to the outside, and its vector-Jacobian product with `grad`, the gradient of
+    that result: one of each input, None where it needs none.
+
+    `grad` may be overwritten. This one differentiates by autograd; ops may have it written by hand."""
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
+        out = function(*leaves)
+        last = _WithGradient.apply(out, grad)
+    found = iter(torch.autograd.grad(last, [leaf for leaf in leaves if leaf.requires_grad]))
+    return out.detach(), [next(found) if leaf.requires_grad else None for leaf in leaves]
+
+
+class _WithGradient(torch.autograd.Function):
+    """A number whose gradient is `grad` where `out` is asked for it: torch.autograd.grad(out, …, grad) imports SymPy to
+    compare the two shapes, 0.3 s and 30 MiB of every process."""
+
+    @staticmethod
+    def forward(ctx, out, grad):
+        ctx.grad = grad
+        return out.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _):
+        return ctx.grad, None
+
+
 @dataclass(frozen=True)
 class Differentiable:
-    """A function of tensors, called as such, with its vector-Jacobian product (`functional.vjp`)."""
+    """A function of tensors, called as such, with its vector-Jacobian product (`vjp`)."""
 
     function: Callable
     vjp: Callable
@@ -55,7 +83,7 @@ class Differentiable:
     @classmethod
     def of(cls, function: Callable) -> "Differentiable":
         """By autograd."""
-        return cls(function, partial(functional.vjp, function))
+        return cls(function, partial(vjp, function))
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         return self.function(*inputs)
@@ -73,7 +101,7 @@ def gated_unit(ops: Ops, activation: str, clamp: tuple[float, float]) -> Differe
 
 
 def _rms_norm_vjp(grad, x, weight, eps):
-    return functional.vjp(lambda x: functional.rms_norm(x, weight, eps), grad, x)
+    return vjp(lambda x: functional.rms_norm(x, weight, eps), grad, x)
 
 
 PLAIN = Ops(
@@ -82,7 +110,7 @@ PLAIN = Ops(
     rms_norm_vjp=_rms_norm_vjp,
     rope_qk=rope_qk,
     swiglu=functional.swiglu,
-    swiglu_vjp=partial(functional.vjp, functional.swiglu),
+    swiglu_vjp=partial(vjp, functional.swiglu),
     clamped_swiglu=functional.clamped_swiglu,
     attention=functional.attention,
 )

@@ -30,7 +30,7 @@ def adapted_products(
 ) -> tuple[torch.Tensor, ...]:
     """layer(make(*sources)) of each LoRALinear in `layers`; make None is the identity on one source.
 
-    make is called in the forward, and in the backward its `vjp` (`functional.vjp`), or make again where no source needs
+    make is called in the forward, and in the backward its `vjp` (`ops.vjp`), or make again where no source needs
     a gradient. What it reads beside `sources` gets none, and its result (…, in) is not kept. factors: the layers' A, B,
     A, B, … where they are not to be read from the layers. Returns (…, out) each, in the dtype of make's result."""
     factors = lora_factors(layers) if factors is None else factors

@@ -28,7 +28,7 @@ from mini_forge.model.fourbit import (
     dynamic_map,
     quantize_4bit,
 )
-from mini_forge.model.functional import LeftSide, low_product
+from mini_forge.model.left_side import LeftSide, low_product
 from mini_forge.model.memory import fresh
 
 __all__ = [

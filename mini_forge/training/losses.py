@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from mini_forge.model.functional import LeftSide
+from mini_forge.model.left_side import LeftSide
 
 CHUNK_TOKENS = 256  # under a trained head: float32 logits of a 128k vocabulary are 131 MB
 # Under a frozen one a tile of logits is all there is: on the CPU small enough to stay in the cache between the product
@@ -35,13 +35,8 @@ class Objective:
     loss: Callable[..., LossSum]
     count: Callable[..., int]
 
-    def total_and_count(self, model, batch) -> tuple[torch.Tensor, int]:
-        """The form in which evaluation takes a loss; the batch is brought to the model's device."""
-        loss = self.loss(model, batch.to(model.device))
-        return loss.total, loss.count
-
     def sums(self, model, batch) -> tuple[torch.Tensor, int, dict]:
-        """`total_and_count` with the sums of the loss's metrics."""
+        """The form in which evaluation takes a loss; the batch is brought to the model's device."""
         loss = self.loss(model, batch.to(model.device))
         return loss.total, loss.count, loss.metrics
 
