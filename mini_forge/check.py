@@ -9,9 +9,7 @@ from pathlib import Path
 
 from mini_forge.config import UNPAIRED_LOSSES, TrainingConfig, detect_machine
 from mini_forge.config_json import read_object
-from mini_forge.data.batches import show_example
-from mini_forge.data.labelled import show_labelled
-from mini_forge.data.pairs import each, show_pair
+from mini_forge.data.pairs import each
 from mini_forge.data.tasks import TASKS, load_examples
 from mini_forge.errors import ConfigError, DataError, UserError
 from mini_forge.inputs import adapter_spec
@@ -31,7 +29,6 @@ def check(config: TrainingConfig, *, resume: bool = False, overwrite: bool = Fal
     settings = loop_settings(config, window.steps_per_epoch, has_eval=bool(prepared.eval))
     config = prepared.config
     lora = adapter_spec(config)
-    show = show_labelled if prepared.is_labelled else show_pair if prepared.is_paired else show_example
     notes = [*prepared.notes, *_folder_notes(prepared, resume, overwrite)]
     return {
         "config": {k: {"value": v, "from": config.provenance.get(k, "default")} for k, v in config.to_dict().items()},
@@ -55,7 +52,7 @@ def check(config: TrainingConfig, *, resume: bool = False, overwrite: bool = Fal
             "warmup": settings.warmup_steps,
         },
         "memory": memory_report(memory_plan(prepared, window, settings.total_steps), detect_machine(config.device)),
-        "example": show(prepared.train[0], prepared.tokenizer),
+        "example": prepared.form.show(prepared.train[0], prepared.tokenizer),
         "notes": notes,
     }
 

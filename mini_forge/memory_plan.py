@@ -21,6 +21,7 @@ from mini_forge.config_plan import GIB
 from mini_forge.data.batches import plan_epoch
 from mini_forge.data.pairs import flatten
 from mini_forge.data.token_store import inputs_of
+from mini_forge.forms import trains_reward
 from mini_forge.inputs import adapter_spec, has_reference
 from mini_forge.io.adapters import PREFIX, read_adapter_tensors
 from mini_forge.io.hub import resolve_model
@@ -49,7 +50,7 @@ from mini_forge.memory_items import (
     working_bytes,
 )
 from mini_forge.model.decoder import Decoder
-from mini_forge.prepare import Prepared, in_bfloat16, trains_reward
+from mini_forge.prepare import Prepared, in_bfloat16
 from mini_forge.settings import responses_to_each, reward_windows
 from mini_forge.training.windows import Windows
 from mini_forge_kernels import amx_product, frozen_product

@@ -14,16 +14,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mini_forge.config import UNPAIRED_LOSSES, Plan, TrainingConfig, detect_machine, resolve
-from mini_forge.data.batches import Document, TokenStats, collate, encode, held_out, tokenize
+from mini_forge.config import Plan, TrainingConfig, detect_machine, resolve
+from mini_forge.data.batches import Document, TokenStats, encode, held_out
 from mini_forge.data.chat import Template, choose_template
-from mini_forge.data.labelled import LabelledDocument, collate_labelled, labelled_fingerprint, tokenize_labelled
-from mini_forge.data.pairs import PairDocument, collate_pairs, data_fingerprint, tokenize_pairs
+from mini_forge.data.labelled import LabelledDocument
+from mini_forge.data.pairs import PairDocument
 from mini_forge.data.rows import read_rows
 from mini_forge.data.tasks import Datum, Example, Labelled, Pair, load_examples, read_examples
 from mini_forge.data.token_store import StoredRows, TokenCache, TokenStore, highest_token, is_large, recipe
 from mini_forge.data.tokenizer import Tokenizer, load_tokenizer
 from mini_forge.errors import CheckpointError, ConfigError, DataError, UserError
+from mini_forge.forms import LABELLED, PAIRS, Form, form_of, trains_reward
 from mini_forge.inputs import adapter_spec, has_reference, with_absolute_paths, with_init_adapter
 from mini_forge.io.adapters import WEIGHTS_FILE
 from mini_forge.io.fitting import check_weights
@@ -66,22 +67,14 @@ class Prepared:
         return str(local.resolve()) if local.is_dir() else self.config.model_name
 
     @property
-    def is_paired(self) -> bool:
-        """Whether `train` and `eval` hold pairs."""
-        return is_paired(self.config)
-
-    @property
-    def is_labelled(self) -> bool:
-        """Whether they hold single responses with a label."""
-        return is_labelled(self.config)
+    def form(self) -> Form:
+        """Of the rows in `train` and `eval`."""
+        return form_of(self.config)
 
     @property
     def collate(self) -> Callable[[list], object]:
         """What makes a microbatch of some of `train`."""
-        share = shares_prefixes(self.config, self.spec)
-        if self.is_labelled:
-            return partial(collate_labelled, max_length=self.max_length, share_prefixes=share)
-        return partial(collate_pairs if self.is_paired else collate, share_prefixes=share)
+        return partial(self.form.batch, share=shares_prefixes(self.config, self.spec), limit=self.max_length)
 
     @property
     def stored_form(self) -> str:
@@ -95,22 +88,7 @@ class Prepared:
 
     def fingerprint(self) -> int:
         """A checksum of all that is trained on, by which a resumed run knows that its data are the same."""
-        return (labelled_fingerprint if self.is_labelled else data_fingerprint)(self.train)
-
-
-def is_paired(config: TrainingConfig) -> bool:
-    """Whether the run trains on pairs of responses."""
-    return (config.strategy == "dpo" and not is_labelled(config)) or trains_reward(config)
-
-
-def is_labelled(config: TrainingConfig) -> bool:
-    """Whether the run trains on single responses with a label."""
-    return config.strategy == "dpo" and config.loss_type in UNPAIRED_LOSSES
-
-
-def trains_reward(config: TrainingConfig) -> bool:
-    """Whether the run's first stage is a reward model from pairs: where no reward is given."""
-    return config.strategy == "rlhf" and not config.reward_model and not config.reward_function
+        return self.form.fingerprint(self.train)
 
 
 def shares_prefixes(config: TrainingConfig, spec: DecoderSpec) -> bool:
@@ -157,7 +135,7 @@ def prepare(config: TrainingConfig) -> Prepared:
 
 def load_rows(config: TrainingConfig, path: str) -> list[Example] | list[Pair] | list[Labelled]:
     """The rows of a dataset in the form that the run trains on. Raises DataError with every problem."""
-    return load_examples(path, config.task, config.strategy, is_paired(config), is_labelled(config))
+    return load_examples(path, config.task, config.strategy, form_of(config) is PAIRS, form_of(config) is LABELLED)
 
 
 def _dataset(config: TrainingConfig, path: str, opened):
@@ -224,15 +202,11 @@ def template_of(config: TrainingConfig, tokenizer: Tokenizer) -> Template:
     return choose_template(config.chat_template, config.model_name, tokenizer, config.task, today)
 
 
-def tokenise_rows(config: TrainingConfig, template: Template, tokenizer: Tokenizer, limit: int, rows: list):
-    """(documents, stats) of rows as the run trains on them: texts, pairs, or responses with a label."""
+def _documents(rows, config: TrainingConfig, template: Template, tokenizer: Tokenizer, limit: int):
+    """Rows as documents, and what that took; of those on disk, it was told when they were written."""
     if isinstance(rows, StoredRows):
         return rows.documents()
-    if is_labelled(config):
-        return tokenize_labelled(rows, template, tokenizer, limit, config.system_prompt)
-    if is_paired(config):
-        return tokenize_pairs(rows, template, tokenizer, limit, config.system_prompt)
-    return tokenize(rows, template, tokenizer, limit, config.train_on_prompt, config.system_prompt)
+    return form_of(config).tokenize(rows, config, template, tokenizer, limit)
 
 
 def _with_tokens(config: TrainingConfig, template: Template, tokenizer: Tokenizer, limit: int, notes: list[str], rows):
@@ -366,13 +340,12 @@ def _tokenise(config, plan, opened, train_rows, eval_rows) -> Prepared:
         train_rows, eval_rows = _part(train_rows, ~is_held_out), _part(train_rows, is_held_out)
     prompts, eval_prompts, prompt_notes = _prompts(config, template, tokenizer, min(limit, spec.max_positions),
                                                    train_rows, eval_rows)  # fmt: skip
-    if config.strategy == "rlhf" and not is_paired(config):
+    if config.strategy == "rlhf" and not trains_reward(config):
         train, train_stats = _documents_of(prompts)
         evaluation, eval_stats = _documents_of(eval_prompts)
     else:
-        rows_to_documents = partial(tokenise_rows, config, template, tokenizer, limit)
-        train, train_stats = rows_to_documents(train_rows)
-        evaluation, eval_stats = rows_to_documents(eval_rows) if eval_rows else ([], None)
+        train, train_stats = _documents(train_rows, config, template, tokenizer, limit)
+        evaluation, eval_stats = _documents(eval_rows, config, template, tokenizer, limit) if eval_rows else ([], None)
     highest = max(highest_token(train), highest_token(evaluation))
     if highest >= spec.vocab_size:
         raise CheckpointError(
@@ -393,6 +366,10 @@ def _tokenise(config, plan, opened, train_rows, eval_rows) -> Prepared:
             f"{config.dataset}: {train_stats.truncated} rows cut to {limit} tokens, prompts first, from the left; "
             f"{train_stats.dropped} dropped because no token to train on was left"
         )
-    notes += [*prompt_notes, *_preference_notes(config), *(_label_notes(config, train) if is_labelled(config) else [])]
+    notes += [
+        *prompt_notes,
+        *_preference_notes(config),
+        *(_label_notes(config, train) if form_of(config) is LABELLED else []),
+    ]
     return Prepared(config, plan, folder, spec, tokenizer, template, limit, train, train_stats, evaluation, eval_stats,
                     notes, prompts, eval_prompts)  # fmt: skip

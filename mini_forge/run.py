@@ -15,7 +15,7 @@ from mini_forge.config import TrainingConfig
 from mini_forge.data.pairs import data_fingerprint
 from mini_forge.durable import write_json
 from mini_forge.errors import ConfigError, TrainingError, is_out_of_memory
-from mini_forge.inference.evaluate import evaluate_labelled, evaluate_loss, evaluate_pairs
+from mini_forge.forms import LABELLED, PAIRS
 from mini_forge.inputs import adapter_spec, has_reference
 from mini_forge.io.adapters import fill_adapter, save_adapter
 from mini_forge.io.card import model_card
@@ -25,14 +25,13 @@ from mini_forge.io.runs import REFERENCE_FILE, SUMMARY_FILE, RunFolder
 from mini_forge.io.weights import load_base
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.lora import LoraSpec, inject
-from mini_forge.prepare import Prepared, is_labelled, is_paired, model_identity, prepare
+from mini_forge.prepare import Prepared, model_identity, prepare
 from mini_forge.providers import PROVIDERS
 from mini_forge.resume import is_to_resume, on_its_own_day, own_inputs, restore
 from mini_forge.settings import loop_settings, objective_of, optimizer_of, windows
 from mini_forge.stages import Stages, clear
 from mini_forge.training.adapters_swap import copied_factors
 from mini_forge.training.dpo import fill_reference
-from mini_forge.training.kto import label_means
 from mini_forge.training.loop import Interrupted, Loop, peak_memory_bytes, stop_signals
 from mini_forge.training.memory import keep_freed_memory
 from mini_forge.training.preferences import REFERENCE_FREE
@@ -106,7 +105,7 @@ def _train(config: TrainingConfig, folder: RunFolder, resume: bool, report, on_m
     else:
         restore(folder, loop, model, prepared, report)
     _describe(prepared, model, loop, report)
-    if config.precompute_reference and prepared.is_paired and config.loss_type not in REFERENCE_FREE:
+    if config.precompute_reference and prepared.form is PAIRS and config.loss_type not in REFERENCE_FREE:
         _precompute_reference(prepared, model, folder, report)
     return _run(prepared, model, lora, folder, loop, report)
 
@@ -136,17 +135,6 @@ def build_model(prepared: Prepared, lora: LoraSpec, report=print, load: Callable
     return model.train()
 
 
-def held_out_metrics(config: TrainingConfig, model: Decoder, documents: list, max_length: int) -> dict:
-    """`eval_…` metrics of documents of the form that the run trains on, by what it minimises."""
-    objective, batch_size = objective_of(config), config.per_device_eval_batch_size
-    if is_labelled(config):
-        means = evaluate_labelled(model, documents, objective.sums, batch_size=batch_size, max_length=max_length)
-        return label_means(means, "eval_")
-    if is_paired(config):
-        return evaluate_pairs(model, documents, objective.sums, batch_size=batch_size)
-    return evaluate_loss(model, documents, objective.sums, batch_size=batch_size)
-
-
 def build_loop(
     prepared: Prepared, model: Decoder, lora: LoraSpec, folder: RunFolder, on_metrics=None, on_step=None
 ) -> Loop:
@@ -161,14 +149,16 @@ def build_loop(
         save_checkpoint(folder, prepared, model, lora, loop, fingerprint, best)
 
     def log(record):
-        record = label_means(record) if prepared.is_labelled and "loss" in record else record
+        record = prepared.form.logged(record)
         folder.append_metrics(record)
         if on_metrics is not None:
             on_metrics(record)
 
     def evaluate():
         began = time.perf_counter()
-        result = held_out_metrics(config, model, prepared.eval, prepared.max_length)
+        result = prepared.form.evaluate(
+            model, prepared.eval, objective.sums, config.per_device_eval_batch_size, prepared.max_length
+        )
         return {**result, "eval_seconds": round(time.perf_counter() - began, 3)}
 
     loop = Loop(
@@ -216,7 +206,7 @@ def _describe(prepared: Prepared, model: Decoder, loop: Loop, report):
     report(f"model: {config.model_name}, {stored / 2**20:.0f} MiB on {plan.device} ({form})")
     report(f"adapter: {trainable:,} trained parameters, template: {prepared.template.name}")
     evaluation = f", {len(prepared.eval)} to evaluate on" if prepared.eval else ""
-    rows = f"{len(prepared.train)} {'pairs' if prepared.is_paired else 'rows'}"
+    rows = f"{len(prepared.train)} {'pairs' if prepared.form is PAIRS else 'rows'}"
     report(
         f"data: {rows}, {stats.tokens:,} tokens, {stats.trained_tokens:,} trained on{evaluation}; "
         f"{loop.settings.total_steps} steps, {loop.settings.steps_per_epoch} an epoch"
@@ -274,7 +264,7 @@ def _reason(error: Exception) -> str:
 def summarise(prepared: Prepared, loop: Loop, metrics: list[dict]) -> dict:
     """summary.json: how the run ended and what it cost."""
     progress, stats = loop.progress, prepared.train_stats
-    unit = "rows" if prepared.is_labelled else "pairs" if prepared.config.strategy == "dpo" else "tokens"
+    unit = "rows" if prepared.form is LABELLED else "pairs" if prepared.config.strategy == "dpo" else "tokens"
     losses = [m["loss"] for m in metrics if "loss" in m]
     evaluations = [m["eval_loss"] for m in metrics if "eval_loss" in m]
     return {

@@ -9,8 +9,9 @@ from mini_forge.config import Plan, TrainingConfig
 from mini_forge.data.chat import Template
 from mini_forge.data.pairs import collate_pairs
 from mini_forge.data.tokenizer import Tokenizer
+from mini_forge.forms import LABELLED, PAIRS, form_of
 from mini_forge.inference.generate import spelled_end, until
-from mini_forge.prepare import Prepared, is_labelled
+from mini_forge.prepare import Prepared
 from mini_forge.training.dpo import preference_objective
 from mini_forge.training.kto import KTOOptions, kto_objective
 from mini_forge.training.loop import LoopSettings
@@ -30,7 +31,7 @@ def objective_of(config: TrainingConfig) -> Objective:
     """What the run's strategy minimises."""
     if config.strategy != "dpo":
         return OBJECTIVES[config.strategy]
-    if is_labelled(config):
+    if form_of(config) is LABELLED:
         return kto_objective(KTOOptions(config.beta, config.desirable_weight, config.undesirable_weight))
     return preference_objective(config.loss_type, LossOptions(config.beta, config.label_smoothing, config.simpo_gamma))
 
@@ -42,7 +43,7 @@ def windows(prepared: Prepared) -> Windows:
         asked = config.rollout_batch_size // responses_to_each(config)
         size = min(config.per_device_train_batch_size, asked)
         return Windows(prepared.train, size, asked // size, False, False, 0, config.seed, prepared.collate)
-    capacity = prepared.max_length * (2 if prepared.is_paired else 1)  # a bin of pairs has room for the longest pair
+    capacity = prepared.max_length * (2 if prepared.form is PAIRS else 1)  # a bin has room for the longest pair
     return Windows(
         prepared.train, config.per_device_train_batch_size, config.gradient_accumulation_steps, config.group_by_length,
         config.packing, capacity, config.seed, prepared.collate,

@@ -18,6 +18,7 @@ from mini_forge.checkpoints import put_back, read_checkpoint, save_checkpoint
 from mini_forge.config import Plan, TrainingConfig
 from mini_forge.data.pairs import data_fingerprint
 from mini_forge.durable import write_atomic, write_json
+from mini_forge.forms import trains_reward
 from mini_forge.inference.evaluate import evaluate_pairs
 from mini_forge.io.rewards import load_function, load_reward, save_reward
 from mini_forge.io.runs import (
@@ -32,7 +33,7 @@ from mini_forge.io.runs import (
 from mini_forge.json_faults import read_json
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.lora import LoraSpec
-from mini_forge.prepare import Prepared, trains_reward
+from mini_forge.prepare import Prepared
 from mini_forge.settings import optimizer_of, ppo_settings, reward_settings, reward_windows, sampling_of
 from mini_forge.training.adapters_swap import fresh_factors, live_factors, put_factors
 from mini_forge.training.loop import Loop

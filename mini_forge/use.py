@@ -15,6 +15,7 @@ from mini_forge.data.rows import read_rows
 from mini_forge.data.tasks import Labelled, Pair, load_examples, user_message
 from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.errors import ConfigError
+from mini_forge.forms import LABELLED, form_of
 from mini_forge.inference.evaluate import evaluate_generation, evaluate_loss
 from mini_forge.inference.generate import TextStream, generate, spelled_end, until
 from mini_forge.inputs import has_reference, with_init_adapter
@@ -22,10 +23,9 @@ from mini_forge.io.adapters import fill_adapter
 from mini_forge.io.models import load_model, load_tokenizer
 from mini_forge.io.runs import CONFIG_FILE, RunFolder
 from mini_forge.model.decoder import Decoder
-from mini_forge.prepare import is_labelled, template_of, tokenise_rows
+from mini_forge.prepare import template_of
 from mini_forge.providers import PROVIDERS
-from mini_forge.run import held_out_metrics
-from mini_forge.settings import sampling_of
+from mini_forge.settings import objective_of, sampling_of
 from mini_forge.stages import scorer_of
 from mini_forge.training.adapters_swap import copied_factors
 from mini_forge.training.reward import Scorer
@@ -163,8 +163,10 @@ def _give_reference(session: Session, path: str):
 
 
 def _preference_metrics(session: Session, rows: list[Pair] | list[Labelled], max_length: int) -> dict:
-    documents, stats = tokenise_rows(session.config, session.template, session.tokenizer, max_length, rows)
-    metrics = held_out_metrics(session.config, session.model, documents, max_length)
+    config, form = session.config, form_of(session.config)
+    documents, stats = form.tokenize(rows, config, session.template, session.tokenizer, max_length)
+    sums, batch_size = objective_of(config).sums, config.per_device_eval_batch_size
+    metrics = form.evaluate(session.model, documents, sums, batch_size, max_length)
     return {"rows": len(rows), "rows_dropped": stats.dropped} | metrics
 
 
@@ -206,7 +208,7 @@ def _holds_pairs(path: str) -> bool:
 
 def _evaluation_examples(config: TrainingConfig | None, dataset: str | None):
     task, strategy = (config.task, config.strategy) if config else ("text-generation", "sft")
-    takes_labels = config is not None and is_labelled(config)
+    takes_labels = config is not None and form_of(config) is LABELLED
 
     def load(path: str):
         needs_pairs = strategy == "dpo" or (strategy == "rlhf" and _holds_pairs(path))

@@ -13,9 +13,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mini_forge"
 # A module imports only from its own room and from those to the left of it.
 ROOMS = ["quick_imports", "errors", "json_faults", "durable", "user_cache", "config", "model", "data", "io",
-         "inference", "training", "providers", "inputs", "prepare", "settings", "checkpoints", "stages", "resume",
-         "run", "use", "export", "plots", "report", "memory_items", "memory_plan", "check", "bench", "progress",
-         "cli", "__main__"]  # fmt: skip
+         "inference", "training", "providers", "forms", "inputs", "prepare", "settings", "checkpoints", "stages",
+         "resume", "run", "use", "export", "plots", "report", "memory_items", "memory_plan", "check", "bench",
+         "progress", "cli", "__main__"]  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

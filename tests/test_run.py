@@ -640,7 +640,7 @@ def test_seconds_are_wall_time_since_the_first_step_began(settings, monkeypatch)
         time.sleep(0.3)
         return evaluate_loss(*arguments, **options)
 
-    monkeypatch.setattr("mini_forge.run.evaluate_loss", slow)
+    monkeypatch.setattr("mini_forge.forms.evaluate_loss", slow)
     result, _ = run(settings, eval_steps=1)
     training = [m["seconds"] for m in result.metrics if "loss" in m]
     assert training[3] - training[0] > 0.9  # three evaluations lie between

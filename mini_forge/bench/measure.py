@@ -26,12 +26,13 @@ from mini_forge.bench.shapes import prepare_shape, random_base, shape_record
 from mini_forge.config import TrainingConfig
 from mini_forge.config_plan import GIB
 from mini_forge.errors import ConfigError
+from mini_forge.forms import LABELLED, PAIRS, form_of
 from mini_forge.inputs import adapter_spec
 from mini_forge.io.runs import RunFolder
 from mini_forge.io.weights import load_base
 from mini_forge.memory_plan import memory_plan
 from mini_forge.model.decoder import Decoder
-from mini_forge.prepare import Prepared, is_labelled, prepare
+from mini_forge.prepare import Prepared, prepare
 from mini_forge.run import build_loop, build_model
 from mini_forge.settings import windows
 from mini_forge.training.loop import peak_memory_bytes
@@ -122,7 +123,7 @@ def check_options(config: TrainingConfig, steps: int, shape: str | None, length:
             'strategy: "rlhf" is not measured by bench, which knows no rollouts; use another strategy, or train with '
             "max_steps 3: metrics.jsonl has the rates"
         )
-    if shape is not None and (config.init_adapter or is_labelled(config)):
+    if shape is not None and (config.init_adapter or form_of(config) is LABELLED):
         key = "init_adapter" if config.init_adapter else "loss_type"
         problems.append(f"{key}: {getattr(config, key)!r} has no meaning with --shape; leave it out, or leave --shape")
     if problems:
@@ -133,7 +134,7 @@ def check_options(config: TrainingConfig, steps: int, shape: str | None, length:
 
 def _with_reference(prepared: Prepared) -> Prepared:
     """With precompute_reference the pairs have one, of zeros: it is made before the steps, whatever its values."""
-    if not (prepared.config.precompute_reference and prepared.is_paired):
+    if not (prepared.config.precompute_reference and prepared.form is PAIRS):
         return prepared
     return replace(prepared, train=[replace(pair, reference=np.zeros(2, np.float32)) for pair in prepared.train])
 

@@ -17,6 +17,7 @@ from mini_forge.config import TrainingConfig, detect_machine, resolve
 from mini_forge.data.batches import Document, TokenStats
 from mini_forge.data.pairs import PairDocument
 from mini_forge.errors import ConfigError
+from mini_forge.forms import PAIRS, form_of
 from mini_forge.inputs import adapter_spec
 from mini_forge.io.storage import Storage, multiplies_stored
 from mini_forge.io.weights import bfloat16_matrices
@@ -27,7 +28,7 @@ from mini_forge.model.lora import target_names
 from mini_forge.model.ops import PLAIN, Ops
 from mini_forge.model.quant import Linear16bit
 from mini_forge.model.stacks import Stack4bit, Stack8bit, StackMxfp4, use_kernels
-from mini_forge.prepare import Prepared, is_paired
+from mini_forge.prepare import Prepared
 
 DEFAULT_LENGTH = 512  # tokens of a row
 DEVIATION = 0.02  # of the weights: what most of these models started from
@@ -106,8 +107,9 @@ def prepare_shape(config: TrainingConfig, name: str, length: int | None, steps: 
         ids = generator.integers(0, spec.vocab_size, length + 1, dtype=np.int32)
         return Document(ids, np.arange(length + 1) > 0, line)
 
-    train = [PairDocument(document(i), document(i)) if is_paired(config) else document(i) for i in range(1, rows + 1)]
-    sides = 2 if is_paired(config) else 1
+    is_paired = form_of(config) is PAIRS
+    train = [PairDocument(document(i), document(i)) if is_paired else document(i) for i in range(1, rows + 1)]
+    sides = 2 if is_paired else 1
     stats = TokenStats(rows, rows, 0, 0, sides * rows * (length + 1), sides * rows * length)
     notes = [*config.warnings, *plan.notes, f"rows of {length} random tokens, all trained on"]
     if length > spec.max_positions:
