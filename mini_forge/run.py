@@ -66,8 +66,9 @@ def train(
     """Fine-tune as `config` says; leaves a run folder and returns a RunResult.
 
     resume: go on from the run's last checkpoint. overwrite: replace a run that is there. `report` takes lines for a
-    person, `on_step` steps done and all, `on_metrics` each record of metrics.jsonl. Raises UserError before
-    anything is written, TrainingError when training fails, Interrupted after a signal."""
+    person, `on_step` steps done and all, `on_metrics` each record of metrics.jsonl. Torch's global generator is seeded,
+    and on glibc the process keeps freed memory from then on. Raises UserError before anything is written, TrainingError
+    when training fails, Interrupted after a signal."""
     if not isinstance(config, TrainingConfig):
         raise ConfigError(f"config: {config!r} must be a TrainingConfig, as TrainingConfig.from_file(…) makes one")
     config = config.checked()
