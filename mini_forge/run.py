@@ -33,7 +33,7 @@ from mini_forge.stages import Stages, clear
 from mini_forge.training.adapters_swap import copied_factors
 from mini_forge.training.dpo import fill_reference
 from mini_forge.training.loop import Interrupted, Loop, peak_memory_bytes, stop_signals
-from mini_forge.training.memory import keep_freed_memory
+from mini_forge.training.malloc import keep_freed_memory
 from mini_forge.training.preferences import REFERENCE_FREE
 
 

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 
 from mini_forge.io.adapters import save_adapter
 from mini_forge.io.weights import load_base
+from mini_forge.model.allocation import LARGE, fresh
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.families import decoder_spec, expert_layout
 from mini_forge.model.lora import LoraSpec, inject
-from mini_forge.model.memory import LARGE, fresh
 from tests.tiny import CONFIG
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -168,7 +168,7 @@ def test_merging_holds_a_tensor_and_comparing_some_layers_not_the_model(large, t
 
 CHURN = """
 import resource, sys, torch
-from mini_forge.training.memory import keep_freed_memory
+from mini_forge.training.malloc import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def faults():
@@ -196,8 +196,8 @@ def test_freed_memory_is_kept_for_the_next_step():
 
 HOLES = """
 import sys, torch
-from mini_forge.model.memory import fresh
-from mini_forge.training.memory import keep_freed_memory
+from mini_forge.model.allocation import fresh
+from mini_forge.training.malloc import keep_freed_memory
 keep_freed_memory()
 make = fresh if sys.argv[1] == "fresh" else lambda *arguments: torch.empty(arguments[0], dtype=arguments[1])
 rss = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096

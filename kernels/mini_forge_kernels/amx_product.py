@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from mini_forge.model.memory import fresh
+from mini_forge.model.allocation import fresh
 from mini_forge_kernels.compiled import declared, library, why_not
 
 __all__ = ["multiply", "reason_not", "split"]

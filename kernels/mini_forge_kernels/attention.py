@@ -32,8 +32,8 @@ from pathlib import Path
 import torch
 from torch.autograd.function import once_differentiable
 
+from mini_forge.model.allocation import fresh
 from mini_forge.model.functional import attention as reference
-from mini_forge.model.memory import fresh
 from mini_forge_kernels.compiled import declared, library, named, why_not
 
 __all__ = ["attention", "reason_not_compiled", "reference"]

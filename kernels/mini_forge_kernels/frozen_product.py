@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 
+from mini_forge.model.allocation import fresh
 from mini_forge.model.fourbit import Quantized4bit
 from mini_forge.model.left_side import LeftSide, low_product
-from mini_forge.model.memory import fresh
 from mini_forge.model.quant import Quantized8bit
 from mini_forge_kernels import amx_product
 from mini_forge_kernels.compiled import declared, library, named, why_not

@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from mini_forge.model.allocation import fresh
 from mini_forge.model.low_rank import IN_TORCH, LowRank, Seed
-from mini_forge.model.memory import fresh
 from mini_forge_kernels.compiled import declared, library, named, why_not
 
 __all__ = ["IN_CPP", "reason_not"]

@@ -14,8 +14,8 @@ a GPU: not measured.
 import torch
 from torch.autograd.function import once_differentiable
 
+from mini_forge.model.allocation import fresh
 from mini_forge.model.functional import rms_norm as reference
-from mini_forge.model.memory import fresh
 from mini_forge.model.ops import vjp
 from mini_forge_kernels import rowwise
 from mini_forge_kernels.triton_support import as_rows, jit, launch, power_of_two, reason_not, tl, warps, widen

@@ -12,8 +12,8 @@ sin, N·C·b, which a program reads once for all heads of its token. Speed on a 
 import torch
 from torch.autograd.function import once_differentiable
 
+from mini_forge.model.allocation import fresh
 from mini_forge.model.functional import apply_rope as reference
-from mini_forge.model.memory import fresh
 from mini_forge_kernels import rowwise
 from mini_forge_kernels.triton_support import jit, launch, power_of_two, reason_not, tl, warps, widen
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from mini_forge.model.memory import fresh
+from mini_forge.model.allocation import fresh
 from mini_forge_kernels.compiled import declared, library, named, why_not
 from mini_forge_kernels.triton_support import as_rows
 

@@ -17,9 +17,9 @@ backward (g, u and dh in, dg and du out). Speed on a GPU: not measured.
 import torch
 from torch.autograd.function import once_differentiable
 
+from mini_forge.model.allocation import fresh
 from mini_forge.model.functional import clamped_swiglu as clamped_reference
 from mini_forge.model.functional import swiglu as reference
-from mini_forge.model.memory import fresh
 from mini_forge.model.ops import vjp
 from mini_forge_kernels import rowwise
 from mini_forge_kernels.triton_support import as_rows, jit, launch, power_of_two, reason_not, tl, widen

@@ -36,7 +36,7 @@ from mini_forge.prepare import Prepared, prepare
 from mini_forge.run import build_loop, build_model
 from mini_forge.settings import windows
 from mini_forge.training.loop import peak_memory_bytes
-from mini_forge.training.memory import keep_freed_memory
+from mini_forge.training.malloc import keep_freed_memory
 
 STEPS, WARM_UP_STEPS = 10, 2  # counted by default, and those of them that are not in the median
 PEAK_SECONDS = 0.1  # of products of one size

@@ -4,7 +4,7 @@ An op may have a `LeftSide` of its own for matrices as they are stored (`Ops.lef
 
 import torch
 
-from mini_forge.model.memory import fresh
+from mini_forge.model.allocation import fresh
 
 
 class LeftSide:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from mini_forge.errors import CheckpointError, UserError
+from mini_forge.model.allocation import fresh
 from mini_forge.model.fourbit import (
     BLOCKSIZES,
     CHUNK,
@@ -29,7 +30,6 @@ from mini_forge.model.fourbit import (
     quantize_4bit,
 )
 from mini_forge.model.left_side import LeftSide, low_product
-from mini_forge.model.memory import fresh
 
 __all__ = [
     "Linear16bit", "Linear4bit", "Linear8bit", "Quantized4bit", "Quantized8bit", "backend",

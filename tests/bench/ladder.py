@@ -63,7 +63,7 @@ def measure(args) -> dict:
     from mini_forge.model.lora import LoraSpec, inject
     from mini_forge.providers import PROVIDERS
     from mini_forge.training.loop import peak_memory_bytes
-    from mini_forge.training.memory import keep_freed_memory
+    from mini_forge.training.malloc import keep_freed_memory
     from mini_forge.training.optim import clip_grad_norm, make_optimizer, parameter_groups
 
     keep_freed_memory()
