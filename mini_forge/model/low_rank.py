@@ -34,7 +34,7 @@ class LowRank:
 def down(x: torch.Tensor, As: Sequence[torch.Tensor], seeds: Sequence[Seed]) -> torch.Tensor:
     """One product for all projections where they share their input (no dropout)."""
     if not any(seeds):
-        return (x @ torch.cat(list(As)).t()).unflatten(1, (len(As), -1))
+        return (x @ (torch.cat(list(As)) if len(As) > 1 else As[0]).t()).unflatten(1, (len(As), -1))
     return torch.stack([dropped(x, seed) @ A.t() for A, seed in zip(As, seeds, strict=True)], dim=1)
 
 

@@ -34,6 +34,8 @@ def adapted_products(
     a gradient. What it reads beside `sources` gets none, and its result (…, in) is not kept. factors: the layers' A, B,
     A, B, … where they are not to be read from the layers. Returns (…, out) each, in the dtype of make's result."""
     factors = lora_factors(layers) if factors is None else factors
+    if not torch.is_grad_enabled():  # as in generation, token by token: a function of autograd's costs more than a norm
+        return _products(make, sources, layers, seeds, factors)[0]
     return _AdaptedProducts.apply(make, layers, seeds, len(sources), *sources, *factors)
 
 
@@ -41,20 +43,29 @@ def lora_factors(layers: Sequence[nn.Module]) -> list[nn.Parameter]:
     return [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
 
 
+def _products(make, sources, layers, seeds, factors) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """What the layers give, and l (N, layers, G) with its scale."""
+    x = make(*sources) if make else sources[0]
+    flat, low_rank = x.reshape(-1, x.shape[-1]), layers[0].low_rank
+    lows = _scaled(low_rank.down(flat, [A.to(x.dtype) for A in factors[::2]], seeds), _scales(layers, seeds))
+    pairs = [(low[:, : B.shape[1]], B.to(x.dtype)) for low, B in zip(lows.unbind(1), factors[1::2], strict=True)]
+    outs = frozen_products(flat, [layer.base for layer in layers], pairs)
+    return tuple(out.view(*x.shape[:-1], out.shape[1]) for out in outs), lows
+
+
+def _scales(layers, seeds) -> list[float]:
+    rates = [seed[0] if seed else 0.0 for seed in seeds]
+    return [layer.scaling * kept_scale(rate) for layer, rate in zip(layers, rates, strict=True)]
+
+
 class _AdaptedProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, make, layers, seeds, count, *tensors):
-        sources, factors = tensors[:count], tensors[count:]
-        x = make(*sources) if make else sources[0]
-        flat = x.reshape(-1, x.shape[-1])
         ctx.make, ctx.seeds, ctx.count, ctx.low_rank = make, seeds, count, layers[0].low_rank
-        rates = [seed[0] if seed else 0.0 for seed in seeds]
-        ctx.scales = [layer.scaling * kept_scale(rate) for layer, rate in zip(layers, rates, strict=True)]
-        ctx.bases = [layer.base for layer in layers]
-        lows = _scaled(ctx.low_rank.down(flat, [A.to(x.dtype) for A in factors[::2]], seeds), ctx.scales)
+        ctx.scales, ctx.bases = _scales(layers, seeds), [layer.base for layer in layers]
+        outs, lows = _products(make, tensors[:count], layers, seeds, tensors[count:])
         ctx.save_for_backward(*tensors, lows)
-        pairs = [(low[:, : B.shape[1]], B.to(x.dtype)) for low, B in zip(lows.unbind(1), factors[1::2], strict=True)]
-        return tuple(out.view(*x.shape[:-1], out.shape[1]) for out in frozen_products(flat, ctx.bases, pairs))
+        return outs
 
     @staticmethod
     @once_differentiable  # it overwrites what it makes
