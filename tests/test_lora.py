@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 from mini_forge.errors import ConfigError
+from mini_forge.model.decoder import Decoder
 from mini_forge.model.lora import LoRALinear, LoraSpec, disabled, inject, lora_layers, merge, project
 from mini_forge.model.low_rank import IN_TORCH, draw_seeds, dropout_keep
 from mini_forge.model.ops import Differentiable
 from mini_forge.model.products import adapted_products
 from mini_forge.model.quant import Linear4bit, Linear8bit
+from mini_forge.providers import PROVIDERS
 from mini_forge_kernels.low_rank import IN_CPP
 from tests.tiny import random_model
 
@@ -301,3 +303,22 @@ def test_hooks_are_told_of_every_call_and_may_change_it(state, grad):
     with torch.set_grad_enabled(grad), disabled(model) if state == "off" else nullcontext():
         torch.testing.assert_close(model(ids), twice(ids))
     assert sorted(calls) == sorted(names) and len(names) == 14
+
+
+@pytest.mark.parametrize("provider", ["huggingface", "unsloth"])
+def test_a_caller_s_autocast_disturbs_nothing(provider):
+    """The rest runs in bfloat16 then, attention among it: results are near."""
+    model = Decoder(random_model().spec, PROVIDERS[provider]("cpu").ops)
+    model.load_state_dict(random_model().state_dict())
+    inject(model, LoraSpec(4, 8), torch.Generator().manual_seed(0))
+    for i, (_, layer) in enumerate(lora_layers(model)):
+        layer.lora_B.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(i))
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            hidden = model.train()(torch.arange(12)[None])
+        model.zero_grad()
+        hidden.float().square().mean().backward()
+        found.append([hidden.detach().float(), *(layer.lora_A.grad.clone() for _, layer in lora_layers(model))])
+    for exact, near in zip(*found, strict=True):
+        assert float((exact - near).norm() / exact.norm()) < 0.05
