@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
-from mini_forge.io.adapters import fill_adapter, save_adapter
+from mini_forge.errors import CheckpointError
+from mini_forge.io.adapters import fill_adapter, save_adapter, stored_tensors
 from mini_forge.io.runs import (
+    REFERENCE_ADAPTER,
     REWARD_FOLDER,
     RunFolder,
     check_same_data,
@@ -12,8 +14,9 @@ from mini_forge.io.runs import (
     save_state,
     set_rng_state,
 )
+from mini_forge.io.weights import write_safetensors
 from mini_forge.model.decoder import Decoder
-from mini_forge.model.lora import LoraSpec
+from mini_forge.model.lora import Factors, LoraSpec, lora_layers
 from mini_forge.prepare import Prepared
 from mini_forge.training.loop import Resumable
 from mini_forge.training.optim import load_optimizer_state, optimizer_state
@@ -52,6 +55,29 @@ def put_back(source: Path, state: dict, model: Decoder, loop: Resumable):
     load_optimizer_state(loop.optimizer, state["optimizer"])
     loop.restore(state["loop"])
     set_rng_state(state["rng"])
+
+
+def keep_reference(folder: RunFolder, model: Decoder):
+    """Write the adapter that a policy is tied to into its run's folder: where it came from may change meanwhile."""
+    tensors = {}
+    for name, (A, B, _) in model.reference.items():
+        tensors[f"{name}.A"], tensors[f"{name}.B"] = A, B
+    entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    write_safetensors(folder.path / REFERENCE_ADAPTER, entries, (tensor.cpu() for tensor in tensors.values()))
+
+
+def read_reference(folder: Path, model: Decoder) -> Factors:
+    """What `keep_reference` wrote into a run's folder, for the layers that the model adapts."""
+    path = folder / REFERENCE_ADAPTER
+    if not path.is_file():
+        raise CheckpointError(f"{path}: file not found; the run is tied to the adapter in it; put it back")
+    tensors, layers = stored_tensors(path), dict(lora_layers(model))
+    if tensors.keys() != {f"{name}.{letter}" for name in layers for letter in "AB"}:
+        raise CheckpointError(f"{path}: has other layers than this run's adapter; put the run's own back")
+    return {
+        name: (*(tensors[f"{name}.{letter}"].to(model.device, copy=True) for letter in "AB"), layer.scaling)
+        for name, layer in layers.items()
+    }
 
 
 def has_begun(folder: RunFolder) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from mini_forge.config import PATHS, TrainingConfig
+from mini_forge.config_rules import REFERENCE_FREE_LOSSES
 from mini_forge.errors import ConfigError
 from mini_forge.io.adapters import read_adapter_config, read_adapter_tensors
 from mini_forge.io.expert_adapters import stack_targets
@@ -28,6 +29,12 @@ def with_absolute_paths(config: TrainingConfig) -> TrainingConfig:
 def has_reference(config: TrainingConfig) -> bool:
     """Whether the run compares the model with itself before training, and so has neither dropout nor noise."""
     return config.strategy in ("dpo", "rlhf")
+
+
+def ties_to_init_adapter(config: TrainingConfig) -> bool:
+    """Whether the reference is the model as `init_adapter` makes it."""
+    is_free = config.strategy == "dpo" and config.loss_type in REFERENCE_FREE_LOSSES
+    return config.reference == "init_adapter" and has_reference(config) and not is_free
 
 
 def adapter_spec(config: TrainingConfig) -> LoraSpec:

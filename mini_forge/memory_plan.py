@@ -22,7 +22,7 @@ from mini_forge.data.batches import plan_epoch
 from mini_forge.data.pairs import flatten
 from mini_forge.data.token_store import inputs_of
 from mini_forge.forms import trains_reward
-from mini_forge.inputs import adapter_spec, has_reference
+from mini_forge.inputs import adapter_spec, has_reference, ties_to_init_adapter
 from mini_forge.io.adapters import PREFIX, read_adapter_tensors
 from mini_forge.io.hub import resolve_model
 from mini_forge.io.models import is_adapter
@@ -227,7 +227,7 @@ def memory_plan(prepared: Prepared, window: Windows, steps: int) -> MemoryPlan:
         has_triton="triton" in sys.modules,  # the kernels import it where it can run
         has_mxfp4=is_stored_as_mxfp4(read_json(prepared.folder / "config.json")),
         in_bfloat16=in_bfloat16(prepared, prepared.folder),
-        has_adapted_reference=config.reference == "init_adapter",
+        has_adapted_reference=ties_to_init_adapter(config),
     )
     if config.strategy == "rlhf":
         job = _reinforced(prepared, sizes, job)

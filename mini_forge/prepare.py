@@ -25,7 +25,7 @@ from mini_forge.data.token_store import StoredRows, TokenCache, TokenStore, high
 from mini_forge.data.tokenizer import Tokenizer, load_tokenizer
 from mini_forge.errors import CheckpointError, ConfigError, DataError, UserError
 from mini_forge.forms import LABELLED, PAIRS, Form, form_of, trains_reward
-from mini_forge.inputs import adapter_spec, has_reference, with_absolute_paths, with_init_adapter
+from mini_forge.inputs import adapter_spec, has_reference, ties_to_init_adapter, with_absolute_paths, with_init_adapter
 from mini_forge.io.adapters import WEIGHTS_FILE
 from mini_forge.io.fitting import check_weights
 from mini_forge.io.hub import resolve_model
@@ -170,7 +170,7 @@ def model_identity(prepared: Prepared) -> str:
     """A digest of what the reference's log-probabilities depend on: its files and how they are computed with."""
     config, plan = prepared.config, prepared.plan
     files = [prepared.folder / "config.json", *weight_files(prepared.folder)]
-    if config.reference == "init_adapter":
+    if ties_to_init_adapter(config):
         files.append(Path(config.init_adapter).expanduser() / WEIGHTS_FILE)
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     computed = (plan.device, plan.dtype, plan.quantization, plan.nested, plan.compute_dtype, config.provider)
@@ -319,8 +319,8 @@ def _tokenise(config, plan, opened, train_rows, eval_rows) -> Prepared:
     folder, spec, tokenizer, template = opened
     notes = [*config.warnings, *plan.notes, *template.notes, *_template_notes(config, template, train_rows)]
     if template.date:  # recorded, so that the run is told the same day whenever it goes on and is used
-        sources = {"template_date": "today", **config.provenance}
-        config = replace(config, template_date=template.date.isoformat(), provenance=sources)
+        told = config.provenance if config.template_date else {**config.provenance, "template_date": "today"}
+        config = replace(config, template_date=template.date.isoformat(), provenance=told)
     limit = config.max_seq_length or spec.max_positions
     if limit > spec.max_positions:
         notes.append(f"max_seq_length {limit} is more than the {spec.max_positions} positions the model was made for")

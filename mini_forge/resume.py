@@ -10,6 +10,7 @@ from mini_forge.errors import ConfigError, UserError
 from mini_forge.io.runs import CONFIG_FILE, RunFolder
 from mini_forge.model.decoder import Decoder
 from mini_forge.prepare import Prepared
+from mini_forge.stages import check_stages
 from mini_forge.training.loop import Loop
 
 # Keys that may change between a run and its resumption, because no step depends on them.
@@ -31,7 +32,8 @@ def on_its_own_day(folder: RunFolder, config: TrainingConfig) -> TrainingConfig:
     """The configuration with the date that the run in the folder told its template when it began."""
     if config.template_date is not None or not has_begun(folder):
         return config
-    return replace(config, template_date=TrainingConfig.from_file(folder.path / CONFIG_FILE).template_date)
+    recorded = TrainingConfig.from_file(folder.path / CONFIG_FILE).template_date
+    return replace(config, template_date=recorded, provenance={**config.provenance, "template_date": "the run"})
 
 
 def restore(folder: RunFolder, loop: Loop, model: Decoder, prepared: Prepared, report: Callable[[str], None]):
@@ -64,7 +66,9 @@ def resume_problems(folder: RunFolder, prepared: Prepared) -> list[str]:
         return []
     try:
         _check_same(folder, prepared.config)
-        if prepared.config.strategy != "rlhf":  # whose checkpoints are of its stages
+        if prepared.config.strategy == "rlhf":
+            check_stages(folder, prepared)
+        else:
             read_checkpoint(folder, prepared, prepared.fingerprint())
     except UserError as error:
         return list(error.problems)
@@ -73,6 +77,8 @@ def resume_problems(folder: RunFolder, prepared: Prepared) -> list[str]:
 
 def _check_same(folder: RunFolder, config: TrainingConfig):
     recorded, now = TrainingConfig.from_file(folder.path / CONFIG_FILE).to_dict(), config.to_dict()
+    if recorded["template_date"] is None:  # of an older version: the tokens themselves are compared
+        now["template_date"] = None
     changed = [k for k in now if k not in FREE_ON_RESUME and now[k] != recorded.get(k)]
     if changed:
         raise ConfigError(

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from mini_forge import __version__
-from mini_forge.checkpoints import last_checkpoint, save_checkpoint
+from mini_forge.checkpoints import keep_reference, last_checkpoint, read_reference, save_checkpoint
 from mini_forge.config import TrainingConfig
 from mini_forge.data.pairs import data_fingerprint
 from mini_forge.durable import write_json
 from mini_forge.errors import ConfigError, TrainingError, is_out_of_memory
 from mini_forge.forms import LABELLED, PAIRS
-from mini_forge.inputs import adapter_spec, has_reference
+from mini_forge.inputs import adapter_spec, has_reference, ties_to_init_adapter
 from mini_forge.io.adapters import fill_adapter, save_adapter
 from mini_forge.io.card import model_card
 from mini_forge.io.fitting import check_adapter_format
@@ -30,7 +30,7 @@ from mini_forge.providers import PROVIDERS
 from mini_forge.resume import is_to_resume, on_its_own_day, own_inputs, restore
 from mini_forge.settings import loop_settings, objective_of, optimizer_of, windows
 from mini_forge.stages import Stages, clear
-from mini_forge.training.adapters_swap import copied_factors
+from mini_forge.training.adapters_swap import copied_factors, copy_factors
 from mini_forge.training.dpo import fill_reference
 from mini_forge.training.loop import Interrupted, Loop, peak_memory_bytes, stop_signals
 from mini_forge.training.malloc import keep_freed_memory
@@ -99,8 +99,19 @@ def _train(config: TrainingConfig, folder: RunFolder, resume: bool, report, on_m
         resume = is_to_resume(folder, config, report)
     build = partial(build_stages, report=report) if config.strategy == "rlhf" else build_loop
     loop = build(prepared, model, lora, folder, on_metrics, on_step)
+
+    def begin():
+        clear(folder, config.reward_model)
+        if model.reference is not None:
+            keep_reference(folder, model)
+
+    if (
+        resume and model.reference is not None
+    ):  # as it was when the run began, and so is the policy before its first step
+        model.reference = read_reference(folder.path, model)
+        copy_factors(model, model.reference)
     if not resume:  # nothing on disk is touched before this line
-        folder.start(config.to_dict(), partial(clear, folder, config.reward_model))
+        folder.start(config.to_dict(), begin)
     elif config.strategy == "rlhf":
         loop.restore()
     else:
@@ -129,7 +140,7 @@ def build_model(prepared: Prepared, lora: LoraSpec, report=print, load: Callable
     check_adapter_format(config, model)
     if config.init_adapter:
         fill_adapter(model, Path(config.init_adapter).expanduser())
-    if config.reference == "init_adapter":
+    if ties_to_init_adapter(config):
         model.reference = copied_factors(model)
     model.recompute = config.recompute if config.gradient_checkpointing else None
     model.neftune_alpha = None if has_reference(config) else config.neftune_noise_alpha

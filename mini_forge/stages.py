@@ -89,6 +89,7 @@ class Stages:
 
     def restore(self):
         """Go on from the last checkpoint of PPO, if there is one; the reward stage looks after itself."""
+        check_stages(self.folder, self.prepared)
         steps = self.folder.steps()
         self.folder.truncate_metrics(steps[-1] if steps else -1)
         truncate_samples(self.folder.path / SAMPLES_FILE, steps[-1] if steps else -1)
@@ -101,7 +102,7 @@ class Stages:
         self.report(f"resuming from {source}")
 
     def _fingerprint(self) -> int:
-        return data_fingerprint([prompt_document(prompt) for prompt in self.prepared.prompts])
+        return prompts_fingerprint(self.prepared)
 
     def _build_ppo(self) -> PPO:
         prepared, model = self.prepared, self.model
@@ -149,8 +150,6 @@ class Stages:
         """Train the reward model in `reward/`, or what is left of it. The policy's adapter stands aside meanwhile."""
         folder = RunFolder(self.folder.path / REWARD_FOLDER)
         if folder.is_finished():
-            record = read_json(folder.path / SUMMARY_FILE)
-            check_same_data(record, self.prepared.fingerprint(), self.prepared.config.dataset, folder.path)
             self.report(f"reward model: {folder.path}, trained before")
             return
         policy, size = live_factors(self.model), self.model.spec.hidden_size
@@ -230,6 +229,22 @@ class Stages:
             "" if first is None else f"; prefers the chosen of held-out pairs in {first:.1%} before, {last:.1%} after"
         )
         self.report(f"reward model: saved in {folder.path}{told}")
+
+
+def prompts_fingerprint(prepared: Prepared) -> int:
+    return data_fingerprint([prompt_document(prompt) for prompt in prepared.prompts])
+
+
+def check_stages(folder: RunFolder, prepared: Prepared):
+    """Raise UserError where what either stage has left is damaged, or of other data; nothing is written."""
+    reward = RunFolder(folder.path / REWARD_FOLDER)
+    if trains_reward(prepared.config) and reward.is_finished():
+        record = read_json(reward.path / SUMMARY_FILE)
+        check_same_data(record, prepared.fingerprint(), prepared.config.dataset, reward.path)
+    elif trains_reward(prepared.config) and reward.steps():
+        read_checkpoint(reward, prepared, prepared.fingerprint(), "head")
+    if folder.steps():
+        read_checkpoint(folder, prepared, prompts_fingerprint(prepared), "value_head")
 
 
 def clear(folder: RunFolder, reward_model: str | None):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from mini_forge.checkpoints import read_reference
 from mini_forge.config import TrainingConfig, detect_machine, resolve
 from mini_forge.data.batches import split, tokenize
 from mini_forge.data.chat import Template, choose_template
@@ -18,8 +19,7 @@ from mini_forge.errors import ConfigError
 from mini_forge.forms import LABELLED, form_of
 from mini_forge.inference.evaluate import evaluate_generation, evaluate_loss
 from mini_forge.inference.generate import TextStream, generate, spelled_end, until
-from mini_forge.inputs import has_reference, with_init_adapter
-from mini_forge.io.adapters import fill_adapter
+from mini_forge.inputs import has_reference, ties_to_init_adapter
 from mini_forge.io.models import load_model, load_tokenizer
 from mini_forge.io.runs import CONFIG_FILE, RunFolder
 from mini_forge.model.decoder import Decoder
@@ -27,7 +27,6 @@ from mini_forge.prepare import template_of
 from mini_forge.providers import PROVIDERS
 from mini_forge.settings import objective_of, sampling_of
 from mini_forge.stages import scorer_of
-from mini_forge.training.adapters_swap import copied_factors
 from mini_forge.training.reward import Scorer
 from mini_forge.training.rlhf import evaluate_policy
 from mini_forge.training.rollouts import encode_prompts, rollout_of
@@ -133,8 +132,8 @@ def evaluate_run(
     examples = _evaluation_examples(session.config, dataset)
     examples = examples[:limit] if limit else examples
     config = session.config
-    if config is not None and config.reference == "init_adapter":
-        _give_reference(session, path)
+    if config is not None and ties_to_init_adapter(config):
+        session.model.reference = read_reference(run_folder(path), session.model)
     length = (config.max_seq_length if config else None) or session.model.spec.max_positions
     if config is not None and config.strategy == "rlhf":
         return _reward_metrics(session, path, examples, min(length, session.model.spec.max_positions))
@@ -152,14 +151,6 @@ def evaluate_run(
         max_new_tokens=max_new_tokens, constrained=constrained, system_prompt=session.system_prompt,
     )  # fmt: skip
     return metrics | scores, predictions
-
-
-def _give_reference(session: Session, path: str):
-    """Have the model of `path` know the adapter that its run began with, to which it was tied."""
-    config = with_init_adapter(session.config)  # says what is wrong with that folder
-    fill_adapter(session.model, Path(config.init_adapter).expanduser())
-    session.model.reference = copied_factors(session.model)
-    fill_adapter(session.model, Path(path).expanduser())
 
 
 def _preference_metrics(session: Session, rows: list[Pair] | list[Labelled], max_length: int) -> dict:

@@ -159,13 +159,30 @@ CUES = {"thinking": "'<think>\n'", "none": "'<think>\n\n</think>\n\n'"}
 @pytest.mark.parametrize("cue", CUES)
 @pytest.mark.parametrize(("said", "text"), [
     ({"content": "", "tool_calls": [{"name": "f", "arguments": {}}]}, "assistant\n⟦<tool>{}<|end|>⟧"),
-    ({"content": "a", "reasoning_content": "hm"}, "assistant\n<think>\n⟦hm\n</think>\n\na<|end|>⟧"),
+    ({"content": "a", "reasoning_content": "hm"}, "assistant\n⟦<think>\nhm\n</think>\n\na<|end|>⟧"),
     ({"content": "<th", "reasoning_content": ""}, "assistant\n⟦<th<|end|>⟧"),
 ], ids=["call", "thought", "neither"])  # fmt: skip
 def test_what_follows_the_part_of_the_cue_that_is_there_is_trained_on(tmp_path, cue, said, text):
     chosen = template(tmp_path, special=HARMONY, chat_template=THINKS.replace("CUE", CUES[cue]))
     spelled = marked(chosen.render(Example((*turns("u"), {"role": "assistant", **said}))))
+    if cue == "thinking" and "reasoning_content" in said and said["reasoning_content"]:
+        text = text.replace("⟦<think>\n", "<think>\n⟦")  # all of the cue is there
     assert spelled == "<|start|>user\nu<|end|>\n<|start|>" + text
+
+
+@pytest.mark.parametrize("header", ["[|assistant|]", "### assistant:", "<|assistant|>", "assistant\n", "ASSISTANT: "])
+@pytest.mark.parametrize("cue", ["<thought>\n", "<think>\n\n</think>\n\n", "Thinking: "])
+@pytest.mark.parametrize("said", ["<tool>", "<th", "Then", "I"])
+def test_no_header_is_cut_in_two(tmp_path, header, cue, said):
+    """Whatever a cue and a tool call begin with alike."""
+    source = """{% for m in messages %}{% if m.role == 'assistant' %}{{ HEADER }}{% else %}{{ '[|user|]' }}{% endif %}
+{%- if m.tool_calls %}{{ m.tool_calls[0].name + m.tool_calls[0].arguments | tojson }}{% endif %}
+{{- m.content + '[|end|]\n' }}{% endfor %}{% if add_generation_prompt %}{{ HEADER + CUE }}{% endif %}"""
+    source = source.replace("HEADER", repr(header)).replace("CUE", repr(cue))
+    chosen = template(tmp_path, special=("<|endoftext|>", "[|end|]"), chat_template=source)
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": said, "arguments": {}}]}
+    spelled = marked(chosen.render(Example((*turns("u"), call))))
+    assert spelled == f"[|user|]u[|end|]\n{header}⟦{said}{{}}[|end|]⟧"
 
 
 def test_a_first_turn_of_the_assistant_has_its_header_before_it(tmp_path):

@@ -17,7 +17,7 @@ from mini_forge.data.batches import Document, split
 from mini_forge.data.chat import choose_template
 from mini_forge.data.pairs import PairDocument, collate_pairs, flatten, tokenize_pairs
 from mini_forge.data.tasks import Pair, load_examples
-from mini_forge.errors import ConfigError, DataError, UserError
+from mini_forge.errors import CheckpointError, ConfigError, DataError, UserError
 from mini_forge.io.runs import RunFolder
 from mini_forge.model.lora import LoraSpec, inject, lora_layers
 from mini_forge.training.dpo import pair_metrics, preference_objective, reference_logps, response_logps, score_pairs
@@ -525,13 +525,39 @@ def test_precomputed_logps_are_of_one_reference(settings, tmp_path):
     assert any(line.startswith("reference: 20 pairs, computed") for line in lines)
 
 
-def test_evaluating_a_tied_run_needs_its_first_adapter(settings, tmp_path, capsys):
-    first, _ = run(settings)
-    tied = {**settings, "output_dir": str(tmp_path / "tied"), "init_adapter": str(first.output_dir)}
-    second, _ = run(tied, reference="init_adapter")
+@pytest.mark.parametrize("precompute_reference", [False, True])
+def test_a_run_stays_tied_to_what_its_first_adapter_was(settings, tmp_path, precompute_reference):
+    """Though that folder is another run's by now, on resuming, or gone, on evaluating."""
+    first, _ = run(settings, output_dir=str(tmp_path / "first"))
+    tied = {**settings, "init_adapter": str(first.output_dir), "reference": "init_adapter", "save_strategy": "steps",
+            "save_steps": 1, "precompute_reference": precompute_reference}  # fmt: skip
+    whole, _ = run(tied, output_dir=str(tmp_path / "whole"))
+
+    def die(record):
+        if record["step"] == 2 and "loss" in record:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(tied, on_metrics=die, output_dir=str(tmp_path / "killed"))
+    config = mini_forge.TrainingConfig.from_dict({**settings, "output_dir": str(tmp_path / "first"), "seed": 7})
+    mini_forge.train(config, overwrite=True, report=str)
+    resumed, _ = run(tied, resume=True, output_dir=str(tmp_path / "killed"))
+    assert steps(resumed.metrics) == steps(whole.metrics)
     first.output_dir.rename(tmp_path / "elsewhere")
-    assert main(["eval", str(second.output_dir)]) == 2
-    assert "init_adapter: " in capsys.readouterr().err
+    metrics, _ = evaluate_run(str(resumed.output_dir))
+    assert metrics["eval_reward_margin"] == pytest.approx(whole.metrics[-1]["eval_reward_margin"], rel=1e-4)
+    (resumed.output_dir / "reference_adapter.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="reference_adapter.safetensors: file not found; the run is tied to"):
+        evaluate_run(str(resumed.output_dir))
+
+
+def test_a_reference_without_effect_costs_nothing(settings, tmp_path):
+    first, _ = run(settings)
+    tied = {**settings, "output_dir": str(tmp_path / "tied"), "init_adapter": str(first.output_dir), "max_steps": 1}
+    second, _ = run(tied, reference="init_adapter", loss_type="orpo")
+    assert not (second.output_dir / "reference_adapter.safetensors").exists()
+    first.output_dir.rename(tmp_path / "elsewhere")
+    assert "eval_loss" in evaluate_run(str(second.output_dir))[0]
 
 
 @pytest.mark.parametrize(("changes", "told"), [

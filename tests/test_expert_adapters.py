@@ -343,3 +343,12 @@ def test_experts_stored_in_stacks_are_those_stored_one_by_one(name, quantization
         save_adapter(tmp_path / "run", other, spec, str(stacked))
         merged = mini_forge.load_model(merge_adapter(tmp_path / "run", tmp_path / "merged"))
         torch.testing.assert_close(merged.logits(input_ids), other.logits(input_ids), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj", *STACKS), ("q_proj", "v_proj", STACKS[1])])
+@pytest.mark.parametrize("name", ["qwen3_moe_hub", "gpt_oss_hub"])
+def test_a_pattern_may_stand_beside_parameters(saved, name, targets):
+    out, model, input_ids = saved(name, targets=targets)
+    record = json.loads((out / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps({**record, "target_modules": r".*\.(q_proj|v_proj)"}))
+    assert torch.equal(mini_forge.load_model(out).logits(input_ids), model.logits(input_ids))

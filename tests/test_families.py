@@ -185,6 +185,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
     ({"rope_type": "linear", "factor": True}, "factor True must be a finite number above 0"),
     ({**YARN, "beta_fast": 0}, "beta_fast 0 must be a finite number above 0"),
     ({**YARN, "attention_factor": "1"}, "attention_factor '1' must be a finite number above 0"),
+    ({**YARN, "mscale": -1}, "mscale -1 must be a finite number above 0"),
     ({**YARN, "rope_theta": 1.0}, "rope_theta 1 turns all channels alike"),
     ({**LLAMA3, "low_freq_factor": 0}, "low_freq_factor 0 must be a finite number above 0"),
     ({"rope_theta": "1e4"}, "rope_theta '1e4' must be a finite number above 0"),
@@ -193,6 +194,13 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 def test_numbers_with_which_nothing_turns_are_named(record, told):
     with pytest.raises(CheckpointError, match=re.escape(told)):
         spec("llama", rope_parameters=record)
+
+
+@pytest.mark.parametrize("record", [
+    {**YARN, "mscale": 0, "mscale_all_dim": 0.0}, {"rope_type": "default", "factor": 0}, {**LLAMA3, "beta_fast": "x"},
+])  # fmt: skip
+def test_numbers_that_nothing_reads_are_left_alone(record):
+    assert spec("llama", rope_parameters=record).rope.kind == record["rope_type"]
 
 
 @pytest.mark.parametrize("part", [1.5, -1, "1", 0])

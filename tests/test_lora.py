@@ -305,6 +305,56 @@ def test_hooks_are_told_of_every_call_and_may_change_it(state, grad):
     assert sorted(calls) == sorted(names) and len(names) == 14
 
 
+class Twice(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("how", ["subclass", "instance"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_layer_without_an_adapter_is_called_too_where_its_forward_is_another(how, grad):
+    model, twice = random_model(), random_model()
+    for name, module in model.named_modules():
+        if name.endswith("q_proj"):
+            twice.get_submodule(name).weight.data *= 2
+            if how == "subclass":
+                module.__class__ = Twice
+            else:
+                module.forward = lambda x, weight=module.weight: 2 * x @ weight.t()
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(model(torch.arange(12)[None]), twice(torch.arange(12)[None]))
+
+
+@pytest.mark.parametrize("recompute", [None, "selective", "full"])
+@pytest.mark.parametrize("where", ["norm", "projection", "base"])
+def test_what_a_hook_changes_the_gradient_knows(where, recompute):
+    """A hook that doubles what a module gives, against the same model with doubled weights."""
+    models = [random_model(), random_model()]
+    for model in models:
+        inject(model, LoraSpec(4, 8), torch.Generator().manual_seed(0))
+        for i, (_, layer) in enumerate(lora_layers(model)):
+            layer.lora_B.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(i))
+        model.recompute = recompute
+    hooked, doubled = models
+    for name, module in list(hooked.named_modules()):
+        other = doubled.get_submodule(name)
+        if where == "norm" and name.endswith("layernorm"):
+            other.weight.data *= 2
+        elif where == "projection" and name.endswith("_proj"):
+            other.base.weight.data *= 2
+            other.scaling *= 2
+        elif where == "base" and name.endswith("_proj.base"):
+            other.weight.data *= 2
+        else:
+            continue
+        module.register_forward_hook(lambda module, args, out: 2 * out)
+    for model in models:
+        model.train()(torch.arange(12)[None]).square().mean().backward()
+    for (name, a), (_, b) in zip(*(lora_layers(model) for model in models), strict=True):
+        torch.testing.assert_close(a.lora_A.grad, b.lora_A.grad, msg=name, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(a.lora_B.grad, b.lora_B.grad, msg=name, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("provider", ["huggingface", "unsloth"])
 def test_a_caller_s_autocast_disturbs_nothing(provider):
     """The rest runs in bfloat16 then, attention among it: results are near."""

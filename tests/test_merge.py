@@ -12,6 +12,7 @@ from mini_forge.io.adapters import load_adapter, save_adapter
 from mini_forge.io.merge import largest_difference, merge_adapter, streamed_logits
 from mini_forge.model.lora import LoraSpec, inject, lora_layers, merge
 from tests.golden_files import FAMILIES, family
+from tests.test_weights import store_in_4bit
 from tests.tiny import write_checkpoint
 
 TARGETS = ("q_proj", "o_proj", "down_proj")
@@ -162,3 +163,17 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
     assert not (tmp_path / "merged").exists()
     with pytest.raises(mini_forge.CheckpointError):
         load_adapter(mini_forge.load_model(other), tmp_path / "run")
+
+
+def test_quantized_weights_become_what_the_embedding_is(tmp_path):
+    """Also where a head in another dtype stands before it in the file."""
+    folder = write_checkpoint(tmp_path / "base")
+    store_in_4bit(folder, False)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].bfloat16()
+    save_file(tensors, folder / "model.safetensors")
+    adapted(folder, tmp_path / "run", ("q_proj",))
+    merged = load_file(merge_adapter(tmp_path / "run", tmp_path / "merged") / "model.safetensors")
+    assert merged["lm_head.weight"].dtype == torch.float32
+    quantized = [name for name in tensors if name + ".absmax" in tensors]
+    assert quantized and all(merged[name].dtype == torch.bfloat16 for name in quantized)

@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 
 import mini_forge
 from mini_forge.cli import main
+from mini_forge.config import TrainingConfig
 from mini_forge.model.experts import Routing, balance_loss, load_metrics
+from mini_forge.prepare import prepare
 from tests.tiny import write_rows
 from tests.tiny_experts import write_checkpoint
 
@@ -117,6 +119,9 @@ def test_either_adapter_format_loads_and_merges_to_the_same_logits(adapter_forma
     train(tmp_path, base, lora_dropout=0.0, **options)
     names = load_file(tmp_path / "run" / "adapter_model.safetensors").keys()
     assert any(".experts.3." in name for name in names) == (adapter_format == "per-expert")
+    notes = prepare(TrainingConfig.from_file(tmp_path / "run" / "training_config.json")).notes
+    is_left_out = adapter_format == "per-expert" and targets == EXPERTS[:1]
+    assert any("PEFT leaves out adapters of experts.gate_up_proj" in note for note in notes) == is_left_out
     assert main(["merge", str(tmp_path / "run"), str(tmp_path / "merged")]) == 0
     ids = torch.arange(4, 20)[None]
     with torch.no_grad():

@@ -1,12 +1,14 @@
 """Optimizers against torch's and bitsandbytes' own, exact resumption, parameter groups and clipping."""
 
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from mini_forge.errors import CheckpointError, ConfigError
+from mini_forge.training.loop import Progress, Resumable
 from mini_forge.training.optim import (
     OPTIMIZERS,
     clip_grad_norm,
@@ -192,3 +194,15 @@ def test_float16_gradients_do_not_overflow_the_norm():
     p = nn.Parameter(torch.zeros(100, dtype=torch.float16))
     p.grad = torch.full((100,), 1e4, dtype=torch.float16)
     assert clip_grad_norm([p], 1e9).item() == pytest.approx(1e5, rel=1e-6)  # above 65504
+
+
+def test_groups_of_parameters_may_have_a_share_of_the_rate():
+    """As LoRA+ (2402.12354) has it for B."""
+    parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": parameters[:1]}, {"params": parameters[1:], "lr_scale": 16.0}], lr=1.0)
+    loop = Resumable()
+    loop.optimizer, loop.parameters, loop.scaler = optimizer, parameters, None
+    loop.progress, loop.settings = Progress(), SimpleNamespace(max_grad_norm=0)
+    sum(parameter.sum() for parameter in parameters).backward()
+    loop._optimizer_step(0.01)
+    assert parameters[0].tolist() == pytest.approx([0.99] * 2) and parameters[1].tolist() == pytest.approx([0.84] * 2)

@@ -323,6 +323,26 @@ def test_a_run_that_goes_on_another_day_tells_its_template_its_own(settings, tmp
         run(settings, resume=True, template_date="2021-01-01")
 
 
+def test_a_dated_run_of_an_older_version_is_gone_on_with(settings, tmp_path):
+    """It recorded no date; its tokens tell whether it is the same day."""
+    model = write_checkpoint(tmp_path / "dated")
+    tokenizer_files(model, DATED)
+    settings |= {"model_name": str(model), "save_strategy": "steps", "save_steps": 1}
+
+    def die(record):
+        if record["step"] == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(settings, on_metrics=die)
+    place = Path(settings["output_dir"]) / "training_config.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), "template_date": None}))
+    resumed, _ = run(settings, resume=True)
+    assert resumed.metrics[-1]["step"] == 4
+    origin = check(mini_forge.TrainingConfig.from_dict({**settings, "output_dir": "x"}))["config"]["template_date"]
+    assert origin == {"value": date.today().isoformat(), "from": "today"}
+
+
 def test_a_date_that_nobody_is_told_is_not_recorded(settings):
     result, lines = run(settings, template_date="2020-02-29", max_steps=1)
     assert any(line == "note: template_date: no effect, the chat template tells no date" for line in lines)

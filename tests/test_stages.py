@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import mini_forge
+from mini_forge.check import check
 from mini_forge.cli import main
 from mini_forge.errors import CheckpointError, ConfigError, TrainingError
 from mini_forge.io.runs import RunFolder, save_state
@@ -216,8 +217,30 @@ def test_a_reward_model_goes_on_with_its_own_pairs_alone(settings, rows, stage):
     swapped = [json.loads(line) for line in rows.read_text().splitlines()]
     texts = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in swapped]
     rows.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    folder = Path(settings["output_dir"])
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != "run.lock"}
+    notes = check(mini_forge.TrainingConfig.from_dict(settings), resume=True)["notes"]
+    assert any("has changed since" in note for note in notes)
     with pytest.raises(ConfigError, match="dataset: .* has changed since .*reward"):
         run(settings, resume=True)
+    assert all(file.read_bytes() == text for file, text in before.items())
+
+
+def test_a_reward_model_that_does_not_know_its_pairs_is_gone_on_with(settings):
+    """As older versions left it."""
+
+    def kill(record):
+        if record["step"] == 2 and "loss" in record and record.get("stage") is None:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(settings, on_metrics=kill)
+    summary = Path(settings["output_dir"]) / "reward" / "summary.json"
+    record = json.loads(summary.read_text())
+    del record["data"]
+    summary.write_text(json.dumps(record))
+    resumed, _ = run(settings, resume=True)
+    assert resumed.metrics[-1]["step"] == 3
 
 
 def test_a_function_rewards_prompts_alone(settings, prompts_only, functions):

@@ -14,6 +14,7 @@ from mini_forge.io.adapters import save_adapter
 from mini_forge.io.hub import resolve_model
 from mini_forge.io.merge import largest_difference, merge_adapter
 from mini_forge.io.weights import Checkpoint, load_base
+from mini_forge.model.families import decoder_spec
 from mini_forge.model.lora import LoraSpec, inject
 from mini_forge.model.quant import Linear4bit, Linear8bit, quantize_4bit, quantize_8bit
 from tests.tiny import make_unreadable, random_model, write_checkpoint
@@ -193,7 +194,7 @@ def test_checkpoints_stored_in_4bit_load_as_they_are_or_dense(folder, tiny, nest
     dense = mini_forge.load_model(folder)
     assert type(dense.model.layers[0].mlp.up_proj) is torch.nn.Linear
     torch.testing.assert_close(dense.logits(ids), stored.logits(ids))
-    with pytest.raises(CheckpointError, match="stored as nf4, not fp4"):
+    with pytest.raises(CheckpointError, match="stored as nf4, not fp4; set use_4bit, and bnb_4bit_quant_type to .nf4."):
         mini_forge.load_model(folder, quantization="fp4")
 
 
@@ -233,6 +234,9 @@ def test_a_quantization_of_another_kind_is_refused_by_its_name(folder, method):
     change_config(folder, quantization_config={"quant_method": method})
     with pytest.raises(CheckpointError, match=f"quantization_config is {method!r}, which is not supported; take the"):
         mini_forge.load_model(folder)
+    inner = {"model_type": "gemma3_text", "quantization_config": {"quant_method": method}}
+    with pytest.raises(CheckpointError, match=f"quantization_config is {method!r}"):
+        decoder_spec({"model_type": "gemma3", "text_config": inner})
 
 
 @pytest.mark.parametrize("change", [lambda head: head.index_fill(0, torch.tensor([271]), 0.5), lambda head: head[:-1]])

@@ -23,6 +23,7 @@ refuse tools, calls, results and thinking: they have no place for them.
 """
 
 import os
+import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -32,12 +33,21 @@ from os.path import commonprefix
 from pathlib import Path
 
 from mini_forge.data.formats import FORMAT_TOKENS, FORMATS, NAME_RULE, PLAIN
+from mini_forge.data.messages import (
+    MARK,
+    is_thought_in,
+    thoughtless,
+    with_mark,
+    with_reasoning,
+    with_system,
+    without_nulls,
+)
 from mini_forge.data.sandbox import TemplateFailure, TemplateTimeout, compile_template
 from mini_forge.data.tasks import Example
 from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.errors import CheckpointError, DataError
 
-_MARK = "\ue000response\ue001"  # private-use characters: no template and hardly a text has them
+ALPHANUMERIC = string.ascii_letters + string.digits
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,7 @@ class Template:
         CheckpointError if it does not come to an end."""
         if example.text is not None:
             return self._render_text(example.text)
-        messages = _with_system(example.messages, system_prompt)
+        messages = with_system(example.messages, system_prompt)
         try:
             text = self._spell(messages, example.tools, False)
             turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -93,7 +103,7 @@ class Template:
         """The text to generate from: an example's without its last response, or a conversation's that awaits one."""
         if isinstance(conversation, Example):
             return self.render(conversation, system_prompt).prompt
-        messages = (*_with_system(tuple(conversation), system_prompt), {"role": "assistant", "content": _MARK})
+        messages = (*with_system(tuple(conversation), system_prompt), {"role": "assistant", "content": MARK})
         try:
             text = self._spell(messages, tools, False)
             start = self._start(text, messages, len(messages) - 1, tools)
@@ -105,10 +115,10 @@ class Template:
 
     def leaves_out(self, role: str) -> bool:
         """Whether a conversation that ends in a response lacks what its first message, of that role, says."""
-        messages = ({"role": role, "content": _MARK}, {"role": "user", "content": "x"},
+        messages = ({"role": role, "content": MARK}, {"role": "user", "content": "x"},
                     {"role": "assistant", "content": "y"})  # fmt: skip
         text = self._spell_past(messages, None, False)
-        return text is not None and _MARK not in text
+        return text is not None and MARK not in text
 
     def stop_ids(self, tokenizer: Tokenizer) -> list[int]:
         """The ids that end a response: the checkpoint's eos, and the template's end token where it is one token."""
@@ -155,21 +165,27 @@ class Template:
             return len(cue)
         if (start := self._start_by_marks(text, messages, turn, tools)) is not None:
             return start
-        shared = None if cue is None else self._shared(text, cue, messages[:turn], tools)
-        if messages[turn].get("tool_calls"):
-            return shared
-        before, _ = self._around(messages, turn, tools)
-        if text.startswith(before) and (shared is None or not _thought(messages[turn], before)):
-            return len(before.rstrip(" "))  # a prompt that ends in a space splits it from its word
-        return shared
+        if not messages[turn].get("tool_calls"):
+            for said in (messages[turn], thoughtless(messages[turn])):
+                before, _ = self._around((*messages[:turn], said, *messages[turn + 1 :]), turn, tools)
+                if text.startswith(before) and not is_thought_in(messages[turn], before):
+                    return len(before.rstrip(" "))  # a prompt that ends in a space splits it from its word
+        return None if cue is None else self._shared(text, cue, messages[:turn], tools)
 
     def _shared(self, text: str, cue: str, asked: tuple[dict, ...], tools) -> int | None:
         """How far the text is its generation prompt's, where that asks for thinking, or for none, and the response is
-        otherwise; None where they differ before. A word or tag that both begin alike is the response's."""
-        before = self._spell_past(asked, tools, False)
-        shared = commonprefix((cue, text))
-        end = max(shared.rfind(">"), *(shared.rfind(space) for space in " \n")) + 1
-        return end if before is not None and end > len(before.rstrip()) else None
+        otherwise; None where they differ before. A tag or word that both begin alike is the response's."""
+        past = self._spell_past(asked, tools, False)
+        end = len(commonprefix((cue, text)))
+        first = None if past is None else next((len(p) for p in (past, past.rstrip()) if cue[:end].startswith(p)), None)
+        if first is None:
+            return None
+        header = cue[first:end]
+        if header.rfind("<") > header.rfind(">"):
+            header = header[: header.rfind("<")]
+        elif cue[end : end + 1].isalnum() and text[end : end + 1].isalnum():
+            header = header.rstrip(ALPHANUMERIC)
+        return first + len(header) if header.strip() else None
 
     def _start_by_marks(self, text: str, messages: tuple[dict, ...], turn: int, tools) -> int | None:
         """The same for a template that spells the past otherwise when something follows (gpt-oss drops the thinking
@@ -208,7 +224,7 @@ class Template:
         """Where in `text` the content of a turn ends, or the arguments of its last call; None if it is not in there.
 
         A mark put there must only add to the text: what precedes it and what follows it is all of the text."""
-        said = (*messages[:turn], _marked(messages[turn]), *messages[turn + 1 :])
+        said = (*messages[:turn], with_mark(messages[turn]), *messages[turn + 1 :])
         marked = self._spell_past(said, tools, False)
         if marked is None or len(marked) <= len(text):
             return None
@@ -223,10 +239,10 @@ class Template:
             return None
 
     def _around(self, messages: tuple[dict, ...], turn: int, tools) -> tuple[str, str]:
-        """What the template spells before and after the content of one turn, if that content were `_MARK`."""
-        marked = {**messages[turn], "content": _MARK}
+        """What the template spells before and after the content of one turn, if that content were `MARK`."""
+        marked = {**messages[turn], "content": MARK}
         text = self._spell((*messages[:turn], marked, *messages[turn + 1 :]), tools, False)
-        before, mark, after = text.partition(_MARK)
+        before, mark, after = text.partition(MARK)
         if not mark:
             raise TemplateFailure("it leaves out the content of an assistant turn; there is nothing to train on")
         return before, after
@@ -331,7 +347,7 @@ def _spell(
     variables = {key: token for key, token in tokens.items() if token is not None}
     variables |= {"tools": list(tools) if tools else None, "documents": None}
     variables["add_generation_prompt"] = add_generation_prompt
-    messages = [_with_reasoning(_without_nulls(message)) for message in messages]
+    messages = [with_reasoning(without_nulls(message)) for message in messages]
     try:
         try:
             return render(messages=messages, **variables)
@@ -342,54 +358,6 @@ def _spell(
         return render(messages=filled, **variables)
     except TemplateTimeout as timeout:
         raise TemplateTimeout(f"{tokenizer.path}: the {name} chat template: {timeout}") from timeout
-
-
-def _without_nulls(message: dict) -> dict:
-    """Tables give every message every key; a template asks only whether a key is there. Content may be null."""
-    return {
-        key: value
-        for key, value in message.items()
-        if key == "content" or not (value is None or (key == "tool_calls" and not value))
-    }
-
-
-def _marked(message: dict) -> dict:
-    """The message with `_MARK` behind its text, or behind the arguments of its last tool call."""
-    if not message.get("tool_calls"):
-        return {**message, "content": message["content"] + _MARK}
-    try:
-        *others, last = message["tool_calls"]
-        function = dict(last.get("function") or last)
-        arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            function["arguments"] = arguments + _MARK
-        else:
-            function["arguments"] = {**(arguments or {}), _MARK: _MARK}
-        last = {**last, "function": function} if last.get("function") else function
-    except (AttributeError, TypeError, ValueError) as error:
-        raise TemplateFailure(
-            'tool_calls must be a list of {"function": {"name": …, "arguments": {…}}}; write them so'
-        ) from error
-    return {**message, "tool_calls": [*others, last]}
-
-
-def _thought(message: dict, text: str) -> bool:
-    """Whether the thinking of a message is in the text."""
-    thinking = _with_reasoning(message).get("reasoning_content")
-    return isinstance(thinking, str) and bool(thinking.strip()) and thinking.strip() in text
-
-
-def _with_reasoning(message: dict) -> dict:
-    """Thinking under the names that templates read: reasoning_content, and gpt-oss's thinking."""
-    found = [message[key] for key in ("reasoning_content", "thinking", "reasoning") if message.get(key) is not None]
-    return {"thinking": found[0], **message, "reasoning_content": found[0]} if found else message
-
-
-def _with_system(messages: tuple[dict, ...], system_prompt: str | None) -> tuple[dict, ...]:
-    """The configuration's system prompt in front, unless the row has its own."""
-    if not system_prompt or (messages and messages[0]["role"] in ("system", "developer")):
-        return messages
-    return ({"role": "system", "content": system_prompt}, *messages)
 
 
 def _format_of(model_name: str) -> str:

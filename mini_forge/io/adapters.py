@@ -159,8 +159,10 @@ def load_adapter(model: Decoder, folder: Path, spec: LoraSpec | None = None) -> 
 
 
 def _adapted_modules(path: Path) -> list[str]:
-    """The modules that have an adapter in a file; of experts one by one, the last part of their names."""
-    names = (own_name(name).removeprefix(PREFIX).partition(".lora_")[0] for name in stored_tensors(path))
+    """The modules that have an adapter in a file, without stacks of experts, which are `target_parameters`; of experts
+    one by one, the last part of their names."""
+    names = {own_name(name).removeprefix(PREFIX).partition(".lora_")[0] for name in stored_tensors(path)}
+    names = {name for name in names if not name.endswith((".experts", ".experts.base_layer"))}
     return sorted({name.rpartition(".")[2] if ".experts." in name else without_text_prefix(name) for name in names})
 
 

@@ -89,10 +89,10 @@ class Merger:
         self.layout = expert_layout(self.checkpoint.config)
         self.own = {name: text_name(name, self.layout) for name in self.checkpoint.entries}
         self.updates = adapter_updates(run, read_adapter_config(run)[0], self)
-        embeddings = [n for n, own in self.own.items() if own in (EMBEDDING, HEAD)]
-        if not embeddings:
+        stored = {own: name for name, own in self.own.items() if own in (EMBEDDING, HEAD)}
+        if not stored:
             raise CheckpointError(f"{self.checkpoint.folder}: no tensor {EMBEDDING}; {ONE_SOURCE}")
-        self.dense_dtype = self.checkpoint.entries[embeddings[0]].dtype
+        self.dense_dtype = self.checkpoint.entries[stored.get(EMBEDDING) or stored[HEAD]].dtype
 
     def place(self, stored: str) -> Place | None:
         own = self.own[stored]

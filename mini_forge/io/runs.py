@@ -42,12 +42,13 @@ CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = "training_config.json", "metrics.jsonl
 FOREIGN = (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError,
            struct.error)  # fmt: skip
 STATE_PARTS = ("loop", "optimizer", "rng")  # the records in every trainer_state.pt
+REFERENCE_ADAPTER = "reference_adapter.safetensors"
 REFERENCE_FILE, REWARD_FOLDER, SAMPLES_FILE = "reference_logps.json", "reward", "samples.jsonl"
 EVAL_FILE, PREDICTIONS_FILE, REPORT_FILE = "eval.json", "predictions.jsonl", "report.html"
 REPORT_MARK = "<!doctype html>\n<!-- mini_forge report -->\n"  # what begins so is our own
 RUN_FILES = (  # what a run and its evaluation write, but for the configuration, which the next run replaces
     SUMMARY_FILE, METRICS_FILE, WEIGHTS_FILE, "adapter_config.json", "README.md", EVAL_FILE, PREDICTIONS_FILE,
-    REFERENCE_FILE, REPORT_FILE, SAMPLES_FILE,
+    REFERENCE_FILE, REFERENCE_ADAPTER, REPORT_FILE, SAMPLES_FILE,
 )  # fmt: skip
 
 ROOM = 100  # bytes of a path that the names within a run's folder may need
@@ -380,7 +381,7 @@ def load_state(path: Path, parts: tuple[str, ...] = ("data",)) -> dict:
 
 def check_same_data(state: dict, fingerprint: str, dataset: str, source: Path):
     """Raise ConfigError if the checkpoint `source` was saved over other data than has `fingerprint`."""
-    if state.get("data") != fingerprint:
+    if state.get("data", fingerprint) != fingerprint:  # a reward model of an older version has none
         raise ConfigError(
             f"dataset: {dataset!r} (or the tokenizer) has changed since {source} was saved, so its place in the data "
             "means nothing; put it back, or start another run with init_adapter"

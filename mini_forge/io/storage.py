@@ -49,17 +49,19 @@ class Storage:
     def stored(self, name: str, parts: dict[str, torch.Tensor], folder: Path) -> Linear4bit | Linear8bit:
         """The layer of weight `name` from the tensors in which a checkpoint holds it, without its bias."""
         if name + ".absmax" not in parts:
-            self._check_same("int8", name, folder, "set use_8bit")
+            self._check_same("int8", name, folder)
             scale = parts[name.removesuffix("weight") + "SCB"]
             return self._with_ops(Linear8bit.from_state(parts[name], scale, compute_dtype=self.compute_dtype))
         state = {"weight" + key.removeprefix(name): tensor for key, tensor in parts.items()}
         layer = Linear4bit.from_state(state, compute_dtype=self.compute_dtype)
-        self._check_same(layer.quant_type, name, folder, f"set bnb_4bit_quant_type to {layer.quant_type!r}")
+        self._check_same(layer.quant_type, name, folder)
         return self._with_ops(layer)
 
-    def _check_same(self, stored: str, name: str, folder: Path, remedy: str):
-        if self.quantization not in (None, stored):
-            raise CheckpointError(f"{folder}: {name} is stored as {stored}, not {self.quantization}; {remedy}")
+    def _check_same(self, stored: str, name: str, folder: Path):
+        if self.quantization in (None, stored):
+            return
+        keys = "use_8bit" if stored == "int8" else f"use_4bit, and bnb_4bit_quant_type to {stored!r}"
+        raise CheckpointError(f"{folder}: {name} is stored as {stored}, not {self.quantization}; set {keys}")
 
     def _with_ops(self, layer: Linear4bit | Linear8bit) -> Linear4bit | Linear8bit:
         layer.left_side = self.left_side

@@ -164,7 +164,7 @@ def load_base(
 
     dtype: of floating weights; None keeps the stored one. Under float32, matrices stored in bfloat16 stay so where
     `ops` multiply them (`Ops.left_side`). quantization: None, "nf4", "fp4" or "int8", for all linear
-    layers but the head; a checkpoint already stored in 4 or 8 bits is taken as it is, or made dense for None.
+    layers but the head; a checkpoint already stored so is taken as it is, made dense for None, and else refused.
     headers_only: no weight is read, the decoder stays on the meta device; what does not fit is refused all the same."""
     loader = Loader(folder, dtype, device, quantization, nested, compute_dtype, ops)
     loader.load_all(headers_only)

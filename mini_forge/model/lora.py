@@ -83,7 +83,12 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (…, in) → (…, out), in x's dtype. The factors are float32 and are cast to x's dtype for the products."""
-        return adapted_products(None, (x,), (self,), draw_seeds((self,)))[0] if self.enabled else self.base(x)
+        if not self.enabled:
+            return self.base(x)
+        if _is_as_made(self.base):
+            return adapted_products(None, (x,), (self,), draw_seeds((self,)))[0]
+        low = F.dropout(x, self.dropout, self.training) @ self.lora_A.to(x.dtype).t()
+        return self.base(x) + self.scaling * (low @ self.lora_B.to(x.dtype).t())
 
     def delta(self) -> torch.Tensor:
         """s·BA, the (out, in) float32 matrix that merging adds to the weight."""
@@ -182,18 +187,19 @@ def is_adapted(*layers: nn.Module) -> bool:
 
 def _is_as_made(layer: nn.Module) -> bool:
     """Whether a layer does what its weights say and nobody is told of its calls: no hooks, no forward of another."""
-    if isinstance(layer, LoRALinear):
-        return type(layer).forward is LoRALinear.forward and not _is_hooked(layer) and _is_as_made(layer.base)
-    return isinstance(layer, Linear) and not _is_hooked(layer)
+    kind = next((kind for kind in (LoRALinear, *get_args(Linear)) if isinstance(layer, kind)), None)
+    is_ours = kind is not None and type(layer).forward is kind.forward and not _is_hooked(layer)
+    return is_ours and (kind is not LoRALinear or _is_as_made(layer.base))
 
 
 def _is_hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-                or module._backward_pre_hooks)  # fmt: skip
+                or module._backward_pre_hooks or "forward" in module.__dict__)  # fmt: skip
 
 
 def is_frozen(module: nn.Module | None) -> bool:
-    return module is None or not any(p.requires_grad for p in module.parameters())
+    """Whether its `vjp` says all of its gradient: no weight of it is trained, and no hook changes what it gives."""
+    return module is None or not (any(p.requires_grad for p in module.parameters()) or _is_hooked(module))
 
 
 def linear_names(model: nn.Module) -> list[str]:

@@ -32,7 +32,8 @@ def adapted_products(
 
     make is called in the forward, and in the backward its `vjp` (`ops.vjp`), or make again where no source needs
     a gradient. What it reads beside `sources` gets none, and its result (…, in) is not kept. factors: the layers' A, B,
-    A, B, … where they are not to be read from the layers. An autocast around it has no effect. Returns (…, out) each, in the dtype of make's result."""
+    A, B, … where they are not to be read from the layers. An autocast around it has no effect. Returns (…, out) each,
+    in the dtype of make's result."""
     factors = lora_factors(layers) if factors is None else factors
     if torch.is_autocast_enabled(sources[0].device.type):  # dtypes are chosen here, product by product
         with torch.autocast(sources[0].device.type, enabled=False):

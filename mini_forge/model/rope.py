@@ -87,15 +87,12 @@ def _magnitude(spec, factor):
 
 
 SCALINGS = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
-_NUMBERS = (
-    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
-    "attention_factor", "mscale", "mscale_all_dim", "partial_rotary_factor",
-)  # fmt: skip
 _REQUIRED = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
 }
+_OPTIONAL = {"yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")}
 
 
 def rope_spec(config: dict, default_theta: float = 10000.0, may_be_partial: bool = False) -> RopeSpec:
@@ -141,11 +138,13 @@ def _spec(record: dict, config: dict, default_theta: float) -> RopeSpec:
 
 def _check_numbers(theta, kind: str, scaling: dict):
     """Raises CheckpointError for numbers with which there is no rotation."""
-    numbers = {"rope_theta": theta, **{key: scaling[key] for key in _NUMBERS if key in scaling}}
+    read = (*_REQUIRED.get(kind, ()), *_OPTIONAL.get(kind, ()), "partial_rotary_factor")
+    numbers = {"rope_theta": theta, **{key: scaling[key] for key in read if key in scaling}}
     wrong = [
         f"{key} {value!r} must be a finite number above 0"
         for key, value in numbers.items()
         if type(value) not in (int, float) or not 0 < value < math.inf
+        if not (key in ("mscale", "mscale_all_dim") and value == 0)  # as if it were absent
     ]
     if not wrong and scaling.get("partial_rotary_factor", 1.0) > 1:
         wrong.append(f"partial_rotary_factor {scaling['partial_rotary_factor']!r} must be at most 1")

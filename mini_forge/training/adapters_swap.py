@@ -25,6 +25,14 @@ def copied_factors(model: Decoder) -> Factors:
     return {name: (A.clone(), B.clone(), scaling) for name, (A, B, scaling) in live_factors(model).items()}
 
 
+@torch.no_grad()
+def copy_factors(model: Decoder, factors: Factors):
+    """Give the model's adapter the values of these factors, which stay apart."""
+    for name, layer in lora_layers(model):
+        layer.lora_A.copy_(factors[name][0])
+        layer.lora_B.copy_(factors[name][1])
+
+
 def fresh_factors(model: Decoder, spec: LoraSpec, generator: torch.Generator | None = None) -> Factors:
     """A new adapter for the layers that the model adapts, with the values that `inject` draws from this generator."""
     layers = sorted(lora_layers(model), key=lambda item: isinstance(item[1], LoRAStack))  # stacks last, as in `inject`

@@ -1,6 +1,6 @@
 """Mixtral: Mistral with experts in every layer. On disk: w1 is gate, w3 up, w2 down, under `block_sparse_moe`.
 
-In memory that is `mlp`, as in adapters: PEFT names modules as transformers does, which renames it too.
+In memory that is `mlp`, as in adapters of whole stacks: PEFT names modules as transformers does, which renames it too.
 """
 
 from mini_forge.model.families.common import balance_coef, base_spec

@@ -17,13 +17,14 @@ def check_written(config: dict):
         record = config.get(key, {})
         if not isinstance(record, dict) and (record is not None or key == "text_config"):
             raise CheckpointError(f"config.json: {key} {record!r} must be an object, or left out")
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    if method not in QUANT_METHODS:
-        raise CheckpointError(
-            f"config.json: quantization_config is {method!r}, which is not supported; take the model unquantized, or "
-            "in bitsandbytes' 4 or 8 bits"
-        )
     text = config.get("text_config", config)
+    for record in (config, text):
+        method = (record.get("quantization_config") or {}).get("quant_method")
+        if method not in QUANT_METHODS:
+            raise CheckpointError(
+                f"config.json: quantization_config is {method!r}, which is not supported; take the model unquantized, "
+                "or in bitsandbytes' 4 or 8 bits"
+            )
     counts = {key: text[key] for key in COUNTS if key in text}
     _refuse_numbers(counts | {key: text[key] for key in OPTIONAL_COUNTS if text.get(key) is not None}, {})
 
