@@ -120,6 +120,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     spin_briefly()
     try:
+        if arguments is None:
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks
         options = build_parser().parse_args(arguments)
         options.is_own_process = arguments is None  # else somebody calls us from theirs
         if options.is_own_process and threading.current_thread() is threading.main_thread():
@@ -226,7 +229,7 @@ def _check(options):
     except ConfigError as error:
         raise UserError(*error.problems, *dataset_problems(options.config, keys)) from None
     report = check(config, resume=options.resume, overwrite=options.overwrite)
-    print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else format_report(report))
+    print(_json(report) if options.json else format_report(report))
 
 
 def _bench(options):
@@ -244,7 +247,7 @@ def _bench(options):
                        report=report)  # fmt: skip
     except Interrupted as stopped:
         raise SystemExit(128 + stopped.signal_number) from None
-    print(json.dumps(result, indent=2, ensure_ascii=False) if options.json else "\n".join(format_results(result)))
+    print(_json(result) if options.json else "\n".join(format_results(result)))
 
 
 def _eval(options):
@@ -278,8 +281,16 @@ def _chat(options):
         from mini_forge.inference.chat import chat_loop
         from mini_forge.use import Session
 
+    if sys.stdin is None:
+        raise ConfigError("standard input: is closed, and chat reads from it; use generate for one prompt")
     session = Session.open(options.model, system_prompt=options.system)
     chat_loop(session.model, session.tokenizer, session.template, session.system_prompt, input, **_sampling(options))
+
+
+def _json(value) -> str:
+    """For the standard output, in ASCII where that is not UTF-8."""
+    is_utf8 = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"
+    return json.dumps(value, indent=2, ensure_ascii=not is_utf8)
 
 
 def _sampling(options) -> dict:
@@ -328,7 +339,7 @@ def _report(options):
 def _schema(options):
     from mini_forge.config import json_schema
 
-    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+    print(_json(json_schema()))
 
 
 COMMANDS = {"train": _train, "check": _check, "eval": _eval, "generate": _generate, "chat": _chat, "merge": _merge,

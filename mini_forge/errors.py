@@ -46,6 +46,8 @@ def is_disk_full(error: OSError) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is a lack of memory, on whichever device: torch's CPU allocator raises a bare RuntimeError."""
+    """Whether an error is a lack of memory, on whichever device: torch's CPU allocator raises a bare RuntimeError,
+    Python for a thread too."""
     text = str(error).lower()
-    return isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text
+    signs = ("can't allocate memory", "out of memory", "can't start new thread", "failed to map segment")
+    return isinstance(error, MemoryError) or any(sign in text for sign in signs)

@@ -1,7 +1,9 @@
 """What a person sees while training: a bar with the latest numbers on a terminal, plain lines elsewhere."""
 
+import errno
 import os
 import sys
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -10,7 +12,7 @@ class ProgressDisplay:
     """Prints lines and metrics; on a terminal they pass above a bar that follows the optimizer steps."""
 
     def __init__(self, stream=None):
-        self.stream = stream or sys.stdout
+        self.stream = stream or sys.stdout or open(os.devnull, "w")  # noqa: SIM115
         self.bar = None
 
     def __enter__(self):
@@ -24,20 +26,30 @@ class ProgressDisplay:
         if self.bar is None and self.stream.isatty():
             self.bar = tqdm(total=total, initial=done, unit="step", file=self.stream, dynamic_ncols=True)
         elif self.bar is not None:
-            self.bar.update(done - self.bar.n)
+            with self._reader_may_leave():
+                self.bar.update(done - self.bar.n)
 
     def close(self):
         if self.bar is not None:
-            self.bar.close()
+            with self._reader_may_leave():
+                self.bar.close()
             self.bar = None
 
     def line(self, text: str):
-        try:
+        with self._reader_may_leave():
             if self.bar is None:
                 print(text, file=self.stream, flush=True)
             else:
                 self.bar.write(text, file=self.stream)
-        except BrokenPipeError:  # the reader left, as `| head` does; the training goes on
+
+    @contextmanager
+    def _reader_may_leave(self):
+        """A pipe's, as `| head` does, or a terminal that is closed; the training goes on."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
             self.bar, self.stream = None, open(os.devnull, "w")  # noqa: SIM115
 
     def metrics(self, record: dict):

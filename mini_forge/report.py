@@ -179,7 +179,8 @@ def _facts(run: Run) -> dict:
     strategy = run.config.get("strategy")
     left_out = {name for name, only in ONLY_OF.items() if only != strategy}
     left_out |= OF_OTHERS if run.is_reward else OF_REWARD
-    left_out.add("num_train_epochs" if run.config.get("max_steps", -1) > 0 else "max_steps")
+    steps = run.config.get("max_steps")
+    left_out.add("num_train_epochs" if isinstance(steps, int) and steps > 0 else "max_steps")
     told = {name: run.config[name] for name in FACTS if name in run.config and name not in left_out}
     facts = {name: json.dumps(value) if isinstance(value, float) else value for name, value in told.items()}
     if not run.summary:

@@ -27,9 +27,9 @@ from mini_forge.io.runs import (
     SAMPLES_FILE,
     SUMMARY_FILE,
     RunFolder,
-    check_same_data,
     read_records,
 )
+from mini_forge.io.state import check_same_data
 from mini_forge.json_faults import read_json
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.lora import LoraSpec

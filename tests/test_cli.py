@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import mini_forge
 from mini_forge.cli import main
 from mini_forge.durable import staged
+from mini_forge.progress import ProgressDisplay
 from mini_forge.use import Session, run_folder
 from tests.test_run import damaged
 from tests.tiny import write_checkpoint, write_rows
@@ -601,3 +603,54 @@ def test_a_key_may_be_set_twice_alike(config, tmp_path):
 def test_check_notes_a_format_of_experts_that_the_model_has_not(config, capsys):
     assert main(["check", str(config), "--set", "adapter_format=per-expert"]) == 0
     assert "note: adapter_format: no effect on a model without experts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_amid_imports_comes_behind_them(number):
+    """Where torch's own initialisation would swallow it."""
+    code = f"""
+import os, signal, sys
+from mini_forge.quick_imports import quick_imports
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+try:
+    with quick_imports(is_own_process=True):
+        os.kill(os.getpid(), {int(number)})
+        print("imported", flush=True)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("imported\n", 128 + number), done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_an_output_without_unicode_shows_escapes(encoding):
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-m", "mini_forge", "schema"], capture_output=True, env=environment)
+    assert done.returncode == 0 and json.loads(done.stdout.decode(encoding))
+
+
+def test_a_chat_without_an_input_is_refused(trained, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["chat", str(trained)]) == 2
+    assert capsys.readouterr().err == (
+        "error: standard input: is closed, and chat reads from it; use generate for one prompt\n"
+    )
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO])
+def test_a_terminal_that_is_closed_ends_no_training(number):
+    class Gone:
+        def isatty(self):
+            return False
+
+        def write(self, text):
+            raise OSError(number, "gone")
+
+        def flush(self):
+            pass
+
+    display = ProgressDisplay(Gone())
+    display.line("a")
+    display.line("b")
+    assert display.stream.name == os.devnull

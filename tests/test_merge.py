@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import mini_forge
 from mini_forge.cli import main
+from mini_forge.errors import CheckpointError
 from mini_forge.io.adapters import load_adapter, save_adapter
 from mini_forge.io.merge import largest_difference, merge_adapter, streamed_logits
 from mini_forge.model.lora import LoraSpec, inject, lora_layers, merge
@@ -177,3 +178,19 @@ def test_quantized_weights_become_what_the_embedding_is(tmp_path):
     assert merged["lm_head.weight"].dtype == torch.float32
     quantized = [name for name in tensors if name + ".absmax" in tensors]
     assert quantized and all(merged[name].dtype == torch.bfloat16 for name in quantized)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"r": 1}, "are not of rank 1, as adapter_config.json says; fetch or train the adapter again"),
+    ({"lora_alpha": 1e308}, "lora_alpha 1e.308 makes of it what is no number"),
+    ({"r": 10**30}, "needs numbers `r`"),
+])  # fmt: skip
+@torch.no_grad()
+def test_an_adapter_that_is_not_what_its_record_says_is_refused(change, message, tmp_path):
+    folder = write_checkpoint(tmp_path / "base")
+    adapted(folder, tmp_path / "run", ("q_proj",))
+    place = tmp_path / "run" / "adapter_config.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=message):
+        merge_adapter(tmp_path / "run", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

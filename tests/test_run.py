@@ -24,7 +24,8 @@ from mini_forge.check import check
 from mini_forge.cli import main
 from mini_forge.data import chat
 from mini_forge.errors import CheckpointError, ConfigError, TrainingError, UserError
-from mini_forge.io.runs import RunFolder, load_state, save_state
+from mini_forge.io.runs import RunFolder
+from mini_forge.io.state import load_state, save_state
 from mini_forge.use import Session, evaluate_run
 from tests.tiny import CHAT_TEMPLATE, tokenizer_files, write_checkpoint, write_rows
 
@@ -829,3 +830,34 @@ def test_a_run_whose_folders_may_not_be_written_to_is_not_overwritten(settings, 
     with pytest.raises(UserError, match="checkpoints' may not be written to"):
         run(settings, overwrite=True)
     assert before == {p: p.read_bytes() for p in first.output_dir.rglob("*") if p.is_file()}
+
+
+def test_a_run_that_another_began_meanwhile_is_not_replaced(settings, tmp_path):
+    """Both found the folder empty; the first has finished by the time the second has loaded its model."""
+    late = RunFolder(settings["output_dir"])
+    late.check_usable(resume=False, overwrite=False)
+    result, _ = run(settings, max_steps=1)
+    before = adapter(result.output_dir)
+    with pytest.raises(ConfigError, match="another run has begun in .* meanwhile; name another folder"):
+        late.start({"strategy": "sft"})
+    assert same(before, adapter(result.output_dir))
+
+
+def test_a_disk_that_is_full_at_the_end_is_not_kept_full(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+
+    def full(temporary):
+        (temporary / "adapter_model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left on device.*run"):
+        folder.publish(full)
+    assert not any(folder.path.iterdir())
+
+
+def test_a_checkpoint_s_number_is_one(tmp_path):
+    folder = RunFolder(tmp_path)
+    for name in ("step-3", "step-²", "step-x"):
+        (folder.checkpoints / name).mkdir(parents=True)
+    assert folder.steps() == [3]

@@ -108,3 +108,39 @@ def test_what_a_template_may_not_or_cannot_do_is_its_failure(source, reason):
 )
 def test_ordinary_templates_run_as_they_do_elsewhere(source, text):
     assert compile_template(source)(data={"é": "<&>", "n": 12345678901}) == text
+
+
+DOUBLING = """{% set ns = namespace(x=[1], y=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}
+{%- set ns.y = (ns.y, ns.y) %}{% endfor %}"""
+
+
+@pytest.mark.parametrize("use", ["ns.x == ns.y", "ns.x", "ns.x | string", "ns.x | tojson", "ns.x ~ 'a'", "'%s' % ns.x"])
+def test_lists_that_double_are_stopped_before_they_are_looked_through(use):
+    began = time.monotonic()
+    with pytest.raises(TemplateFailure, match="stopped: it spells more than"):
+        compile_template(DOUBLING + "{{ " + use + " }}")()
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("source", [
+    "{% set x = [1] %}" + "{% set x = {'a': x, 'b': x} %}" * 40 + "{{ x }}", "{{ ('a\n' * 1000000) | indent(20000) }}",
+    "{{ ('a' * 3000000).translate({97: 'b' * 3000000}) }}", "{{ (['a' * 1000000] * 4000) | join | length }}",
+    "{{ ('a' * 1000000).encode() * 1000000000 }}",
+])  # fmt: skip
+def test_text_that_grows_in_a_step_is_stopped_before_it_is_there(source):
+    began = time.monotonic()
+    with pytest.raises(TemplateFailure, match="stopped: "):
+        compile_template(source)()
+    assert time.monotonic() - began < 5
+
+
+def test_what_python_cannot_name_is_a_failure():
+    with pytest.raises(TemplateFailure):
+        compile_template("{{ 1e999 | int }}")()
+
+
+def test_lists_of_what_is_there_are_themselves():
+    source = (
+        "{% set pair = [m, m.role] %}{{ pair[1] }}{% for a, b in [(m.role, 1), ('x', 2)] %}{{ a }}{{ b }}{% endfor %}"
+    )
+    assert compile_template(source)(m={"role": "user"}) == "useruser1x2"

@@ -15,7 +15,8 @@ import mini_forge
 from mini_forge.check import check
 from mini_forge.cli import main
 from mini_forge.errors import CheckpointError, ConfigError, TrainingError
-from mini_forge.io.runs import RunFolder, save_state
+from mini_forge.io.runs import RunFolder
+from mini_forge.io.state import save_state
 from mini_forge.stages import truncate_samples
 from mini_forge.training.loop import Interrupted
 

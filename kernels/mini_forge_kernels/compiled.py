@@ -26,6 +26,7 @@ __all__ = ["CannotCompile", "declared", "library", "named", "why_not"]
 FLAGS = ("-O2", "-std=gnu++17", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi",
          "-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma")  # fmt: skip
 
+DIGEST_BYTES = 32
 KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_long, "f": ctypes.c_float, "i": ctypes.c_int}
 
 
@@ -45,7 +46,8 @@ def library(source: Path, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
         digest.update(file.read_bytes())
     kept = cache_folder() / f"{source.stem}-{digest.hexdigest()[:16]}.so"
     with suppress(OSError):  # not there, or damaged: compiled anew
-        return ctypes.CDLL(str(kept))
+        if _is_whole(kept):
+            return ctypes.CDLL(str(kept))
     try:
         return _compile_and_keep(source, flags, kept)
     except OSError as err:  # a full disk; or what g++ made cannot be loaded
@@ -87,8 +89,21 @@ def _compile_and_keep(source: Path, flags: tuple[str, ...], kept: Path) -> ctype
         _compile(source, flags, made)
         loaded = ctypes.CDLL(str(made))  # stays when the file has gone
         if keeps:
+            with made.open("ab") as file:  # behind what a loader reads
+                file.write(_digest(made.read_bytes()))
             os.replace(made, kept)  # whole, whoever compiles it at the same time
         return loaded
+
+
+def _is_whole(kept: Path) -> bool:
+    """Whether a kept library ends in the digest of what is before it: to load one that was cut short, as a power cut
+    may leave it, would end the process."""
+    content = kept.read_bytes()
+    return content[-DIGEST_BYTES:] == _digest(content[:-DIGEST_BYTES])
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
 
 
 def _compile(source: Path, flags: tuple[str, ...], made: Path):

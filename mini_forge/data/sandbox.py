@@ -32,8 +32,9 @@ LIMIT_INTEGER_BITS = 4096
 FILE_NAME = "<chat template>"
 # What an expression of a template can raise: Jinja's own errors, and those of the Python operations behind them.
 FAILURES = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError,
-            MemoryError)  # fmt: skip
+            MemoryError, NameError)  # fmt: skip
 
+_CHECKED = "_checked"  # no name that a template can write: ours begin with no underscore
 _deadline: ContextVar[float] = ContextVar("deadline", default=float("inf"))
 _most_characters: ContextVar[int] = ContextVar("most_characters", default=LIMIT_CHARACTERS)
 
@@ -55,6 +56,7 @@ def compile_template(source: str, today: date | None = None) -> Callable[..., st
     moment = today or date.today()
     environment.filters = {name: _guarded(function) for name, function in environment.filters.items()}
     environment.filters["tojson"] = _guarded(_to_json)
+    environment.filters[_CHECKED] = _checked
     del environment.globals["lipsum"]  # text by the megabyte
     environment.globals["namespace"] = _Namespace
     environment.globals["raise_exception"] = _raise_exception
@@ -118,6 +120,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(owner, (str, bytes, int)):  # "x".ljust(10**9), "{:1000000000}".format(1)
             if function.__name__.startswith("format"):
                 _check_widths(owner)
+            if function.__name__ == "translate":
+                raise SecurityError("stopped: translate can make text of any length")
             _check_arguments(*args, *kwargs.values())
         result = super().call(context, function, *args, **kwargs)
         _check_length(_size(result))
@@ -158,11 +162,21 @@ def _with_checks(tree: nodes.Template, environment: _Sandbox) -> nodes.Template:
         capture.filter = nodes.Filter(capture.filter, "string", [], [], None, None, lineno=capture.lineno)
     for node in [tree, *tree.find_all(nodes.Node)]:
         for name, value in list(node.iter_fields()):
-            if isinstance(value, nodes.Concat):
-                setattr(node, name, _joined(value))
+            if isinstance(value, nodes.Node):
+                setattr(node, name, _held(value))
             elif isinstance(value, list):
-                value[:] = [_joined(item) if isinstance(item, nodes.Concat) else item for item in value]
+                value[:] = [_held(item) for item in value]
     return tree.set_environment(environment)
+
+
+def _held(node):
+    """Joined text made a filter's work; lists of what is there already, held to the limits: they double."""
+    if isinstance(node, nodes.Concat):
+        return _joined(node)
+    is_literal = isinstance(node, (nodes.List, nodes.Dict)) or isinstance(node, nodes.Tuple) and node.ctx == "load"
+    if is_literal and node.find(nodes.Name) is not None:
+        return nodes.Filter(node, _CHECKED, [], [], None, None, lineno=node.lineno)
+    return node
 
 
 def _joined(concat: nodes.Concat) -> nodes.Filter:
@@ -179,6 +193,10 @@ def _guarded(function: Callable) -> Callable:
             _check_widths(args[0])
         elif function.__name__ != "do_default":
             _check_arguments(*args[1:], *kwargs.values())
+        _check_length(_size(args))
+        if function.__name__ == "do_indent":
+            widths = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, int)]
+            _check_length(str(args[0]).count("\n") * max(widths, default=4))
         result = function(*args, **kwargs)
         _check_length(_size(result))
         return result
@@ -187,7 +205,21 @@ def _guarded(function: Callable) -> Callable:
 
 
 def _size(value) -> int:
-    return len(value) if isinstance(value, (str, list, tuple)) else 0
+    """How many characters and members there are in it, counted as often as they are spelled, up to the limit."""
+    count, rest = 0, [value]
+    while rest and count <= _most_characters.get():
+        value = rest.pop()
+        if isinstance(value, (str, bytes)):
+            count += len(value)
+        elif isinstance(value, (list, tuple, dict)):
+            count += len(value)
+            rest += value.values() if isinstance(value, dict) else value
+    return count
+
+
+def _checked(value):
+    _check_length(_size(value))
+    return value
 
 
 def _check_name(name) -> None:

@@ -23,6 +23,7 @@ from mini_forge.model.lora import LoraSpec, LoRAStack, inject, lora_layers, targ
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+MOST_RANK = 1 << 20  # no adapter has more; of a damaged file's torch cannot even say so
 # Fields of adapter_config.json that change the mathematics, with the values under which they do not.
 NEUTRAL = {
     "use_dora": (None, False), "modules_to_save": (None, []), "rank_pattern": (None, {}), "alpha_pattern": (None, {}),
@@ -132,7 +133,8 @@ def lora_spec(record: dict, path: Path) -> LoraSpec:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise CheckpointError(f"{path}: {key} {record[key]!r} must be a list of names; write them so")
     rank, alpha, dropout = record.get("r"), record.get("lora_alpha"), record.get("lora_dropout") or 0.0
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not math.isfinite(alpha):
+    is_rank = type(rank) is int and 1 <= rank <= MOST_RANK
+    if not is_rank or type(alpha) not in (int, float) or not math.isfinite(alpha):
         raise CheckpointError(
             f"{path}: r {rank!r}, lora_alpha {alpha!r}: needs numbers `r` (at least 1) and `lora_alpha`; write them"
         )

@@ -178,7 +178,7 @@ def adapter_updates(run: Path, spec: LoraSpec, merger: Merger) -> dict[str, Upda
             raise CheckpointError(f"{run}: the adapter changes {name}; only layers of the decoder can be merged")
         if partner not in tensors:
             raise CheckpointError(f"{run}: the adapter has {key} but no {partner}")
-        updates[name] = Update(tensors[key], tensors[partner], spec.scaling)
+        updates[name] = _checked_update(tensors[key], tensors[partner], spec, f"{run}: {key}")
         used |= {key, partner}
     if left := sorted(tensors.keys() - used):
         raise CheckpointError(
@@ -186,6 +186,18 @@ def adapter_updates(run: Path, spec: LoraSpec, merger: Merger) -> dict[str, Upda
             f"{left[0]}; only plain LoRA on these can be merged"
         )
     return updates
+
+
+def _checked_update(A: torch.Tensor, B: torch.Tensor, spec: LoraSpec, where: str) -> Update:
+    """The update of factors that are of the rank that adapter_config.json says, by which their scale is known."""
+    if A.shape[-2] != spec.rank or B.shape[-1] != spec.rank:
+        raise CheckpointError(
+            f"{where}: factors of shape {list(A.shape)} and {list(B.shape)} are not of rank {spec.rank}, as "
+            "adapter_config.json says; fetch or train the adapter again"
+        )
+    if spec.scaling * float(A.abs().max()) * float(B.abs().max()) > torch.finfo(torch.float32).max:
+        raise CheckpointError(f"{where}: lora_alpha {spec.alpha:g} makes of it what is no number; correct lora_alpha")
+    return Update(A, B, spec.scaling)
 
 
 def added(weight: torch.Tensor, delta: torch.Tensor, name: str) -> torch.Tensor:

@@ -5,22 +5,13 @@ a half-written one keeps its temporary name and is swept away by the next run.
 """
 
 import fcntl
-import hashlib
-import io
 import json
 import os
-import pickle
-import random
 import shutil
-import struct
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import numpy as np
-import torch
 
 from mini_forge.data.tokenizer import FILES as TOKENIZER_FILES
 from mini_forge.durable import (
@@ -32,16 +23,18 @@ from mini_forge.durable import (
     sync_folder,
     write_atomic,
 )
-from mini_forge.errors import CheckpointError, ConfigError, TrainingError, is_disk_full, is_out_of_memory
+from mini_forge.errors import (
+    CheckpointError,
+    ConfigError,
+    TrainingError,
+    is_disk_full,
+    reason_of,
+)
 from mini_forge.io.adapters import WEIGHTS_FILE
 from mini_forge.json_faults import read_json
 
 REPLACED = ".old-"  # before the name of a checkpoint, while another takes its place
 CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = "training_config.json", "metrics.jsonl", "summary.json"
-# What torch.load raises for another program's archive, or for bytes that only look like a pickle.
-FOREIGN = (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError,
-           struct.error)  # fmt: skip
-STATE_PARTS = ("loop", "optimizer", "rng")  # the records in every trainer_state.pt
 REFERENCE_ADAPTER = "reference_adapter.safetensors"
 REFERENCE_FILE, REWARD_FOLDER, SAMPLES_FILE = "reference_logps.json", "reward", "samples.jsonl"
 EVAL_FILE, PREDICTIONS_FILE, REPORT_FILE = "eval.json", "predictions.jsonl", "report.html"
@@ -72,6 +65,7 @@ class RunFolder:
         self.path = Path(os.path.expanduser(path))  # a user that is not there is a name like another
         self.checkpoints = self.path / "checkpoints"
         self._lock: int | None = None  # a file descriptor, in `held`
+        self._expects_none = False  # whether no run was here when it was asked whether one may begin
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -163,7 +157,8 @@ class RunFolder:
             raise ConfigError(
                 f"output_dir: {closed[0]!r} may not be written to; make it writable, or name another folder"
             )
-        if (self.path / CONFIG_FILE).exists() and not (resume or overwrite):
+        self._expects_none = not (self.path / CONFIG_FILE).exists()
+        if not (self._expects_none or resume or overwrite):
             raise ConfigError(
                 f"output_dir: {str(self.path)!r} holds a run already; add --resume to go on with it, "
                 "--overwrite to replace it, or name another folder"
@@ -193,6 +188,10 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take()
+            if self._expects_none and place.exists():
+                raise ConfigError(
+                    f"output_dir: another run has begun in {str(self.path)!r} meanwhile; name another folder"
+                )
             self.sweep()
             fresh = staged(place, json_text(config))
             self._remove_old(config)
@@ -207,7 +206,7 @@ class RunFolder:
             if is_disk_full(error):
                 raise TrainingError(f"{self.path}: {error.strerror}; no checkpoint was saved yet") from None
             raise ConfigError(
-                f"output_dir: {str(self.path)!r} cannot be made or cleared ({error.strerror}); name another folder"
+                f"output_dir: {str(self.path)!r} cannot be made or cleared ({reason_of(error)}); name another folder"
             ) from None
 
     def _remove_old(self, config: dict):
@@ -228,7 +227,7 @@ class RunFolder:
     def steps(self) -> list[int]:
         """The optimizer steps that have a checkpoint, ascending."""
         found = self.checkpoints.glob("step-*") if self.checkpoints.exists() else []
-        return sorted(int(p.name[5:]) for p in found if p.name[5:].isdigit())
+        return sorted(int(p.name[5:]) for p in found if p.name[5:].isdecimal())
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step}"
@@ -267,11 +266,16 @@ class RunFolder:
         temporary = self.path / f"{TEMPORARY}final"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        write(temporary)
-        for file in sorted(temporary.iterdir()):
-            flush_file(file)
-            os.replace(file, self.path / file.name)
-        temporary.rmdir()
+        try:
+            write(temporary)
+            for file in sorted(temporary.iterdir()):
+                flush_file(file)
+                os.replace(file, self.path / file.name)
+        except OSError as error:  # as a full disk, which what is there must not keep full
+            error.filename = error.filename or str(self.path)
+            raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
         sync_folder(self.path)
 
     def append_metrics(self, record: dict):
@@ -317,76 +321,3 @@ def _record(place: str, line: bytes) -> dict:
 
 def _shortened(name: str) -> str:
     return repr(name if len(name) <= 80 else f"{name[:40]}…{name[-39:]}")
-
-
-def rng_state() -> dict:
-    """The states of every random generator that training may draw from, as tensors and plain values."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    state = {
-        "torch": torch.get_rng_state(),
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-        "python": list(random.getstate()[1]),
-        "python_gauss": random.getstate()[2],
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def set_rng_state(state: dict):
-    torch.set_rng_state(state["torch"])
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    random.setstate((3, tuple(state["python"]), state["python_gauss"]))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def save_state(path: Path, state: dict):
-    """Write a `trainer_state.pt`, with the digest of the adapter beside it, by which `load_state` knows a damaged one.
-    By our own hand: torch.save tells of a full disk as a bare RuntimeError."""
-    adapter = path.with_name(WEIGHTS_FILE)
-    buffer = io.BytesIO()
-    torch.save(state | ({"adapter": _digest(adapter)} if adapter.exists() else {}), buffer)
-    path.write_bytes(buffer.getbuffer())
-
-
-def load_state(path: Path, parts: tuple[str, ...] = ("data",)) -> dict:
-    """A `trainer_state.pt` of ours. Read with weights_only: it holds tensors and plain values, and can run no code.
-
-    parts: what must be in it beside STATE_PARTS. Raises CheckpointError for a file that is damaged or not ours. torch
-    saves a zip archive, whose checksums tell a damaged file before anything of it is used."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (OSError, zipfile.BadZipFile) as error:
-        damaged = str(error)
-    if damaged is not None:
-        raise CheckpointError(f"{path}: unreadable checkpoint ({damaged}); delete its folder to resume before it")
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-    except FOREIGN as error:
-        if is_out_of_memory(error):
-            raise
-        state = None
-    is_ours = isinstance(state, dict) and all(part in state for part in (*parts, *STATE_PARTS))
-    if not is_ours or not all(isinstance(state[part], dict) for part in STATE_PARTS):
-        raise CheckpointError(f"{path}: not the state of a training of ours; delete its folder to resume before it")
-    adapter = path.with_name(WEIGHTS_FILE)
-    if "adapter" in state and not (adapter.is_file() and _digest(adapter) == state["adapter"]):
-        raise CheckpointError(f"{adapter}: damaged, not what was saved with {path.name}; delete its folder to resume "
-                              "before it")  # fmt: skip
-    return state
-
-
-def check_same_data(state: dict, fingerprint: str, dataset: str, source: Path):
-    """Raise ConfigError if the checkpoint `source` was saved over other data than has `fingerprint`."""
-    if state.get("data", fingerprint) != fingerprint:  # a reward model of an older version has none
-        raise ConfigError(
-            f"dataset: {dataset!r} (or the tokenizer) has changed since {source} was saved, so its place in the data "
-            "means nothing; put it back, or start another run with init_adapter"
-        )
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -6,6 +6,7 @@ read; of stacks of experts one matrix, of other tensors that stay dense a part. 
 """
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +14,6 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -83,7 +83,7 @@ def _entry(path: Path, name: str, record: dict, data_start: int, file_bytes: int
     size = last - first
     if data_start + last > file_bytes:
         refuse("ends past the end of the file")
-    if size != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
+    if size != math.prod(shape) * dtype.itemsize:
         refuse(f"of shape {list(shape)} cannot have {size} bytes")
     return TensorEntry(path, data_start + first, size, dtype, shape)
 
