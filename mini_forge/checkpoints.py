@@ -5,8 +5,8 @@ from pathlib import Path
 from mini_forge.errors import CheckpointError
 from mini_forge.io.adapters import fill_adapter, save_adapter, stored_tensors
 from mini_forge.io.runs import REFERENCE_ADAPTER, REWARD_FOLDER, RunFolder
+from mini_forge.io.safetensors_file import write_safetensors
 from mini_forge.io.state import check_same_data, load_state, rng_state, save_state, set_rng_state
-from mini_forge.io.weights import write_safetensors
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.lora import Factors, LoraSpec, lora_layers
 from mini_forge.prepare import Prepared

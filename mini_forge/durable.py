@@ -17,7 +17,11 @@ TEMPORARY = ".tmp-"
 
 def write_atomic(path: Path, text: str):
     """Write a text file so that a reader sees the old one or the whole new one."""
-    os.replace(staged(path, text), path)
+    fresh = staged(path, text)
+    try:
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def write_together(folder: Path, texts: dict[str, str | None]):
@@ -39,8 +43,8 @@ def write_together(folder: Path, texts: dict[str, str | None]):
 
 
 def staged(path: Path, text: str) -> Path:
-    """The text on the disk under a temporary name beside `path`."""
-    temporary, content = path.with_name(TEMPORARY + path.name), text.encode("utf-8")
+    """The text on the disk under a temporary name beside `path`, which is this process's own."""
+    temporary, content = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name[-40:]}"), text.encode("utf-8")
     try:
         with temporary.open("wb") as file:
             file.write(content)

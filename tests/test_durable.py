@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from mini_forge.durable import new_output, write_together
+from mini_forge.durable import new_output, staged, write_together
 from mini_forge.errors import CheckpointError, ConfigError
 
 
@@ -114,3 +114,11 @@ def test_a_place_that_cannot_be_is_refused(tmp_path, name, kind):
     ):
         raise AssertionError
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_two_processes_write_one_file_under_names_of_their_own(tmp_path, monkeypatch):
+    one = staged(tmp_path / "eval.json", "{}")
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    other = staged(tmp_path / "eval.json", "[]")
+    assert one != other and one.read_text() == "{}" and other.read_text() == "[]"
+    staged(tmp_path / ("é" * 120 + ".html"), "x")  # as long as a name may be

@@ -259,7 +259,7 @@ def test_only_a_report_is_written_over(tmp_path, capsys):
         mine: "exists and is no report; name another file", tmp_path: "is a folder; name a file",
         tmp_path / "no" / "x.html": "is not a folder; make it", pipe: "is no plain file", link: "is no plain file",
         run / "summary.json": "is a file of a run", run / "training_config.json": "is a file of a run",
-        tmp_path / ("a" * 252): "cannot be read or written", tmp_path / "x.png": "is the name of an image",
+        tmp_path / ("a" * 256): "cannot be read or written", tmp_path / "x.png": "is the name of an image",
     }  # fmt: skip
     for out, message in refused.items():
         assert main(["report", str(run), "--out", str(out)]) == 2

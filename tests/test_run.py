@@ -790,7 +790,6 @@ def test_a_disk_that_is_full_at_the_start_harms_nothing(settings, monkeypatch, t
     before = {p: p.read_bytes() for p in first.output_dir.rglob("*") if p.is_file()}
 
     def full(path, text):
-        path.with_name(".tmp-" + path.name).touch()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("mini_forge.io.runs.staged", full)

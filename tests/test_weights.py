@@ -387,3 +387,47 @@ def test_headers_alone_leave_a_decoder_without_memory(folder, monkeypatch):
 def test_load_model_refuses_what_is_no_dtype_device_or_quantization(tmp_path, wrong, message):
     with pytest.raises(ConfigError, match=message):
         mini_forge.load_model(tmp_path, **wrong)
+
+
+def with_header(folder, change):
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    text = change(content[8 : 8 + size].decode()).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
+
+
+def test_tensors_that_lie_over_each_other_are_refused(folder):
+    def overlap(text):
+        header = json.loads(text)
+        first, second = "model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.v_proj.weight"
+        header[second]["data_offsets"] = header[first]["data_offsets"]
+        return json.dumps(header)
+
+    with_header(folder, overlap)
+    with pytest.raises(CheckpointError, match="lie over each other; fetch it again"):
+        mini_forge.load_model(folder)
+
+
+def test_a_name_that_stands_twice_is_refused(folder):
+    with_header(folder, lambda text: text.replace("layers.1.mlp.up_proj.weight", "layers.0.mlp.up_proj.weight"))
+    with pytest.raises(CheckpointError, match="broken safetensors header .a name stands in it twice.; fetch it again"):
+        mini_forge.load_model(folder)
+
+
+@pytest.mark.parametrize("shape", [[2**70], [2**64, 0], [2**32, 2**32]])
+def test_a_size_beyond_all_files_is_refused(folder, shape):
+    def grow(text):
+        header = json.loads(text)
+        header["model.norm.weight"]["shape"] = shape
+        return json.dumps(header)
+
+    with_header(folder, grow)
+    with pytest.raises(CheckpointError, match="model.norm.weight"):
+        mini_forge.load_model(folder)
+
+
+def test_a_billion_layers_are_not_made(folder):
+    change_config(folder, num_hidden_layers=10**9)
+    with pytest.raises(CheckpointError, match="num_hidden_layers 1000000000 must be at most 10000"):
+        mini_forge.load_model(folder)

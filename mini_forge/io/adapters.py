@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from mini_forge.errors import CheckpointError, reason_of
 from mini_forge.io.expert_adapters import fuse, fused_tensors, own_name, per_expert_tensors, stack_targets
-from mini_forge.io.weights import write_safetensors
+from mini_forge.io.safetensors_file import write_safetensors
 from mini_forge.json_faults import read_json
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.families.layout import without_text_prefix

@@ -21,16 +21,8 @@ from mini_forge.io.adapters import PREFIX, read_adapter_config, read_adapter_ten
 from mini_forge.io.expert_adapters import fuse, stack_targets
 from mini_forge.io.models import base_of, load_tokenizer, require_adapter
 from mini_forge.io.records import spec_of
-from mini_forge.io.weights import (
-    BNB_SUFFIXES,
-    EMBEDDING,
-    HEAD,
-    ONE_SOURCE,
-    Checkpoint,
-    Loader,
-    weight_files,
-    write_safetensors,
-)
+from mini_forge.io.safetensors_file import write_safetensors
+from mini_forge.io.weights import BNB_SUFFIXES, EMBEDDING, HEAD, ONE_SOURCE, Checkpoint, Loader, weight_files
 from mini_forge.json_faults import read_json
 from mini_forge.model.families import expert_layout
 from mini_forge.model.families.layout import PACKED, Place, text_name

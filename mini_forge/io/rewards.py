@@ -33,7 +33,8 @@ from mini_forge.io.expert_adapters import fuse, stack_targets
 from mini_forge.io.hub import resolve_model
 from mini_forge.io.models import is_adapter
 from mini_forge.io.runs import REWARD_FOLDER
-from mini_forge.io.weights import Loader, load_base, write_safetensors
+from mini_forge.io.safetensors_file import write_safetensors
+from mini_forge.io.weights import Loader, load_base
 from mini_forge.json_faults import read_json
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.lora import Factors, LoRALinear, LoraSpec, LoRAStack, inject, lora_layers, target_names

@@ -184,7 +184,7 @@ class RunFolder:
 
         That is written first, so that a full disk shows before anything is removed; `clear` removes more. Raises
         TrainingError for a full disk, ConfigError where the folder cannot be made or cleared."""
-        is_new, place = not self.path.exists(), self.path / CONFIG_FILE
+        is_new, place, fresh = not self.path.exists(), self.path / CONFIG_FILE, None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take()
@@ -200,7 +200,8 @@ class RunFolder:
             os.replace(fresh, place)
             (self.path / METRICS_FILE).touch()
         except OSError as error:
-            place.with_name(TEMPORARY + place.name).unlink(missing_ok=True)
+            if fresh is not None:
+                fresh.unlink(missing_ok=True)
             if is_new and self.path.exists() and not any(self.path.iterdir()):
                 self.path.rmdir()
             if is_disk_full(error):

@@ -5,8 +5,6 @@ quantized. Host memory never holds more than the stored (possibly quantized) mod
 read; of stacks of experts one matrix, of other tensors that stay dense a part. Only safetensors: a pickle can run code.
 """
 
-import json
-import math
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -21,6 +19,7 @@ from mini_forge.errors import CheckpointError
 from mini_forge.io.expert_weights import StackLoader
 from mini_forge.io.reading import Piece, ReadAhead, TensorEntry, read_tensor
 from mini_forge.io.records import spec_of
+from mini_forge.io.safetensors_file import read_header
 from mini_forge.io.storage import Storage, multiplies_stored
 from mini_forge.json_faults import read_json
 from mini_forge.model.decoder import Decoder
@@ -30,14 +29,7 @@ from mini_forge.model.ops import PLAIN, Ops
 from mini_forge.model.quant import Linear16bit
 from mini_forge.model.stacks import use_kernels
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ONE_SOURCE = "take the weights, all of them, and config.json from one source"
-HEADER_LIMIT_BYTES = 100_000_000  # the format's own bound
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # old checkpoints store these derived values
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 DENSE_BYTES = 4 << 20  # of a tensor that stays dense this much is read at once, and stays in cache until it is copied
@@ -45,47 +37,6 @@ MATRICES = (nn.Linear, nn.Embedding)
 QUANT_STATE = ".quant_state.bitsandbytes__"
 QUANT_STATES = (f"{QUANT_STATE}nf4", f"{QUANT_STATE}fp4")
 BNB_SUFFIXES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", *QUANT_STATES)
-
-
-def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of one safetensors file, in file order. Raises CheckpointError for a file that is not sound."""
-    try:
-        length = path.stat().st_size
-        with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            if length < 8 or header_bytes > min(HEADER_LIMIT_BYTES, length - 8):
-                raise CheckpointError(f"{path}: not a safetensors file, or cut short; fetch it again")
-            header = json.loads(file.read(header_bytes))
-            if not isinstance(header, dict):
-                raise ValueError("not an object")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: the weight index names this file, but it is absent; fetch it again") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the file, or fetch it again") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: broken safetensors header ({error}); fetch it again") from None
-    entries = {n: _entry(path, n, e, 8 + header_bytes, length) for n, e in header.items() if n != "__metadata__"}
-    return dict(sorted(entries.items(), key=lambda item: item[1].start))
-
-
-def _entry(path: Path, name: str, record: dict, data_start: int, file_bytes: int) -> TensorEntry:
-    def refuse(what: str):
-        raise CheckpointError(f"{path}: tensor {name!r} {what}; fetch it again") from None
-
-    try:
-        dtype, shape, (first, last) = DTYPES[record["dtype"]], tuple(record["shape"]), record["data_offsets"]
-    except (KeyError, TypeError, ValueError):
-        refuse(f"has an unreadable header entry {record!r}")
-    if not all(type(number) is int and number >= 0 for number in (first, last, *shape)):
-        refuse(f"has an unreadable header entry {record!r}")
-    size = last - first
-    if data_start + last > file_bytes:
-        refuse("ends past the end of the file")
-    if size != math.prod(shape) * dtype.itemsize:
-        refuse(f"of shape {list(shape)} cannot have {size} bytes")
-    return TensorEntry(path, data_start + first, size, dtype, shape)
 
 
 class Checkpoint:
@@ -132,21 +83,6 @@ def weight_files(folder: Path) -> list[Path]:
             "convert them to safetensors"
         )
     raise CheckpointError(f"{folder}: no .safetensors file; is this a model folder?")
-
-
-def write_safetensors(path: Path, entries: list[tuple[str, torch.dtype, tuple[int, ...]]], tensors):
-    """A safetensors file from tensors that are made one at a time, in the order of `entries` (name, dtype, shape)."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, dtype, shape in entries:
-        size = dtype.itemsize * torch.Size(shape).numel()
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
 
 
 def load_base(

@@ -7,6 +7,7 @@ from mini_forge.model.spec import DecoderSpec
 
 COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
           "max_position_embeddings")  # fmt: skip
+MOST_LAYERS = 10_000  # what is made before a tensor is looked for
 QUANT_METHODS = (None, "bitsandbytes", "mxfp4")
 OPTIONAL_COUNTS = ("num_key_value_heads", "head_dim")  # null as if absent
 
@@ -27,6 +28,11 @@ def check_written(config: dict):
             )
     counts = {key: text[key] for key in COUNTS if key in text}
     _refuse_numbers(counts | {key: text[key] for key in OPTIONAL_COUNTS if text.get(key) is not None}, {})
+    if counts.get("num_hidden_layers", 0) > MOST_LAYERS:
+        raise CheckpointError(
+            f"config.json: num_hidden_layers {counts['num_hidden_layers']} must be at most {MOST_LAYERS}; copy the "
+            "file again from its source"
+        )
 
 
 def _refuse_numbers(counts: dict, sizes: dict):
