@@ -31,6 +31,13 @@ class Form:
     logged: Callable = lambda record: record
 
 
+def _of_responses(tokenize_rows: Callable) -> Callable:
+    """`Form.tokenize` of rows whose prompts are never trained on, whatever `train_on_prompt` says."""
+    return lambda rows, config, template, tokenizer, limit: tokenize_rows(
+        rows, template, tokenizer, limit, config.system_prompt
+    )
+
+
 TEXTS = Form(
     lambda rows, config, template, tokenizer, limit: tokenize(
         rows, template, tokenizer, limit, config.train_on_prompt, config.system_prompt
@@ -41,18 +48,14 @@ TEXTS = Form(
     lambda model, documents, sums, batch_size, limit: evaluate_loss(model, documents, sums, batch_size=batch_size),
 )
 PAIRS = Form(
-    lambda rows, config, template, tokenizer, limit: tokenize_pairs(
-        rows, template, tokenizer, limit, config.system_prompt
-    ),
+    _of_responses(tokenize_pairs),
     lambda pairs, share, limit: collate_pairs(pairs, share),
     data_fingerprint,
     show_pair,
     lambda model, pairs, sums, batch_size, limit: evaluate_pairs(model, pairs, sums, batch_size=batch_size),
 )
 LABELLED = Form(
-    lambda rows, config, template, tokenizer, limit: tokenize_labelled(
-        rows, template, tokenizer, limit, config.system_prompt
-    ),
+    _of_responses(tokenize_labelled),
     lambda documents, share, limit: collate_labelled(documents, limit, share),
     labelled_fingerprint,
     show_labelled,

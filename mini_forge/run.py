@@ -105,9 +105,8 @@ def _train(config: TrainingConfig, folder: RunFolder, resume: bool, report, on_m
         if model.reference is not None:
             keep_reference(folder, model)
 
-    if (
-        resume and model.reference is not None
-    ):  # as it was when the run began, and so is the policy before its first step
+    # The reference is as it was when the run began, and so is the policy before its first step.
+    if resume and model.reference is not None:
         model.reference = read_reference(folder.path, model)
         copy_factors(model, model.reference)
     if not resume:  # nothing on disk is touched before this line
