@@ -21,16 +21,20 @@ constexpr long MOST_SUMMED = 320;         // terms that are summed up before the
 constexpr long MOST_RANK = 128;           // and of `low` beside them
 constexpr long PACKED = 96 * (MOST_TERMS + MOST_RANK);  // numbers of panels that are made at a time, 640 KB
 constexpr long AHEAD = 16;                // terms of a panel that are fetched before they are written to
+constexpr long ROWS_AHEAD = 32;           // of W that are fetched before they are read, where it is read row by row;
+constexpr long NUMBERS_AHEAD = 64;        // and of each row's numbers where many rows are read side by side
 constexpr long FEW = 4;                   // rows of x for which making panels takes longer than it saves
 constexpr long LEAST = 1 << 16;           // multiplications for which a second thread is woken up
 
 long pieces(long n, long size) { return (n + size - 1) / size; }
 
-// W as it lies in memory: `row(i, j, count)` gives the numbers j to j + count of its row i, and zeros behind.
+// W as it lies in memory: `row(i, j, count)` gives the numbers j to j + count of its row i, and zeros behind; `place(i, j)`
+// says where number j of row i lies.
 struct Float32 {
   const float* at;
   long stride;
 
+  const void* place(long i, long j) const { return at + i * stride + j; }
   floats row(long i, long j, long count) const { return load(at + i * stride + j, count); }
 };
 
@@ -38,6 +42,7 @@ struct Bfloat16 {
   const uint16_t* at;
   long stride;
 
+  const void* place(long i, long j) const { return at + i * stride + j; }
   floats row(long i, long j, long count) const {
     using Bits = uint16_t __attribute__((vector_size(32)));
     return (floats)(__builtin_convertvector(some<Bits>(at + i * stride + j, count), ints) << 16);
@@ -49,6 +54,7 @@ struct EightBits {  // rows of `width` numbers, each row with its scale
   long width;
   const float* scales;
 
+  const void* place(long i, long j) const { return at + i * width + j; }
   floats row(long i, long j, long count) const {
     using Bytes = int8_t __attribute__((vector_size(16)));
     return count ? __builtin_convertvector(some<Bytes>(at + i * width + j, count), floats) * scales[i] : floats{};
@@ -62,6 +68,7 @@ struct FourBits {  // rows of `width` numbers, two a byte, the first in its uppe
   floats code;
   long blocksize;
 
+  const void* place(long i, long j) const { return at + (i * width + j) / 2; }
   floats row(long i, long j, long count) const {
     const long n = i * width + j;
     if (count < WIDTH || n % 2 || n % blocksize + WIDTH > blocksize) return one_by_one(n, count);
@@ -184,7 +191,7 @@ struct Product {
   }
 
   // A side's numbers for a panel's columns, term after term, zeros beyond its end. What is written to is on its way from
-  // the second cache meanwhile.
+  // the second cache meanwhile, and what is read next from memory, whose rows are too short for the CPU to foresee it.
   template <class Side>
   void pack(const Side& side, long column, long first, long now, float* panel) const {
     long here[VECTORS];  // columns there are, of each vector
@@ -193,6 +200,7 @@ struct Product {
       for (long k = 0; k < now; k++, panel += PANEL)
         UNROLL for (long v = 0; v < VECTORS; v++) {
           __builtin_prefetch(panel + AHEAD * PANEL + v * WIDTH, 1);
+          __builtin_prefetch(side.place(first + k + ROWS_AHEAD, column + v * WIDTH));
           store(panel + v * WIDTH, side.row(first + k, column + v * WIDTH, here[v]));
         }
       return;
@@ -202,7 +210,10 @@ struct Product {
         floats a[WIDTH];
         const long row = column + v * WIDTH, count = std::min(WIDTH, now - k);
         if (count == WIDTH && here[v] == WIDTH) {
-          UNROLL for (long i = 0; i < WIDTH; i++) a[i] = side.row(row + i, first + k, WIDTH);
+          UNROLL for (long i = 0; i < WIDTH; i++) {
+            __builtin_prefetch(side.place(row + i, first + k + NUMBERS_AHEAD));
+            a[i] = side.row(row + i, first + k, WIDTH);
+          }
         } else {
           for (long i = 0; i < WIDTH; i++) a[i] = side.row(row + i, first + k, i < here[v] ? count : 0);
         }
