@@ -23,6 +23,7 @@ constexpr long PACKED = 96 * (MOST_TERMS + MOST_RANK);  // numbers of panels tha
 constexpr long AHEAD = 16;                // terms of a panel that are fetched before they are written to
 constexpr long ROWS_AHEAD = 32;           // of W that are fetched before they are read, where it is read row by row;
 constexpr long NUMBERS_AHEAD = 64;        // and of each row's numbers where many rows are read side by side
+constexpr long FAR_AHEAD = 2048;          // numbers of W that are fetched where it is read from beginning to end
 constexpr long FEW = 4;                   // rows of x for which making panels takes longer than it saves
 constexpr long LEAST = 1 << 16;           // multiplications for which a second thread is woken up
 
@@ -57,7 +58,9 @@ struct EightBits {  // rows of `width` numbers, each row with its scale
   const void* place(long i, long j) const { return at + i * width + j; }
   floats row(long i, long j, long count) const {
     using Bytes = int8_t __attribute__((vector_size(16)));
-    return count ? __builtin_convertvector(some<Bytes>(at + i * width + j, count), floats) * scales[i] : floats{};
+    using Shorts = int16_t __attribute__((vector_size(32)));  // g++ 12 makes floats of bytes one by one
+    const auto wide = __builtin_convertvector(some<Bytes>(at + i * width + j, count), Shorts);
+    return count ? __builtin_convertvector(__builtin_convertvector(wide, ints), floats) * scales[i] : floats{};
   }
 };
 
@@ -233,6 +236,7 @@ struct Product {
     for (long column = 0; column < job.columns; column++) {
       floats sums[FEW] = {};
       each(job.terms, [&](long k, long count) {
+        __builtin_prefetch(w.place(column, k + FAR_AHEAD));
         const floats numbers = w.row(column, k, count);
         UNROLL for (long i = 0; i < FEW; i++) sums[i] += load(rows[i] + k, count) * numbers;
       });
