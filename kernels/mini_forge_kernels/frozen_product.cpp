@@ -152,7 +152,7 @@ struct Product {
   const Float32 factor = {job.factor, job.factor_stride};
 
   void run() const {
-    if (job.is_transposed && job.rows <= FEW && !job.rank) return dot_products();
+    if (job.is_transposed && job.rows <= FEW) return dot_products();
     const long panels = pieces(job.columns, PANEL), tiles = pieces(job.rows, ROWS), threads = job.threads;
     long across = threads;  // threads side by side; the others below them, who make the same panels again
     for (long fewer = threads - 1; fewer; fewer--)
@@ -230,21 +230,31 @@ struct Product {
 
   // Of few rows of x: w is read as it is, once, and its numbers are used at once, for FEW rows even if there are fewer.
   void dot_products() const {
-    const float* rows[FEW];
-    for (long i = 0; i < FEW; i++) rows[i] = job.x + std::min(i, job.rows - 1) * job.x_stride;
+    const float *rows[FEW], *lows[FEW];
+    for (long i = 0; i < FEW; i++) {
+      const long row = std::min(i, job.rows - 1);
+      rows[i] = job.x + row * job.x_stride;
+      lows[i] = job.low + row * job.low_stride;
+    }
 #pragma omp parallel for num_threads(job.threads) schedule(static) if (job.terms * job.columns > LEAST)
     for (long column = 0; column < job.columns; column++) {
       floats sums[FEW] = {};
-      each(job.terms, [&](long k, long count) {
-        __builtin_prefetch(w.place(column, k + FAR_AHEAD));
-        const floats numbers = w.row(column, k, count);
-        UNROLL for (long i = 0; i < FEW; i++) sums[i] += load(rows[i] + k, count) * numbers;
-      });
+      add(sums, rows, w, column, job.terms);
+      add(sums, lows, factor, column, job.rank);
       for (long i = 0; i < job.rows; i++) {
         float& at = job.out[i * job.out_stride + column];
         at = job.adds ? at + sum(sums[i]) : sum(sums[i]);
       }
     }
+  }
+
+  template <class Side>
+  static void add(floats* sums, const float* const* rows, const Side& side, long column, long terms) {
+    each(terms, [&](long k, long count) {
+      __builtin_prefetch(side.place(column, k + FAR_AHEAD));
+      const floats numbers = side.row(column, k, count);
+      UNROLL for (long i = 0; i < FEW; i++) sums[i] += load(rows[i] + k, count) * numbers;
+    });
   }
 };
 

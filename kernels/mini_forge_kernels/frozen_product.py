@@ -76,7 +76,7 @@ class StoredLeftSide(LeftSide):
             raise ValueError(f"onto: {onto.dtype} {tuple(onto.shape)} of strides {onto.stride()}, not {(N, columns)}")
         low = None if low is None else _factors(*low, N, columns, is_transposed)
         uses_amx = is_dense and N > FEW and amx_product.reason_not() is None
-        if low is not None and (uses_amx or N <= FEW or low[0].shape[1] > MOST_RANK or not K):
+        if low is not None and (uses_amx or low[0].shape[1] > MOST_RANK or not K):
             onto, low = low_product(low, is_transposed, onto), None
         out = fresh((N, columns), torch.float32, self.x.device) if onto is None else onto
         if 0 in (N, columns, K):
