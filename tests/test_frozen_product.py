@@ -21,7 +21,7 @@ from mini_forge.memory_items import Job, sizes_of, stored_bytes
 from mini_forge.model.cache import KVCache, read_prompts
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.families import decoder_spec
-from mini_forge.model.left_side import LeftSide
+from mini_forge.model.left_side import LeftSide, Update
 from mini_forge.model.lora import LoRALinear, LoraSpec, inject, lora_layers, merge, project
 from mini_forge.model.quant import (
     Linear4bit,
@@ -43,8 +43,8 @@ from mini_forge_kernels.frozen_product import FEW, MOST_RANK, StoredLeftSide, re
 from tests.tiny import write_checkpoint, write_rows
 
 CPU = torch.device("cpu")
-SHAPES = [(1, 1, 1), (1, 64, 7), (3, 5, 2), (FEW, 33, 130), (FEW + 1, 33, 130), (16, 32, 32), (131, 576, 96),
-          (45, 1600, 260), (300, 3100, 33), (0, 8, 4), (40, 0, 3), (40, 3, 0)]  # fmt: skip
+SHAPES = [(1, 1, 1), (1, 64, 7), (3, 5, 2), (FEW // 2, 33, 130), (FEW, 33, 130), (FEW + 1, 33, 130), (16, 32, 32),
+          (131, 576, 96), (45, 1600, 260), (300, 3100, 33), (0, 8, 4), (40, 0, 3), (40, 3, 0)]  # fmt: skip
 FORMS = ["bfloat16", "nf4", "fp4", "nf4 nested", "int8"]
 
 
@@ -125,7 +125,7 @@ def test_products_are_those_of_float64(unit, form, N, K, out):
 
 
 @pytest.mark.parametrize("rank", [1, 16, 20, MOST_RANK, MOST_RANK + 1])
-@pytest.mark.parametrize("N, K, out", [(1, 40, 50), (FEW + 1, 40, 50), (131, 1600, 90)])
+@pytest.mark.parametrize("N, K, out", [(1, 40, 50), (FEW, 40, 50), (FEW + 1, 40, 50), (131, 1600, 90)])
 @pytest.mark.parametrize("adds", [False, True])
 def test_a_low_rank_term_is_added(unit, rank, N, K, out, adds):
     x, grad, weight = drawn(N, K), drawn(N, out, seed=1), drawn(out, K, seed=2).bfloat16()
@@ -139,6 +139,22 @@ def test_a_low_rank_term_is_added(unit, rank, N, K, out, adds):
     torch.testing.assert_close(made_back.double(), back, rtol=2e-6, atol=2e-6 * (out + rank) ** 0.5)
     reference = LeftSide(x).product_t(weight.float(), None if ones[0] is None else torch.ones(N, out), (low, B))
     torch.testing.assert_close(made, reference, rtol=1e-5, atol=1e-5 * (K + rank) ** 0.5)
+
+
+@pytest.mark.parametrize("rank", [1, 20, MOST_RANK, MOST_RANK + 1])
+@pytest.mark.parametrize("N", [0, 1, FEW // 2, FEW, FEW + 1])
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("form", ["bfloat16", "nf4", "int8"])
+def test_an_update_is_made_of_its_factors(unit, form, rank, N, adds):
+    K, out, scale = 70, 50, 0.3
+    weight, exact = stored(form, drawn(out, K, seed=2))
+    x, A, B = drawn(N, 2 * K)[:, K:], drawn(K, rank, seed=4).t(), drawn(out, rank, seed=5)
+    expected = x.double() @ exact.t() + scale * (x.double() @ A.double().t()) @ B.double().t() + adds
+    ones = [torch.ones(N, out) if adds else None for _ in range(2)]
+    found = StoredLeftSide(x).product_t(weight, ones[0], Update(A, B, scale))
+    reference = LeftSide(x).product_t(exact.float(), ones[1], Update(A, B, scale))
+    for made in (found, reference):
+        torch.testing.assert_close(made.double(), expected, rtol=2e-6, atol=4e-6 * (K * rank) ** 0.5)
 
 
 def parts_of(x):
@@ -246,6 +262,10 @@ def test_factors_of_a_low_rank_term_may_lie_in_columns_but_not_be_others(unit):
         for pair in pairs:
             with pytest.raises(ValueError, match=f"^{name}: "):
                 StoredLeftSide(x).product_t(weight, low=pair)
+    A = drawn(R, K)
+    for name, pair in {"A": (A[:, 1:], B), "B": (A, B[1:]), "A ": (A.double(), B)}.items():
+        with pytest.raises(ValueError, match=f"^{name.strip()}: "):
+            StoredLeftSide(x[:2]).product_t(weight, low=Update(*pair, 1.0))
 
 
 def test_quantized_weights_that_are_a_part_of_others_are_refused(unit):
@@ -534,16 +554,23 @@ def test_an_adapter_of_zeros_changes_no_bit(unit, kind, dtype, rows, has_bias):
     adapted = LoRALinear(layer, LoraSpec(4, 6))
     expected = frozen_products(x, [layer])[0]
     assert expected.dtype == dtype and torch.equal(adapted(x), expected)
+    with torch.no_grad():
+        assert torch.equal(adapted(x), expected)
     adapted.enabled = False
     with torch.no_grad():
         assert torch.equal(project(x, adapted)[0], expected)
 
 
-def test_text_is_generated_as_by_the_plain_model(unit, checkpoint):
+@pytest.mark.parametrize("is_adapted", [False, True])
+def test_text_is_generated_as_by_the_plain_model(unit, checkpoint, is_adapted):
     """Through the cache, whose keys and values are of the activations' dtype."""
     plain, fused = (load_base(checkpoint[0], ops=PROVIDERS[name]("cpu").ops) for name in ("huggingface", "unsloth"))
     found = []
     for model in (plain, fused):
+        if is_adapted:
+            inject(model, LoraSpec(2, 4), torch.Generator().manual_seed(0))
+            for _, layer in lora_layers(model):
+                layer.lora_B.data.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
         cache = KVCache(model, 2, 12)
         with torch.no_grad():
             lengths = torch.tensor([5, 3])

@@ -24,7 +24,7 @@ constexpr long AHEAD = 16;                // terms of a panel that are fetched b
 constexpr long ROWS_AHEAD = 32;           // of W that are fetched before they are read, where it is read row by row;
 constexpr long NUMBERS_AHEAD = 64;        // and of each row's numbers where many rows are read side by side
 constexpr long FAR_AHEAD = 2048;          // numbers of W that are fetched where it is read from beginning to end
-constexpr long FEW = 4;                   // rows of x for which making panels takes longer than it saves
+constexpr long FEW = 8;                   // rows of x for which making panels takes longer than it saves
 constexpr long LEAST = 1 << 16;           // multiplications for which a second thread is woken up
 
 long pieces(long n, long size) { return (n + size - 1) / size; }
@@ -94,14 +94,16 @@ struct FourBits {  // rows of `width` numbers, two a byte, the first in its uppe
 extern "C" {
 
 // out (rows, columns) = x w, or that added to out: x (rows, terms), w (terms, columns), of w (columns, terms) if
-// is_transposed; and, of rank > 0, low (rows, rank) times factor (rank, columns), likewise transposed. Strides count
-// numbers, from row to row. w's form: `bits` a number; `scales`, `code` and `blocksize` where it has them.
+// is_transposed; and, of rank > 0, low (rows, rank) times factor (rank, columns), likewise transposed. Where `down` (rank,
+// terms) is given, of few rows of x and a transposed w, low is scale x downᵀ. Strides count numbers, from row to row. w's
+// form: `bits` a number; `scales`, `code` and `blocksize` where it has them.
 struct Job {
   const float* x;
   float* out;
   const void* w;
-  const float *scales, *code, *low, *factor;
-  long rows, terms, columns, rank, x_stride, out_stride, w_stride, low_stride, factor_stride, blocksize;
+  const float *scales, *code, *low, *factor, *down;
+  long rows, terms, columns, rank, x_stride, out_stride, w_stride, low_stride, factor_stride, down_stride, blocksize;
+  float scale;
   int bits, is_transposed, adds, threads;
 };
 
@@ -152,7 +154,8 @@ struct Product {
   const Float32 factor = {job.factor, job.factor_stride};
 
   void run() const {
-    if (job.is_transposed && job.rows <= FEW) return dot_products();
+    if (job.is_transposed && job.rows <= FEW / 2) return dot_products<FEW / 2>();
+    if (job.is_transposed && job.rows <= FEW) return dot_products<FEW>();
     const long panels = pieces(job.columns, PANEL), tiles = pieces(job.rows, ROWS), threads = job.threads;
     long across = threads;  // threads side by side; the others below them, who make the same panels again
     for (long fewer = threads - 1; fewer; fewer--)
@@ -228,32 +231,46 @@ struct Product {
       }
   }
 
-  // Of few rows of x: w is read as it is, once, and its numbers are used at once, for FEW rows even if there are fewer.
+  // Of few rows of x: w is read as it is, once, and its numbers are used at once, for COUNT rows even if there are fewer.
+  template <long COUNT>
   void dot_products() const {
-    const float *rows[FEW], *lows[FEW];
-    for (long i = 0; i < FEW; i++) {
-      const long row = std::min(i, job.rows - 1);
-      rows[i] = job.x + row * job.x_stride;
-      lows[i] = job.low + row * job.low_stride;
-    }
-#pragma omp parallel for num_threads(job.threads) schedule(static) if (job.terms * job.columns > LEAST)
-    for (long column = 0; column < job.columns; column++) {
-      floats sums[FEW] = {};
-      add(sums, rows, w, column, job.terms);
-      add(sums, lows, factor, column, job.rank);
-      for (long i = 0; i < job.rows; i++) {
-        float& at = job.out[i * job.out_stride + column];
-        at = job.adds ? at + sum(sums[i]) : sum(sums[i]);
+    const float* rows[COUNT];
+    for (long i = 0; i < COUNT; i++) rows[i] = job.x + std::min(i, job.rows - 1) * job.x_stride;
+#pragma omp parallel num_threads(job.threads) if (job.terms * job.columns > LEAST)
+    {
+      float made[COUNT][MOST_RANK];  // by each thread for itself: it is little
+      const float* lows[COUNT];
+      find_lows(rows, made, lows);
+#pragma omp for schedule(static)
+      for (long column = 0; column < job.columns; column++) {
+        floats sums[COUNT] = {};
+        add(sums, rows, w, column, job.terms);
+        add(sums, lows, factor, column, job.rank);
+        for (long i = 0; i < job.rows; i++) {
+          float& at = job.out[i * job.out_stride + column];
+          at = job.adds ? at + sum(sums[i]) : sum(sums[i]);
+        }
       }
     }
   }
 
-  template <class Side>
-  static void add(floats* sums, const float* const* rows, const Side& side, long column, long terms) {
+  template <long COUNT>
+  void find_lows(const float* const (&rows)[COUNT], float (&made)[COUNT][MOST_RANK], const float* (&lows)[COUNT]) const {
+    for (long i = 0; i < COUNT; i++) lows[i] = job.down ? made[i] : job.low + std::min(i, job.rows - 1) * job.low_stride;
+    if (!job.down) return;
+    for (long r = 0; r < job.rank; r++) {
+      floats sums[COUNT] = {};
+      add(sums, rows, Float32{job.down, job.down_stride}, r, job.terms);
+      for (long i = 0; i < COUNT; i++) made[i][r] = job.scale * sum(sums[i]);
+    }
+  }
+
+  template <long COUNT, class Side>
+  static void add(floats (&sums)[COUNT], const float* const (&rows)[COUNT], const Side& side, long column, long terms) {
     each(terms, [&](long k, long count) {
       __builtin_prefetch(side.place(column, k + FAR_AHEAD));
       const floats numbers = side.row(column, k, count);
-      UNROLL for (long i = 0; i < FEW; i++) sums[i] += load(rows[i] + k, count) * numbers;
+      UNROLL for (long i = 0; i < COUNT; i++) sums[i] += load(rows[i] + k, count) * numbers;
     });
   }
 };

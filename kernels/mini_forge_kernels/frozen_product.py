@@ -9,7 +9,8 @@ low-rank term beside it costs its own multiplications and no more: y is written 
 frozen_product.cpp beside this file is compiled on this machine (`compiled`). On two cores of a Xeon with AVX-512, whose
 registers allow 351 GFLOP/s, it reaches 320 to 330 for N from 800 on with bfloat16, the panels' making included, and 300
 to 315 where x and y are not in the caches; torch's product of a float32 W 315 to 325 and 295 to 302. Up to FEW rows, as
-in generation, W is read once and used at once.
+in generation, W is read once and used at once, at 21 GB/s of the memory's 27 in bfloat16, and an update's l is made
+along the way.
 
 With bfloat16 weights, more rows, and a CPU that has a matrix unit, amx_product.py is faster.
 
@@ -24,7 +25,7 @@ import torch
 
 from mini_forge.model.allocation import fresh
 from mini_forge.model.fourbit import Quantized4bit
-from mini_forge.model.left_side import LeftSide, low_product
+from mini_forge.model.left_side import LeftSide, Low, Update, low_product, made
 from mini_forge.model.quant import Quantized8bit
 from mini_forge_kernels import amx_product
 from mini_forge_kernels.compiled import declared, library, named, why_not
@@ -32,7 +33,7 @@ from mini_forge_kernels.compiled import declared, library, named, why_not
 __all__ = ["FEW", "NAME", "StoredLeftSide", "reason_not"]
 
 NAME = "frozen_product"
-FEW = 4  # rows, as in frozen_product.cpp
+FEW = 8  # rows, as in frozen_product.cpp
 MOST_RANK = 128  # likewise; of more the low-rank term is a product of its own
 
 Stored = torch.Tensor | Quantized4bit | Quantized8bit
@@ -57,8 +58,9 @@ class StoredLeftSide(LeftSide):
             raise ValueError(f"x: {x.dtype} on {x.device}, not float32 on the CPU")
         self.x, self.parts = x if x.stride(1) == 1 else x.contiguous(), None
 
-    def product_t(self, weight: Stored, onto: torch.Tensor | None = None, low: tuple | None = None) -> torch.Tensor:
-        """x Wᵀ + l Bᵀ (N, out), or that added to `onto` in place. W (out, K): bfloat16, or quantized. low: l, B."""
+    def product_t(self, weight: Stored, onto: torch.Tensor | None = None, low: Low | None = None) -> torch.Tensor:
+        """x Wᵀ + l Bᵀ (N, out), or that added to `onto` in place. W (out, K): bfloat16, or quantized. low: l, B; or
+        A, B and s, where l = s x Aᵀ."""
         return self._multiply(weight, True, onto, low)
 
     def product(self, weight: Stored, onto: torch.Tensor | None = None, low: tuple | None = None) -> torch.Tensor:
@@ -74,10 +76,10 @@ class StoredLeftSide(LeftSide):
             raise ValueError(f"weight: {form} {tuple(weight.shape)}, for {K} columns")
         if onto is not None and not (onto.shape == (N, columns) and _lies(onto, torch.float32)):
             raise ValueError(f"onto: {onto.dtype} {tuple(onto.shape)} of strides {onto.stride()}, not {(N, columns)}")
-        low = None if low is None else _factors(*low, N, columns, is_transposed)
+        low = None if low is None else _checked(low, self.x, columns, is_transposed)
         uses_amx = is_dense and N > FEW and amx_product.reason_not() is None
-        if low is not None and (uses_amx or low[0].shape[1] > MOST_RANK or not K):
-            onto, low = low_product(low, is_transposed, onto), None
+        if low is not None and (uses_amx or low[1].shape[is_transposed] > MOST_RANK or not K):
+            onto, low = low_product(made(low, self.x), is_transposed, onto), None
         out = fresh((N, columns), torch.float32, self.x.device) if onto is None else onto
         if 0 in (N, columns, K):
             return out if onto is not None else out.zero_()
@@ -94,11 +96,12 @@ class _Job(ctypes.Structure):
     """Fields as in frozen_product.cpp's Job."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "out", "w", "scales", "code", "low", "factor")),
+        *((name, ctypes.c_void_p) for name in ("x", "out", "w", "scales", "code", "low", "factor", "down")),
         *((name, ctypes.c_long) for name in (
             "rows", "terms", "columns", "rank", "x_stride", "out_stride", "w_stride", "low_stride", "factor_stride",
-            "blocksize",
+            "down_stride", "blocksize",
         )),
+        ("scale", ctypes.c_float),
         *((name, ctypes.c_int) for name in ("bits", "is_transposed", "adds", "threads")),
     ]  # fmt: skip
 
@@ -108,7 +111,7 @@ def _library() -> ctypes.CDLL:
     return declared(library(Path(__file__).with_suffix(".cpp")), {"product": "p"}, Job=_Job)
 
 
-def _product(x: torch.Tensor, weight: Stored, is_transposed: bool, out: torch.Tensor, adds: bool, low: tuple | None):
+def _product(x: torch.Tensor, weight: Stored, is_transposed: bool, out: torch.Tensor, adds: bool, low: Low | None):
     """out (N, columns) = x Wᵀ + l Bᵀ, or x W + l A, or that added to out."""
     stride, blocksize, scales, code = weight.shape[1], 0, None, None
     if isinstance(weight, Quantized4bit):
@@ -117,19 +120,23 @@ def _product(x: torch.Tensor, weight: Stored, is_transposed: bool, out: torch.Te
         bits, numbers, scales = 8, weight.numbers, weight.scales
     else:
         bits, numbers, stride = 16, weight, weight.stride(0)
-    left, factor = low or (None, None)
-    rank, *strides = (0, 0, 0) if low is None else (left.shape[1], left.stride(0), factor.stride(0))
-    pointers = (None if t is None else t.data_ptr() for t in (x, out, numbers, scales, code, left, factor))
+    left, factor, down, scale, rank = None, None, None, 1.0, 0
+    if isinstance(low, Update):
+        (down, factor, scale), rank = low, low.A.shape[0]
+    elif low is not None:
+        (left, factor), rank = low, low[0].shape[1]
+    pointers = (None if t is None else t.data_ptr() for t in (x, out, numbers, scales, code, left, factor, down))
+    strides = (0 if t is None else t.stride(0) for t in (left, factor, down))
     _library().product(ctypes.byref(_Job(
-        *pointers, *x.shape, out.shape[1], rank, x.stride(0), out.stride(0), stride, *strides, blocksize, bits,
+        *pointers, *x.shape, out.shape[1], rank, x.stride(0), out.stride(0), stride, *strides, blocksize, scale, bits,
         is_transposed, adds, torch.get_num_threads(),
     )))  # fmt: skip
 
 
 def _lies(matrix: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether it lies as it can be read and written here."""
-    is_in_rows = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
-    return matrix.device.type == "cpu" and matrix.dtype == dtype and is_in_rows
+    is_in_rows = matrix.is_contiguous() or matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
+    return matrix.is_cpu and matrix.dtype == dtype and is_in_rows
 
 
 def _is_whole(weight: Quantized4bit | Quantized8bit) -> bool:
@@ -142,11 +149,19 @@ def _is_whole(weight: Quantized4bit | Quantized8bit) -> bool:
     return all(x.numel() == count and x.is_contiguous() and x.device.type == "cpu" for x, count in parts.items())
 
 
-def _factors(left: torch.Tensor, factor: torch.Tensor, N: int, columns: int, is_transposed: bool) -> tuple:
-    """l (N, R) and B (columns, R), or A (R, columns), float32 in rows: as they are, or copied."""
+def _checked(low: Low, x: torch.Tensor, columns: int, is_transposed: bool) -> Low:
+    """l (N, R) and B (columns, R), or A (R, columns); of few rows an `Update` as it is. float32 in rows, or copied."""
+    N, K = x.shape
+    if isinstance(low, Update) and N <= FEW:
+        R = low.A.shape[0]
+        return Update(_in_rows("A", low.A, (R, K)), _in_rows("B", low.B, (columns, R)), low.scale)
+    left, factor = made(low, x)
     R = left.shape[-1]
-    shapes = (N, R), (columns, R) if is_transposed else (R, columns)
-    for name, matrix, shape in zip(("l", "factor"), (left, factor), shapes, strict=True):
-        if matrix.shape != shape or matrix.dtype != torch.float32 or matrix.device.type != "cpu":
-            raise ValueError(f"{name}: {matrix.dtype} {tuple(matrix.shape)} on {matrix.device}, not float32 {shape}")
-    return tuple(matrix if _lies(matrix, torch.float32) else matrix.contiguous() for matrix in (left, factor))
+    shape = (columns, R) if is_transposed else (R, columns)
+    return _in_rows("l", left, (N, R)), _in_rows("factor", factor, shape)
+
+
+def _in_rows(name: str, matrix: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    if matrix.shape != shape or matrix.dtype != torch.float32 or not matrix.is_cpu:
+        raise ValueError(f"{name}: {matrix.dtype} {tuple(matrix.shape)} on {matrix.device}, not float32 {shape}")
+    return matrix if _lies(matrix, torch.float32) else matrix.contiguous()

@@ -2,21 +2,39 @@
 
 An op may have a `LeftSide` of its own for matrices as they are stored (`Ops.left_side`)."""
 
+from typing import NamedTuple
+
 import torch
 
 from mini_forge.model.allocation import fresh
 
 
+class Update(NamedTuple):
+    """s x Aᵀ Bᵀ, to be added to x Wᵀ: A (R, in), B (out, R) in x's dtype. An op may make both products at once, where
+    l = s x Aᵀ (N, R) is not needed later on and x has few rows."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scale: float
+
+    def low(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """l and B."""
+        return (x @ self.A.t()).mul_(self.scale), self.B
+
+
+Low = tuple[torch.Tensor, torch.Tensor] | Update
+
+
 class LeftSide:
     """x (N, K) of products with frozen matrices: what an op may prepare once, for all of them.
 
-    low: l (N, R) and a thin factor, whose product is added: l Fᵀ for F (out, R), or l F for F (R, in). With l or F = 0
-    no bit of the result is another. onto: what all is added to, in place."""
+    low: l (N, R) and a thin factor, whose product is added: l Fᵀ for F (out, R), or l F for F (R, in); or an `Update`,
+    beside x Wᵀ. With l or F = 0 no bit of the result is another. onto: what all is added to, in place."""
 
     def __init__(self, x: torch.Tensor):
         self.x = x
 
-    def product_t(self, weight: torch.Tensor, onto: torch.Tensor | None = None, low: tuple | None = None):
+    def product_t(self, weight: torch.Tensor, onto: torch.Tensor | None = None, low: Low | None = None):
         """x Wᵀ, (N, out). weight (out, K)."""
         return self._multiply(weight.t(), onto, low, True)
 
@@ -26,7 +44,12 @@ class LeftSide:
 
     def _multiply(self, weight, onto, low, is_transposed) -> torch.Tensor:
         out = self.x @ weight if onto is None else onto.addmm_(self.x, weight)
-        return out if low is None else low_product(low, is_transposed, out)
+        return out if low is None else low_product(made(low, self.x), is_transposed, out)
+
+
+def made(low: Low, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """l and its factor."""
+    return low.low(x) if isinstance(low, Update) else low
 
 
 def low_product(low: tuple[torch.Tensor, torch.Tensor], is_transposed: bool, onto: torch.Tensor | None) -> torch.Tensor:

@@ -143,6 +143,7 @@ class LoRAStack(nn.Module):
 
 
 ADAPTED = (LoRALinear, LoRAStack)
+KINDS = (LoRALinear, *get_args(Linear))  # whose products may be made from their weights
 
 
 def project(x: torch.Tensor, *layers: nn.Module, make: nn.Module | None = None) -> Sequence[torch.Tensor]:
@@ -187,9 +188,11 @@ def is_adapted(*layers: nn.Module) -> bool:
 
 def _is_as_made(layer: nn.Module) -> bool:
     """Whether a layer does what its weights say and nobody is told of its calls: no hooks, no forward of another."""
-    kind = next((kind for kind in (LoRALinear, *get_args(Linear)) if isinstance(layer, kind)), None)
-    is_ours = kind is not None and type(layer).forward is kind.forward and not _is_hooked(layer)
-    return is_ours and (kind is not LoRALinear or _is_as_made(layer.base))
+    for kind in KINDS:
+        if isinstance(layer, kind):
+            is_ours = type(layer).forward is kind.forward and not _is_hooked(layer)
+            return is_ours and (kind is not LoRALinear or _is_as_made(layer.base))
+    return False
 
 
 def _is_hooked(module: nn.Module) -> bool:

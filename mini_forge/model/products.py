@@ -16,9 +16,12 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from mini_forge.model.left_side import Update
 from mini_forge.model.low_rank import Seed, kept_scale
 from mini_forge.model.ops import Differentiable
 from mini_forge.model.quant import frozen_gradient, frozen_products
+
+FEW = 8  # rows of x that are not read together for the low-rank products of all layers
 
 
 def adapted_products(
@@ -39,12 +42,23 @@ def adapted_products(
         with torch.autocast(sources[0].device.type, enabled=False):
             return adapted_products(make, sources, layers, seeds, factors)
     if not torch.is_grad_enabled():  # as in generation, token by token: a function of autograd's costs more than a norm
-        return _products(make, sources, layers, seeds, factors)[0]
+        return _without_gradients(make, sources, layers, seeds, factors)
     return _AdaptedProducts.apply(make, layers, seeds, len(sources), *sources, *factors)
 
 
 def lora_factors(layers: Sequence[nn.Module]) -> list[nn.Parameter]:
     return [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
+
+
+def _without_gradients(make, sources, layers, seeds, factors) -> tuple[torch.Tensor, ...]:
+    x = make(*sources) if make else sources[0]
+    flat = x.reshape(-1, x.shape[-1])
+    if any(seeds) or flat.shape[0] > FEW:
+        return _products(None, (x,), layers, seeds, factors)[0]
+    factors = [factor.to(x.dtype) for factor in factors]
+    updates = map(Update, factors[::2], factors[1::2], _scales(layers, seeds))
+    outs = frozen_products(flat, [layer.base for layer in layers], list(updates))
+    return tuple(out.view(*x.shape[:-1], out.shape[1]) for out in outs)
 
 
 def _products(make, sources, layers, seeds, factors) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:

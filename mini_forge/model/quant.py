@@ -29,7 +29,7 @@ from mini_forge.model.fourbit import (
     dynamic_map,
     quantize_4bit,
 )
-from mini_forge.model.left_side import LeftSide, low_product
+from mini_forge.model.left_side import LeftSide, Low, low_product, made
 
 __all__ = [
     "Linear16bit", "Linear4bit", "Linear8bit", "Quantized4bit", "Quantized8bit", "backend",
@@ -225,9 +225,7 @@ def is_used_as_stored(layer: Linear, x: torch.Tensor) -> bool:
     return x.dtype == layer.compute_dtype == torch.float32 and x.device.type == "cpu"
 
 
-def frozen_products(
-    x: torch.Tensor, layers: Sequence[Linear], lows: Sequence[tuple] | None = None
-) -> list[torch.Tensor]:
+def frozen_products(x: torch.Tensor, layers: Sequence[Linear], lows: Sequence[Low] | None = None) -> list[torch.Tensor]:
     """x Wᵀ + b (N, out) of linear layers that share x (N, in), in their compute_dtype (a dense one's: x's), returned in
     x's dtype. lows: of each layer, what `LeftSide` calls low.
 
@@ -239,7 +237,7 @@ def frozen_products(
             outs.append(left.product_t(layer.stored, _biases(x, layer), low))
         else:
             out = _product(x, layer)
-            outs.append(out if low is None else low_product(low, True, out))
+            outs.append(out if low is None else low_product(made(low, x), True, out))
     return outs
 
 
