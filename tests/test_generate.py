@@ -9,6 +9,7 @@ from mini_forge.data.chat import choose_template
 from mini_forge.errors import CheckpointError, ConfigError
 from mini_forge.inference.chat import chat_loop
 from mini_forge.inference.generate import TextStream, evaluating, generate, sample, spelled_end, until
+from mini_forge.model.cache import KVCache, read_prompts
 from tests.fake_model import TableModel, chain, says
 from tests.tiny import random_model
 from tests.toy_tokenizer import byte_level, pieces
@@ -68,6 +69,21 @@ def test_cached_generation_of_unequal_prompts_equals_the_argmax_of_full_forward_
             ids.append(int(model.logits(torch.tensor([ids]))[0, -1].argmax()))
         expected.append(ids[len(prompt) :])
     assert generate(model, prompts, max_new_tokens=12) == expected
+
+
+def test_room_in_a_cache_that_is_not_used_is_not_read():
+    """However many tokens may still come, a token costs the same and no bit of it is another."""
+    model, found = random_model(), []
+    prompts, lengths = [[1, 2, 3, 4], [5, 6]], torch.tensor([4, 2])
+    for capacity in (5, 500):
+        cache = KVCache(model, 2, capacity)
+        for layer in cache.layers:
+            layer.key[:, 5:] = layer.value[:, 5:] = torch.nan
+        with torch.no_grad():
+            hidden = read_prompts(model, prompts, lengths, cache)
+            after = model(torch.tensor([[7], [8]]), position=lengths[:, None], cache=cache)
+        found.append(torch.cat((hidden, after[:, 0])))
+    assert found[0].isfinite().all() and torch.equal(*found)
 
 
 def test_each_token_is_reported_as_it_is_made():

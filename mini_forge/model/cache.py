@@ -8,6 +8,24 @@ from mini_forge.model.masks import cache_attends
 from mini_forge.model.spec import DecoderSpec, LayerSpec
 
 
+class Places:
+    """Where a pass's new tokens are kept and which slots they look at: the same for all layers. position (B, T)."""
+
+    def __init__(self, position: torch.Tensor):
+        self.position = position
+        self.row = torch.arange(len(position), device=position.device)[:, None]
+        # What is beyond is not read: where much room is left, that would cost more than all else of a token's pass.
+        self.reach = int(position.max()) + 1
+        self._attends = {}
+
+    def attends(self, layer: LayerSpec) -> torch.Tensor:
+        """(B, T, reach) bool: see `cache_attends`."""
+        kind = layer.window, layer.chunk
+        if kind not in self._attends:
+            self._attends[kind] = cache_attends(self.position, self.reach, *kind)
+        return self._attends[kind]
+
+
 class LayerCache:
     """Keys and values of one layer, (B, S, K, C); slot s of a row holds its position s."""
 
@@ -15,15 +33,14 @@ class LayerCache:
         shape = (batch, slots, spec.kv_heads, spec.head_size)
         self.key, self.value = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
 
-    def attend(self, query, key, value, position, layer: LayerSpec, scale, sinks) -> torch.Tensor:
-        """Store the new keys and values (N, K, C) at `position` (B, T), then attend from query (N, H, C)."""
-        B, T = position.shape
-        row = torch.arange(B, device=position.device)[:, None]
-        self.key[row, position] = key.unflatten(0, (B, T))
-        self.value[row, position] = value.unflatten(0, (B, T))
-        attends = cache_attends(position, self.key.shape[1], layer.window, layer.chunk)
-        query = query.unflatten(0, (B, T))
-        return cached_attention(query, self.key, self.value, attends, scale, sinks).flatten(0, 1)
+    def attend(self, query, key, value, places: Places, layer: LayerSpec, scale, sinks) -> torch.Tensor:
+        """Store the new keys and values (N, K, C) at their places, then attend from query (N, H, C)."""
+        shape = places.position.shape
+        self.key[places.row, places.position] = key.unflatten(0, shape)
+        self.value[places.row, places.position] = value.unflatten(0, shape)
+        known = (kept[:, : places.reach] for kept in (self.key, self.value))
+        query = query.unflatten(0, shape)
+        return cached_attention(query, *known, places.attends(layer), scale, sinks).flatten(0, 1)
 
 
 class KVCache:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mini_forge.errors import ConfigError
 from mini_forge.model import functional
-from mini_forge.model.cache import KVCache, LayerCache
+from mini_forge.model.cache import KVCache, LayerCache, Places
 from mini_forge.model.experts import MixtureOfExperts, Routing
 from mini_forge.model.lora import Factors, is_adapted, is_frozen, project, project_again, project_unit
 from mini_forge.model.masks import Documents, document_positions
@@ -87,7 +87,7 @@ class Attention(nn.Module):
         if cache is None:
             mixed = self._attend(query, key, value, stream.documents)
         else:
-            mixed = cache.attend(query, key, value, stream.cache_position, self.layer, self.scale, self.sinks)
+            mixed = cache.attend(query, key, value, stream.places, self.layer, self.scale, self.sinks)
         return self.o_proj(_rows(mixed.flatten(-2), rows))
 
     def _project(self, x, norm):
@@ -201,13 +201,13 @@ def _rows(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
 @dataclass(frozen=True)
 class Stream:
     """What all layers share in one forward pass: rotations cos, sin (N, C) by name, query temperatures (N,), document
-    bounds or cache positions (B, T), in training the list to which layers with experts append their Routing, and
+    bounds or places in a cache, in training the list to which layers with experts append their Routing, and
     whether the backward makes the MLPs' activations again."""
 
     rotations: dict[str, tuple[torch.Tensor, torch.Tensor]]
     temperature: torch.Tensor | None
     documents: Documents | None
-    cache_position: torch.Tensor | None
+    places: Places | None
     routings: list[Routing] | None = None
     recompute_mlp: bool = False
 
@@ -320,7 +320,8 @@ class Decoder(nn.Module):
         rotations = {name: rope(flat, dtype) for name, rope in self.ropes.items()}
         routings = [] if self.training and self.spec.experts is not None else None
         recompute_mlp = self.recompute == "selective" and self.training and torch.is_grad_enabled()
-        return Stream(rotations, temperature, documents, position if is_cached else None, routings, recompute_mlp)
+        places = Places(position) if is_cached else None
+        return Stream(rotations, temperature, documents, places, routings, recompute_mlp)
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """(…, D) hidden states → (…, V) float32 logits."""
