@@ -380,12 +380,12 @@ def cache_bytes(spec: DecoderSpec, rollouts: Rollouts, job: Job) -> int:
 
 
 def sampling_bytes(spec: DecoderSpec, rollouts: Rollouts, job: Job) -> int:
-    """While prompts are read, each padded to the longest: a layer's MLP, or its attention with a mask; while tokens are
-    drawn: logits, their log-softmax, its exponential and what it is drawn with."""
-    tokens = rollouts.count * rollouts.prompt
-    mask = tokens * (rollouts.prompt + rollouts.new) * (1 + job.width)
-    attention = tokens * 6 * spec.hidden_size * job.width + mask
-    return max(forward_bytes(spec, tokens, job), attention, rollouts.count * spec.vocab_size * 4 * 4)
+    """While prompts are read, padded to the longest: masks, and a layer's MLP, or its attention with a mask of numbers;
+    while tokens are drawn: logits, their log-softmax, its exponential and what it is drawn with."""
+    tokens, kinds = rollouts.count * rollouts.prompt, {(layer.window, layer.chunk) for layer in spec.layers}
+    attention = tokens * (6 * spec.hidden_size + rollouts.prompt) * job.width
+    reading = tokens * rollouts.prompt * len(kinds) + max(forward_bytes(spec, tokens, job), attention)
+    return max(reading, rollouts.count * spec.vocab_size * 4 * 4)
 
 
 def experience_bytes(rollouts: Rollouts) -> int:

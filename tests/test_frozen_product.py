@@ -148,7 +148,7 @@ def test_a_low_rank_term_is_added(unit, rank, N, K, out, adds):
 def test_an_update_is_made_of_its_factors(unit, form, rank, N, adds):
     K, out, scale = 70, 50, 0.3
     weight, exact = stored(form, drawn(out, K, seed=2))
-    x, A, B = drawn(N, 2 * K)[:, K:], drawn(K, rank, seed=4).t(), drawn(out, rank, seed=5)
+    x, A, B = drawn(N, 2 * K)[:, K:], drawn(rank, 2 * K, seed=4)[:, K:], drawn(out, 2 * rank, seed=5)[:, rank:]
     expected = x.double() @ exact.t() + scale * (x.double() @ A.double().t()) @ B.double().t() + adds
     ones = [torch.ones(N, out) if adds else None for _ in range(2)]
     found = StoredLeftSide(x).product_t(weight, ones[0], Update(A, B, scale))
@@ -212,11 +212,13 @@ def test_the_same_bits_wherever_a_tensor_lies(unit):
 
 @pytest.mark.parametrize("N", [1, 5, 40, 300])
 def test_threads_share_the_work_and_change_no_bit(unit, N, monkeypatch):
-    x, weight = drawn(N, 100), drawn(333, 100, seed=1).bfloat16()
-    expected = StoredLeftSide(x).product_t(weight)
+    x, weight = drawn(N, 300), drawn(333, 300, seed=1).bfloat16()
+    update = Update(drawn(20, 300, seed=2), drawn(333, 20, seed=3), 0.5)
+    expected, changed = (StoredLeftSide(x).product_t(weight, None, low) for low in (None, update))
     for threads in (1, 2, 3, 4, 6, 7, 16):  # more than there are cores, too
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert torch.equal(StoredLeftSide(x).product_t(weight), expected)
+        assert torch.equal(StoredLeftSide(x).product_t(weight, None, update), changed)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -263,9 +265,14 @@ def test_factors_of_a_low_rank_term_may_lie_in_columns_but_not_be_others(unit):
             with pytest.raises(ValueError, match=f"^{name}: "):
                 StoredLeftSide(x).product_t(weight, low=pair)
     A = drawn(R, K)
-    for name, pair in {"A": (A[:, 1:], B), "B": (A, B[1:]), "A ": (A.double(), B)}.items():
-        with pytest.raises(ValueError, match=f"^{name.strip()}: "):
-            StoredLeftSide(x[:2]).product_t(weight, low=Update(*pair, 1.0))
+    wrong = {"A": [(A[:, 1:], B), (A.double(), B)], "B": [(A, B[1:])]}
+    for name, pairs in wrong.items():
+        for pair in pairs:
+            for rows in (2, N):
+                with pytest.raises(ValueError, match=f"^{name}: "):
+                    StoredLeftSide(x[:rows]).product_t(weight, low=Update(*pair, 1.0))
+    with pytest.raises(ValueError, match="^low: an Update stands beside x Wᵀ alone"):
+        StoredLeftSide(grad[:2]).product(weight, low=Update(A, B, 1.0))
 
 
 def test_quantized_weights_that_are_a_part_of_others_are_refused(unit):
@@ -559,6 +566,23 @@ def test_an_adapter_of_zeros_changes_no_bit(unit, kind, dtype, rows, has_bias):
     adapted.enabled = False
     with torch.no_grad():
         assert torch.equal(project(x, adapted)[0], expected)
+
+
+@pytest.mark.parametrize("rows", [1, FEW, FEW + 1])
+def test_an_adapted_layer_gives_the_same_bits_with_and_without_gradients(unit, rows):
+    """A policy and its reference that begins as the same adapter; a block and its recomputation."""
+    layers = [LoRALinear(linear("bfloat16", drawn(n, 96), None), LoraSpec(4, 6)) for n in (40, 130)]
+    for layer in layers:
+        layer.lora_B.data.copy_(drawn(*layer.lora_B.shape))
+    x, factors = drawn(rows, 96, seed=1), [f for layer in layers for f in (layer.lora_A, layer.lora_B)]
+    with torch.no_grad():
+        expected = project(x, *layers)
+    outs = project(x, *layers)
+    assert all(map(torch.equal, outs, expected))
+    grads = torch.autograd.grad(sum(out.square().sum() for out in outs), factors)
+    plain = [x @ layer.base.dequantized().t() + 1.5 * x @ layer.lora_A.t() @ layer.lora_B.t() for layer in layers]
+    for found, want in zip(grads, torch.autograd.grad(sum(out.square().sum() for out in plain), factors), strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
 
 
 @pytest.mark.parametrize("is_adapted", [False, True])

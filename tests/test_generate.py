@@ -9,7 +9,7 @@ from mini_forge.data.chat import choose_template
 from mini_forge.errors import CheckpointError, ConfigError
 from mini_forge.inference.chat import chat_loop
 from mini_forge.inference.generate import TextStream, evaluating, generate, sample, spelled_end, until
-from mini_forge.model.cache import KVCache, read_prompts
+from mini_forge.model.cache import KVCache, Memory, read_prompts
 from tests.fake_model import TableModel, chain, says
 from tests.tiny import random_model
 from tests.toy_tokenizer import byte_level, pieces
@@ -84,6 +84,40 @@ def test_room_in_a_cache_that_is_not_used_is_not_read():
             after = model(torch.tensor([[7], [8]]), position=lengths[:, None], cache=cache)
         found.append(torch.cat((hidden, after[:, 0])))
     assert found[0].isfinite().all() and torch.equal(*found)
+
+
+def test_a_text_that_goes_on_is_not_read_again():
+    model, memory = chain(9, _1=2, _2=3, _3=4, _4=5, _7=1), Memory()
+    assert generate(model, [[8, 1]], max_new_tokens=2, memory=memory) == [[2, 3]]
+    assert generate(model, [[8, 1, 2, 3]], max_new_tokens=1, memory=memory) == [[4]]  # 3 was said, and not read
+    assert generate(model, [[8, 1, 2, 7, 1]], max_new_tokens=1, memory=memory) == [[2]]  # another text from 7 on
+    assert generate(model, [[8, 1]], max_new_tokens=1, memory=memory) == [[2]]  # all of it known; the last is read
+    read = [(ids[0].tolist(), position[0].tolist()) for ids, position, _ in model.calls]
+    assert read == [([8, 1], [0, 1]), ([2], [2]), ([3], [3]), ([7, 1], [3, 4]), ([1], [1])]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4}],
+    ids=["full", "window"],
+)
+def test_a_text_goes_on_as_if_it_were_read_anew(changes):
+    """Longer and longer, so that the cache must grow; an earlier part of it changed; broken off amid a reply."""
+    model, memory, text = random_model(**changes), Memory(), [1, 2, 3]
+    for turn in range(4):
+        [reply] = generate(model, [text], max_new_tokens=4, memory=memory)
+        assert [reply] == generate(model, [text], max_new_tokens=4)
+        text += [*reply, 5 + turn]
+    text[4] = 1 + text[4] % 7
+    assert generate(model, [text], max_new_tokens=4, memory=memory) == generate(model, [text], max_new_tokens=4)
+
+    def leave(_, token):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, [[*text, 9, 9]], max_new_tokens=4, on_token=leave, memory=memory)
+    text += [9, 8, 7]
+    assert generate(model, [text], max_new_tokens=4, memory=memory) == generate(model, [text], max_new_tokens=4)
 
 
 def test_each_token_is_reported_as_it_is_made():
@@ -314,8 +348,11 @@ def chat_with(tokenizer, model, *lines, template=None, system_prompt=None, max_n
 
 
 def spelled(tokenizer, model, call):
-    """The text of the prompt in one call of the model."""
-    return tokenizer.decode(model.calls[call][0][0].tolist(), skip_special=False)
+    """The text that the model has read with one call, that of calls before it that it goes on with included."""
+    seen = {}
+    for ids, position, _ in model.calls[: call + 1]:
+        seen |= zip(position[0].tolist(), ids[0].tolist(), strict=True)
+    return tokenizer.decode([seen[place] for place in range(int(position.max()) + 1)], skip_special=False)
 
 
 def echo(tokenizer, word, **options):
@@ -343,6 +380,8 @@ def test_chat_carries_the_conversation_on_in_the_template(tmp_path):
     assert spelled(tokenizer, model, first) == system + one
     two = "hey<|im_end|>\n<|im_start|>user\ngood day<|im_end|>\n<|im_start|>assistant\n"
     assert spelled(tokenizer, model, second) == system + one + two
+    read = [tokenizer.decode(model.calls[call][0][0].tolist(), skip_special=False) for call in (first, second)]
+    assert read == [system + one, two.removeprefix("hey")]  # what was read, or said, is not read again
 
 
 def test_chat_reset_forgets(tmp_path):

@@ -467,12 +467,13 @@ def test_the_cache_of_rollouts_is_as_large_as_predicted():
     assert made == cache_bytes(model.spec, Rollouts(2, 7, new), job_of()) == 2 * 12 * 3 * 2 * 2 * 8 * 4
 
 
-@pytest.mark.parametrize(("count", "prompt", "vocab_size"), [(8, 300, 300), (64, 4, 20000)])
-def test_sampling_holds_no_more_at_a_time_than_predicted(count, prompt, vocab_size):
-    """Once where reading the prompts takes most, once where drawing tokens does."""
+@pytest.mark.parametrize(("count", "prompt", "new", "vocab_size"),
+                         [(8, 300, 20, 300), (8, 300, 300, 300), (64, 4, 20, 20000)])  # fmt: skip
+def test_sampling_holds_no_more_at_a_time_than_predicted(count, prompt, new, vocab_size):
+    """Where reading the prompts takes most, and where drawing tokens does."""
     changes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "vocab_size": vocab_size}
-    model, rollouts = random_model(**changes), Rollouts(count, prompt, 20)
-    sampling = Sampling(20, 1.0, frozenset())
+    model, rollouts = random_model(**changes), Rollouts(count, prompt, new)
+    sampling = Sampling(new, 1.0, frozenset())
     prompts, draws = [[5] * prompt] * count, torch.Generator().manual_seed(0)
     measured = most_allocated(lambda: sample_responses(model, prompts, sampling, draws))
     predicted = cache_bytes(model.spec, rollouts, job_of()) + sampling_bytes(model.spec, rollouts, job_of())

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -92,6 +93,9 @@ def test_files_that_are_no_datasets_are_named(tmp_path):
     assert not is_large("x" * 300)
     with pytest.raises(DataError, match="is a directory"):
         read_rows(tmp_path)
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match="pipe.jsonl: is a pipe or a device"):
+        read_rows(tmp_path / "pipe.jsonl")
     for content in ("", "\n \n", "[]", "\ufeff"):
         with pytest.raises(DataError, match="no rows; write one JSON object a line"):
             read_rows(write(tmp_path, content))

@@ -94,15 +94,16 @@ struct FourBits {  // rows of `width` numbers, two a byte, the first in its uppe
 extern "C" {
 
 // out (rows, columns) = x w, or that added to out: x (rows, terms), w (terms, columns), of w (columns, terms) if
-// is_transposed; and, of rank > 0, low (rows, rank) times factor (rank, columns), likewise transposed. Where `down` (rank,
-// terms) is given, of few rows of x and a transposed w, low is scale x downᵀ. Strides count numbers, from row to row. w's
-// form: `bits` a number; `scales`, `code` and `blocksize` where it has them.
+// is_transposed; and, of rank > 0, low (rows, rank) times factor (rank, columns), likewise transposed. Where `before`
+// (rank, terms) is given, of few rows of x and a transposed w, low is scale x beforeᵀ. Strides count numbers, from row to
+// row. w's form: `bits` a number; `scales`, `code` and `blocksize` where it has them.
 struct Job {
   const float* x;
   float* out;
   const void* w;
-  const float *scales, *code, *low, *factor, *down;
-  long rows, terms, columns, rank, x_stride, out_stride, w_stride, low_stride, factor_stride, down_stride, blocksize;
+  const float *scales, *code, *low, *factor, *before;
+  long rows, terms, columns, rank, x_stride, out_stride, w_stride, low_stride, factor_stride, before_stride,
+      blocksize;
   float scale;
   int bits, is_transposed, adds, threads;
 };
@@ -236,11 +237,19 @@ struct Product {
   void dot_products() const {
     const float* rows[COUNT];
     for (long i = 0; i < COUNT; i++) rows[i] = job.x + std::min(i, job.rows - 1) * job.x_stride;
+    float made[COUNT][MOST_RANK];
+    const float* lows[COUNT];
+    for (long i = 0; i < COUNT; i++)
+      lows[i] = job.before ? made[i] : job.low + std::min(i, job.rows - 1) * job.low_stride;
+    const Float32 before = {job.before, job.before_stride};
 #pragma omp parallel num_threads(job.threads) if (job.terms * job.columns > LEAST)
     {
-      float made[COUNT][MOST_RANK];  // by each thread for itself: it is little
-      const float* lows[COUNT];
-      find_lows(rows, made, lows);
+#pragma omp for schedule(static)
+      for (long r = 0; r < (job.before ? job.rank : 0); r++) {
+        floats sums[COUNT] = {};
+        add(sums, rows, before, r, job.terms);
+        for (long i = 0; i < COUNT; i++) made[i][r] = job.scale * sum(sums[i]);
+      }
 #pragma omp for schedule(static)
       for (long column = 0; column < job.columns; column++) {
         floats sums[COUNT] = {};
@@ -251,17 +260,6 @@ struct Product {
           at = job.adds ? at + sum(sums[i]) : sum(sums[i]);
         }
       }
-    }
-  }
-
-  template <long COUNT>
-  void find_lows(const float* const (&rows)[COUNT], float (&made)[COUNT][MOST_RANK], const float* (&lows)[COUNT]) const {
-    for (long i = 0; i < COUNT; i++) lows[i] = job.down ? made[i] : job.low + std::min(i, job.rows - 1) * job.low_stride;
-    if (!job.down) return;
-    for (long r = 0; r < job.rank; r++) {
-      floats sums[COUNT] = {};
-      add(sums, rows, Float32{job.down, job.down_stride}, r, job.terms);
-      for (long i = 0; i < COUNT; i++) made[i][r] = job.scale * sum(sums[i]);
     }
   }
 

@@ -25,7 +25,7 @@ import torch
 
 from mini_forge.model.allocation import fresh
 from mini_forge.model.fourbit import Quantized4bit
-from mini_forge.model.left_side import LeftSide, Low, Update, low_product, made
+from mini_forge.model.left_side import LeftSide, Low, Update, low_and_factor, low_product
 from mini_forge.model.quant import Quantized8bit
 from mini_forge_kernels import amx_product
 from mini_forge_kernels.compiled import declared, library, named, why_not
@@ -77,9 +77,9 @@ class StoredLeftSide(LeftSide):
         if onto is not None and not (onto.shape == (N, columns) and _lies(onto, torch.float32)):
             raise ValueError(f"onto: {onto.dtype} {tuple(onto.shape)} of strides {onto.stride()}, not {(N, columns)}")
         low = None if low is None else _checked(low, self.x, columns, is_transposed)
-        uses_amx = is_dense and N > FEW and amx_product.reason_not() is None
+        uses_amx = is_dense and (N > FEW or not is_transposed) and amx_product.reason_not() is None
         if low is not None and (uses_amx or low[1].shape[is_transposed] > MOST_RANK or not K):
-            onto, low = low_product(made(low, self.x), is_transposed, onto), None
+            onto, low = low_product(low_and_factor(low, self.x), is_transposed, onto), None
         out = fresh((N, columns), torch.float32, self.x.device) if onto is None else onto
         if 0 in (N, columns, K):
             return out if onto is not None else out.zero_()
@@ -96,10 +96,10 @@ class _Job(ctypes.Structure):
     """Fields as in frozen_product.cpp's Job."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "out", "w", "scales", "code", "low", "factor", "down")),
+        *((name, ctypes.c_void_p) for name in ("x", "out", "w", "scales", "code", "low", "factor", "before")),
         *((name, ctypes.c_long) for name in (
             "rows", "terms", "columns", "rank", "x_stride", "out_stride", "w_stride", "low_stride", "factor_stride",
-            "down_stride", "blocksize",
+            "before_stride", "blocksize",
         )),
         ("scale", ctypes.c_float),
         *((name, ctypes.c_int) for name in ("bits", "is_transposed", "adds", "threads")),
@@ -120,13 +120,13 @@ def _product(x: torch.Tensor, weight: Stored, is_transposed: bool, out: torch.Te
         bits, numbers, scales = 8, weight.numbers, weight.scales
     else:
         bits, numbers, stride = 16, weight, weight.stride(0)
-    left, factor, down, scale, rank = None, None, None, 1.0, 0
+    left, factor, before, scale, rank = None, None, None, 1.0, 0
     if isinstance(low, Update):
-        (down, factor, scale), rank = low, low.A.shape[0]
+        (before, factor, scale), rank = low, low.A.shape[0]
     elif low is not None:
         (left, factor), rank = low, low[0].shape[1]
-    pointers = (None if t is None else t.data_ptr() for t in (x, out, numbers, scales, code, left, factor, down))
-    strides = (0 if t is None else t.stride(0) for t in (left, factor, down))
+    pointers = (None if t is None else t.data_ptr() for t in (x, out, numbers, scales, code, left, factor, before))
+    strides = (0 if t is None else t.stride(0) for t in (left, factor, before))
     _library().product(ctypes.byref(_Job(
         *pointers, *x.shape, out.shape[1], rank, x.stride(0), out.stride(0), stride, *strides, blocksize, scale, bits,
         is_transposed, adds, torch.get_num_threads(),
@@ -152,10 +152,13 @@ def _is_whole(weight: Quantized4bit | Quantized8bit) -> bool:
 def _checked(low: Low, x: torch.Tensor, columns: int, is_transposed: bool) -> Low:
     """l (N, R) and B (columns, R), or A (R, columns); of few rows an `Update` as it is. float32 in rows, or copied."""
     N, K = x.shape
-    if isinstance(low, Update) and N <= FEW:
+    if isinstance(low, Update):
+        if not is_transposed:
+            raise ValueError("low: an Update stands beside x Wᵀ alone")
         R = low.A.shape[0]
-        return Update(_in_rows("A", low.A, (R, K)), _in_rows("B", low.B, (columns, R)), low.scale)
-    left, factor = made(low, x)
+        low = Update(_in_rows("A", low.A, (R, K)), _in_rows("B", low.B, (columns, R)), low.scale)
+        return low if N <= FEW else low_and_factor(low, x)
+    left, factor = low
     R = left.shape[-1]
     shape = (columns, R) if is_transposed else (R, columns)
     return _in_rows("l", left, (N, R)), _in_rows("factor", factor, shape)

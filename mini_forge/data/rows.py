@@ -87,6 +87,8 @@ def _lines(path, problems: list[tuple[int, str]]) -> Iterator[str]:
     try:
         if path.is_dir():
             raise DataError(f"{path}: is a directory; dataset must be a JSONL or JSON file")
+        if path.exists() and not path.is_file():  # to open one may wait for ever, and a dataset is read more than once
+            raise DataError(f"{path}: is a pipe or a device; dataset must be a JSONL or JSON file")
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from mini_forge.data.chat import Template
 from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.inference.generate import TextStream, check_sampling, generate, spelled_end
+from mini_forge.model.cache import Memory
 from mini_forge.model.decoder import Decoder
 
 
@@ -45,6 +46,7 @@ class _Conversation:
     system_prompt: str | None
     write: Callable[..., object]
     messages: list[dict] = field(default_factory=list)
+    memory: Memory = field(default_factory=Memory)
 
     def reply(self, line: str, max_new_tokens: int, sampling: dict):
         """Add the user's turn and the model's, and show the latter as it is made."""
@@ -68,6 +70,7 @@ class _Conversation:
             stop_ids=self.template.stop_ids(self.tokenizer),
             allowed=lambda *_: [] if stream.ended else None,
             on_token=lambda _, token: show(stream.push(token)),
+            memory=self.memory,
             **sampling,
         )
         show(stream.finish())

@@ -8,7 +8,7 @@ import torch
 from mini_forge.data.chat import Template
 from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.errors import CheckpointError, ConfigError
-from mini_forge.model.cache import KVCache, read_prompts
+from mini_forge.model.cache import KVCache, Memory, read_prompts
 from mini_forge.model.decoder import Decoder, evaluating
 
 Allowed = Callable[[int, list[int]], list[int] | None]
@@ -26,14 +26,16 @@ def generate(
     generator: torch.Generator | None = None,
     allowed: Allowed | None = None,
     on_token: Callable[[int, int], object] | None = None,
+    memory: Memory | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, without the stop token: a row shorter than `max_new_tokens` was stopped.
 
     prompts: token ids, of any lengths. `allowed(row, new_tokens)` gives the ids that may come next, None for all of
     them, an empty list to end the row. `on_token(row, id)` is called for each new token as it is made. `generator`
     may live on another device than the model. Rows that have ended are computed along but ignored, so no row's draws
-    depend on when another ends. Raises ConfigError for an option out of range, CheckpointError for logits that are not
-    finite."""
+    depend on when another ends. memory: of one prompt's text that goes on from call to call; what
+    of it was read or made before is not read again. Raises ConfigError for an option out of range, CheckpointError for
+    logits that are not finite."""
     check_sampling(max_new_tokens, temperature, top_k, top_p)
     if any(len(prompt) == 0 for prompt in prompts):
         raise ConfigError("prompt: has no tokens; give at least one")
@@ -43,8 +45,15 @@ def generate(
         return rows
     with evaluating(model):
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-        cache = KVCache(model, len(rows), int(lengths.max()) + max_new_tokens)
-        hidden = read_prompts(model, prompts, lengths, cache)  # (B, D)
+        capacity = int(lengths.max()) + max_new_tokens
+        if memory is None:
+            cache, known = KVCache(model, len(rows), capacity), 0
+        else:
+            [prompt] = prompts
+            cache, known = memory.open(model, prompt, capacity)
+        hidden = read_prompts(model, prompts, lengths, cache, known)  # (B, D)
+        if memory is not None:
+            memory.ids = list(prompt)
         for step in range(max_new_tokens):
             logits = _finite(model.head(hidden))
             if allowed is not None:
@@ -54,6 +63,8 @@ def generate(
             if not running or step == max_new_tokens - 1:
                 break
             hidden = model(ids[:, None], position=(lengths + step)[:, None], cache=cache)[:, 0]
+            if memory is not None:
+                memory.ids += ids.tolist()
     return rows
 
 

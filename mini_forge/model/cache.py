@@ -1,5 +1,8 @@
 """Keys and values kept while text is generated."""
 
+from collections.abc import Sequence
+from itertools import takewhile
+
 import torch
 from torch import nn
 
@@ -54,12 +57,35 @@ class KVCache:
         self.layers = [LayerCache(batch, capacity, model.spec, model.dtype, model.device) for _ in model.spec.layers]
 
 
-def read_prompts(model: nn.Module, prompts: list[list[int]], lengths: torch.Tensor, cache: KVCache) -> torch.Tensor:
-    """Fill an empty cache with prompts of `lengths` (B,), padded on the right.
+class Memory:
+    """A text that goes on, as a conversation does: of the next prompt only what is new is read."""
+
+    def __init__(self):
+        self.ids: list[int] = []  # whose keys and values the cache holds
+        self.cache: KVCache | None = None
+
+    def open(self, model: nn.Module, prompt: Sequence[int], capacity: int) -> tuple[KVCache, int]:
+        """A cache with at least that room, and how many of the prompt's tokens it holds; the last is always read."""
+        same = (a == b for a, b in zip(self.ids, prompt[:-1], strict=False))
+        known = sum(takewhile(bool, same))
+        if self.cache is None or self.cache.capacity < capacity:
+            cache = KVCache(model, 1, capacity)
+            for new, old in zip(cache.layers, self.cache.layers if self.cache else (), strict=False):
+                new.key[:, :known], new.value[:, :known] = old.key[:, :known], old.value[:, :known]
+            self.cache = cache
+        self.ids = list(prompt[:known])
+        return self.cache, known
+
+
+def read_prompts(
+    model: nn.Module, prompts: list[list[int]], lengths: torch.Tensor, cache: KVCache, known: int = 0
+) -> torch.Tensor:
+    """Fill a cache, of which each row holds the first `known` tokens of its prompt, with the rest of prompts of
+    `lengths` (B,), padded on the right.
 
     Returns the hidden state of each row's last token, (B, D)."""
     longest = int(lengths.max())
     padded = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=model.device)
     position = torch.arange(longest, device=model.device).expand_as(padded)
-    hidden = model(padded, position=position, cache=cache)  # (B, T, D)
-    return hidden[torch.arange(len(prompts), device=model.device), lengths - 1]
+    hidden = model(padded[:, known:], position=position[:, known:], cache=cache)  # (B, T, D)
+    return hidden[torch.arange(len(prompts), device=model.device), lengths - 1 - known]

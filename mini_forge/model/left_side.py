@@ -10,16 +10,12 @@ from mini_forge.model.allocation import fresh
 
 
 class Update(NamedTuple):
-    """s x Aᵀ Bᵀ, to be added to x Wᵀ: A (R, in), B (out, R) in x's dtype. An op may make both products at once, where
-    l = s x Aᵀ (N, R) is not needed later on and x has few rows."""
+    """s x Aᵀ Bᵀ, to be added to x Wᵀ: A (R, in), B (out, R) in x's dtype. Of few rows of x an op may make it along with
+    x Wᵀ, and l = s x Aᵀ (N, R) nowhere else."""
 
     A: torch.Tensor
     B: torch.Tensor
     scale: float
-
-    def low(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """l and B."""
-        return (x @ self.A.t()).mul_(self.scale), self.B
 
 
 Low = tuple[torch.Tensor, torch.Tensor] | Update
@@ -44,12 +40,13 @@ class LeftSide:
 
     def _multiply(self, weight, onto, low, is_transposed) -> torch.Tensor:
         out = self.x @ weight if onto is None else onto.addmm_(self.x, weight)
-        return out if low is None else low_product(made(low, self.x), is_transposed, out)
+        return out if low is None else low_product(low_and_factor(low, self.x), is_transposed, out)
 
 
-def made(low: Low, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """l and its factor."""
-    return low.low(x) if isinstance(low, Update) else low
+def low_and_factor(low: Low, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if not isinstance(low, Update):
+        return low
+    return (x @ low.A.t()).mul_(low.scale), low.B
 
 
 def low_product(low: tuple[torch.Tensor, torch.Tensor], is_transposed: bool, onto: torch.Tensor | None) -> torch.Tensor:

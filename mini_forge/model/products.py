@@ -19,9 +19,9 @@ from torch.autograd.function import once_differentiable
 from mini_forge.model.left_side import Update
 from mini_forge.model.low_rank import Seed, kept_scale
 from mini_forge.model.ops import Differentiable
-from mini_forge.model.quant import frozen_gradient, frozen_products
+from mini_forge.model.quant import frozen_gradient, frozen_products, is_used_as_stored
 
-FEW = 8  # rows of x that are not read together for the low-rank products of all layers
+FEW = 8  # rows, of which a product as stored makes an update's l itself (`frozen_product.FEW`)
 
 
 def adapted_products(
@@ -42,7 +42,7 @@ def adapted_products(
         with torch.autocast(sources[0].device.type, enabled=False):
             return adapted_products(make, sources, layers, seeds, factors)
     if not torch.is_grad_enabled():  # as in generation, token by token: a function of autograd's costs more than a norm
-        return _without_gradients(make, sources, layers, seeds, factors)
+        return _products(make, sources, layers, seeds, factors, keeps_lows=False)[0]
     return _AdaptedProducts.apply(make, layers, seeds, len(sources), *sources, *factors)
 
 
@@ -50,24 +50,22 @@ def lora_factors(layers: Sequence[nn.Module]) -> list[nn.Parameter]:
     return [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
 
 
-def _without_gradients(make, sources, layers, seeds, factors) -> tuple[torch.Tensor, ...]:
+def _products(
+    make, sources, layers, seeds, factors, keeps_lows: bool
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+    """What the layers give, and l (N, layers, G) with its scale if it is to be kept."""
     x = make(*sources) if make else sources[0]
-    flat = x.reshape(-1, x.shape[-1])
-    if any(seeds) or flat.shape[0] > FEW:
-        return _products(None, (x,), layers, seeds, factors)[0]
-    factors = [factor.to(x.dtype) for factor in factors]
-    updates = map(Update, factors[::2], factors[1::2], _scales(layers, seeds))
-    outs = frozen_products(flat, [layer.base for layer in layers], list(updates))
-    return tuple(out.view(*x.shape[:-1], out.shape[1]) for out in outs)
-
-
-def _products(make, sources, layers, seeds, factors) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """What the layers give, and l (N, layers, G) with its scale."""
-    x = make(*sources) if make else sources[0]
-    flat, low_rank = x.reshape(-1, x.shape[-1]), layers[0].low_rank
-    lows = _scaled(low_rank.down(flat, [A.to(x.dtype) for A in factors[::2]], seeds), _scales(layers, seeds))
-    pairs = [(low[:, : B.shape[1]], B.to(x.dtype)) for low, B in zip(lows.unbind(1), factors[1::2], strict=True)]
-    outs = frozen_products(flat, [layer.base for layer in layers], pairs)
+    flat, scales, bases = x.reshape(-1, x.shape[-1]), _scales(layers, seeds), [layer.base for layer in layers]
+    As, Bs = ([factor.to(x.dtype) for factor in some] for some in (factors[::2], factors[1::2]))
+    is_few = flat.shape[0] <= FEW and not any(seeds) and all(is_used_as_stored(base, flat) for base in bases)
+    lows = None
+    if keeps_lows or not is_few:
+        lows = _scaled(layers[0].low_rank.down(flat, As, seeds), scales)
+    if is_few:
+        added = list(map(Update, As, Bs, scales))
+    else:
+        added = [(low[:, : B.shape[1]], B) for low, B in zip(lows.unbind(1), Bs, strict=True)]
+    outs = frozen_products(flat, bases, added)
     return tuple(out.view(*x.shape[:-1], out.shape[1]) for out in outs), lows
 
 
@@ -81,7 +79,7 @@ class _AdaptedProducts(torch.autograd.Function):
     def forward(ctx, make, layers, seeds, count, *tensors):
         ctx.make, ctx.seeds, ctx.count, ctx.low_rank = make, seeds, count, layers[0].low_rank
         ctx.scales, ctx.bases = _scales(layers, seeds), [layer.base for layer in layers]
-        outs, lows = _products(make, tensors[:count], layers, seeds, tensors[count:])
+        outs, lows = _products(make, tensors[:count], layers, seeds, tensors[count:], keeps_lows=True)
         ctx.save_for_backward(*tensors, lows)
         return outs
 

@@ -29,7 +29,7 @@ from mini_forge.model.fourbit import (
     dynamic_map,
     quantize_4bit,
 )
-from mini_forge.model.left_side import LeftSide, Low, low_product, made
+from mini_forge.model.left_side import LeftSide, Low, low_and_factor, low_product
 
 __all__ = [
     "Linear16bit", "Linear4bit", "Linear8bit", "Quantized4bit", "Quantized8bit", "backend",
@@ -237,7 +237,7 @@ def frozen_products(x: torch.Tensor, layers: Sequence[Linear], lows: Sequence[Lo
             outs.append(left.product_t(layer.stored, _biases(x, layer), low))
         else:
             out = _product(x, layer)
-            outs.append(out if low is None else low_product(made(low, x), True, out))
+            outs.append(out if low is None else low_product(low_and_factor(low, x), True, out))
     return outs
 
 

@@ -7,7 +7,7 @@ Run it with mini_forge's own Python. One adapter of random factors, rank 16 on a
 side, in a process of its own, in turn, continues the same prompts (the `input` of the data's first rows), exactly
 `--tokens` tokens each, computing in float32, base in float32 (mini_forge's as stored) or NF4. A first, short generation
 is no part of the time; reading the prompts is. Says how many of the tokens agree: greedy texts part for good where two
-logits are as good as equal. Memory is the process's peak resident set.
+logits are as good as equal. Memory is the process's peak resident set. Linux only: it reads /proc.
 """
 
 import argparse
@@ -76,7 +76,10 @@ def run(args, side: str, adapter: str, batch: int) -> dict:
     python = sys.executable if side == "ours" else args.peer_python
     command = [python, __file__, "--side", side, "--model", args.model, "--data", args.data, "--adapter", adapter,
                "--batches", str(batch), "--tokens", str(args.tokens), *(["--nf4"] if args.nf4 else [])]  # fmt: skip
-    done = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    from compare import PEER_ENVIRONMENT
+
+    environment = {**os.environ, **(PEER_ENVIRONMENT if side == "peer" else {})}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{done.stderr}\ngeneration ({side}) ended with {done.returncode}")
     record = json.loads(done.stdout.splitlines()[-1])
@@ -86,8 +89,7 @@ def run(args, side: str, adapter: str, batch: int) -> dict:
 
 
 def measured(args) -> dict:
-    import resource
-
+    from loading import memory
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(Path(args.model) / "tokenizer.json"))
@@ -97,7 +99,7 @@ def measured(args) -> dict:
     started = time.perf_counter()
     new = continued(prompts, args.tokens)
     seconds = time.perf_counter() - started
-    return {"seconds": seconds, "new": new, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return {"seconds": seconds, "new": new, "peak": memory("VmHWM")}
 
 
 def load_ours(args):
