@@ -33,9 +33,11 @@ def rope_qk(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`apply_rope` to query (N, H, C) and key (N, K, C); cos, sin (N, C). Returns both, in their own shapes."""
-    if reason_not(query.device):
+    if reason_not(query.device) is None:
+        return TritonRotation.apply(query, key, cos, sin)
+    if torch.is_grad_enabled():
         return _Rotation.apply(query, cos, sin), _Rotation.apply(key, cos, sin)
-    return TritonRotation.apply(query, key, cos, sin)
+    return _rotate(query, cos, sin, 1), _rotate(key, cos, sin, 1)
 
 
 def _rotate(x, cos, sin, sign):

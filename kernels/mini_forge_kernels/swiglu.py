@@ -31,9 +31,9 @@ BLOCK = 1024  # numbers of one row a program holds at a time
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Both (…, F) → (…, F); equals `reference`."""
-    if reason_not(gate.device):
-        return _SwiGLU.apply(gate, up)
-    return TritonSwiGLU.apply(gate, up, None, 1.0)
+    if reason_not(gate.device) is None:
+        return TritonSwiGLU.apply(gate, up, None, 1.0)
+    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else _swiglu(gate, up)
 
 
 @torch.no_grad()
@@ -48,6 +48,10 @@ def swiglu_vjp(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor):
     h = torch.mul(silu, up, out=fresh(gate.shape, gate.dtype, gate.device))
     d_up = silu.mul_(grad)
     return h, [torch.ops.aten.silu_backward(grad.mul_(up), gate), d_up]
+
+
+def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return rowwise.swiglu(gate, up) if rowwise.serves(gate, up) else _silu(gate).mul_(up)
 
 
 def _silu(gate: torch.Tensor) -> torch.Tensor:
@@ -65,7 +69,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return rowwise.swiglu(gate, up) if rowwise.serves(gate, up) else _silu(gate).mul_(up)
+        return _swiglu(gate, up)
 
     @staticmethod
     @once_differentiable

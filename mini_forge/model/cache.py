@@ -38,11 +38,10 @@ class LayerCache:
 
     def attend(self, query, key, value, places: Places, layer: LayerSpec, scale, sinks) -> torch.Tensor:
         """Store the new keys and values (N, K, C) at their places, then attend from query (N, H, C)."""
-        shape = places.position.shape
-        self.key[places.row, places.position] = key.unflatten(0, shape)
-        self.value[places.row, places.position] = value.unflatten(0, shape)
+        query, key, value = (x.unflatten(0, places.position.shape) for x in (query, key, value))
+        self.key[places.row, places.position] = key
+        self.value[places.row, places.position] = value
         known = (kept[:, : places.reach] for kept in (self.key, self.value))
-        query = query.unflatten(0, shape)
         return cached_attention(query, *known, places.attends(layer), scale, sinks).flatten(0, 1)
 
 

@@ -146,14 +146,14 @@ def cached_attention(
         return _cached_sink_attention(query, key, value, attends, scale or query.shape[-1] ** -0.5, sinks)
     (B, T, H, C), heads = query.shape, key.shape[2]
     # Of one token the heads that share a key are as good as so many tokens: keys and values are not repeated for them.
-    shares = T == 1 and H != heads
+    shares = T == 1 and heads != H
     out = F.scaled_dot_product_attention(
         query.reshape(B, heads, -1, C) if shares else query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
         attn_mask=attends[:, None],
         scale=scale,
-        enable_gqa=H != heads and not shares,
+        enable_gqa=heads != H and not shares,
     )
     return out.reshape(B, T, H, C) if shares else out.transpose(1, 2)
 
