@@ -94,6 +94,8 @@ def test_a_text_that_goes_on_is_not_read_again():
     assert generate(model, [[8, 1]], max_new_tokens=1, memory=memory) == [[2]]  # all of it known; the last is read
     read = [(ids[0].tolist(), position[0].tolist()) for ids, position, _ in model.calls]
     assert read == [([8, 1], [0, 1]), ([2], [2]), ([3], [3]), ([7, 1], [3, 4]), ([1], [1])]
+    with pytest.raises(ConfigError, match="^memory: is of one text, and there are 2 prompts"):
+        generate(model, [[1], [2]], max_new_tokens=1, memory=memory)
 
 
 @pytest.mark.parametrize(

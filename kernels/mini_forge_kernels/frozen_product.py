@@ -77,8 +77,8 @@ class StoredLeftSide(LeftSide):
         if onto is not None and not (onto.shape == (N, columns) and _lies(onto, torch.float32)):
             raise ValueError(f"onto: {onto.dtype} {tuple(onto.shape)} of strides {onto.stride()}, not {(N, columns)}")
         low = None if low is None else _checked(low, self.x, columns, is_transposed)
-        uses_amx = is_dense and (N > FEW or not is_transposed) and amx_product.reason_not() is None
-        if low is not None and (uses_amx or low[1].shape[is_transposed] > MOST_RANK or not K):
+        uses_amx = is_dense and N > FEW and amx_product.reason_not() is None
+        if low is not None and (uses_amx or _rank(low) > MOST_RANK or not K):
             onto, low = low_product(low_and_factor(low, self.x), is_transposed, onto), None
         out = fresh((N, columns), torch.float32, self.x.device) if onto is None else onto
         if 0 in (N, columns, K):
@@ -120,11 +120,11 @@ def _product(x: torch.Tensor, weight: Stored, is_transposed: bool, out: torch.Te
         bits, numbers, scales = 8, weight.numbers, weight.scales
     else:
         bits, numbers, stride = 16, weight, weight.stride(0)
-    left, factor, before, scale, rank = None, None, None, 1.0, 0
+    left, factor, before, scale, rank = None, None, None, 1.0, 0 if low is None else _rank(low)
     if isinstance(low, Update):
-        (before, factor, scale), rank = low, low.A.shape[0]
+        before, factor, scale = low.A, low.B, low.scale
     elif low is not None:
-        (left, factor), rank = low, low[0].shape[1]
+        left, factor = low
     pointers = (None if t is None else t.data_ptr() for t in (x, out, numbers, scales, code, left, factor, before))
     strides = (0 if t is None else t.stride(0) for t in (left, factor, before))
     _library().product(ctypes.byref(_Job(
@@ -162,6 +162,10 @@ def _checked(low: Low, x: torch.Tensor, columns: int, is_transposed: bool) -> Lo
     R = left.shape[-1]
     shape = (columns, R) if is_transposed else (R, columns)
     return _in_rows("l", left, (N, R)), _in_rows("factor", factor, shape)
+
+
+def _rank(low: Low) -> int:
+    return low.A.shape[0] if isinstance(low, Update) else low[0].shape[1]
 
 
 def _in_rows(name: str, matrix: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:

@@ -60,9 +60,10 @@ def _silu(gate: torch.Tensor) -> torch.Tensor:
 
 def clamped_swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float, slope: float) -> torch.Tensor:
     """Both (…, F) → (…, F); equals `clamped_reference`."""
-    if reason_not(gate.device):
-        return _ClampedSwiGLU.apply(gate, up, limit, slope)
-    return TritonSwiGLU.apply(gate, up, limit, slope)
+    if reason_not(gate.device) is None:
+        return TritonSwiGLU.apply(gate, up, limit, slope)
+    is_tracked = torch.is_grad_enabled()
+    return _ClampedSwiGLU.apply(gate, up, limit, slope) if is_tracked else _clamped_swiglu(gate, up, limit, slope)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -80,15 +81,19 @@ class _SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), _silu(gate).mul_(grad)
 
 
+def _clamped_swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float, slope: float) -> torch.Tensor:
+    if rowwise.serves(gate, up):
+        return rowwise.swiglu(gate, up, limit, slope, 1)
+    g = gate.clamp(max=limit)
+    return torch.sigmoid(g * slope).mul_(g).mul_(up.clamp(-limit, limit).add_(1))
+
+
 class _ClampedSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up, limit, slope):
         ctx.save_for_backward(gate, up)
         ctx.limit, ctx.slope = limit, slope
-        if rowwise.serves(gate, up):
-            return rowwise.swiglu(gate, up, limit, slope, 1)
-        g = gate.clamp(max=limit)
-        return torch.sigmoid(g * slope).mul_(g).mul_(up.clamp(-limit, limit).add_(1))
+        return _clamped_swiglu(gate, up, limit, slope)
 
     @staticmethod
     @once_differentiable

@@ -33,12 +33,15 @@ def generate(
     prompts: token ids, of any lengths. `allowed(row, new_tokens)` gives the ids that may come next, None for all of
     them, an empty list to end the row. `on_token(row, id)` is called for each new token as it is made. `generator`
     may live on another device than the model. Rows that have ended are computed along but ignored, so no row's draws
-    depend on when another ends. memory: of one prompt's text that goes on from call to call; what
-    of it was read or made before is not read again. Raises ConfigError for an option out of range, CheckpointError for
-    logits that are not finite."""
+    depend on when another ends. memory: `model.cache.Memory` of one prompt's text that goes on from call to call; what
+    of it was read or made before is not read again.
+
+    Raises ConfigError for an option out of range, CheckpointError for logits that are not finite."""
     check_sampling(max_new_tokens, temperature, top_k, top_p)
     if any(len(prompt) == 0 for prompt in prompts):
         raise ConfigError("prompt: has no tokens; give at least one")
+    if memory is not None and len(prompts) != 1:
+        raise ConfigError(f"memory: is of one text, and there are {len(prompts)} prompts; give one, or no memory")
     rows: list[list[int]] = [[] for _ in prompts]
     running, stops = set(range(len(rows))), frozenset(map(int, stop_ids))
     if not rows:

@@ -1,4 +1,4 @@
-"""Keys and values kept while text is generated."""
+"""Keys and values kept while text is generated, and from one turn of a conversation to the next."""
 
 from collections.abc import Sequence
 from itertools import takewhile
@@ -57,7 +57,8 @@ class KVCache:
 
 
 class Memory:
-    """A text that goes on, as a conversation does: of the next prompt only what is new is read."""
+    """What a model, whose weights stay as they are, has read of a text that goes on, as a conversation does: of the
+    next prompt only what is new is read."""
 
     def __init__(self):
         self.ids: list[int] = []  # whose keys and values the cache holds
@@ -67,12 +68,14 @@ class Memory:
         """A cache with at least that room, and how many of the prompt's tokens it holds; the last is always read."""
         same = (a == b for a, b in zip(self.ids, prompt[:-1], strict=False))
         known = sum(takewhile(bool, same))
-        if self.cache is None or self.cache.capacity < capacity:
-            cache = KVCache(model, 1, capacity)
-            for new, old in zip(cache.layers, self.cache.layers if self.cache else (), strict=False):
-                new.key[:, :known], new.value[:, :known] = old.key[:, :known], old.value[:, :known]
-            self.cache = cache
         self.ids = list(prompt[:known])
+        if self.cache is None or self.cache.capacity < capacity:
+            before = self.cache
+            if before is not None:  # room for turns to come, so that not each has to move what is there
+                capacity = max(capacity, min(2 * before.capacity, model.spec.max_positions))
+            self.cache = KVCache(model, 1, capacity)
+            for new, old in zip(self.cache.layers, before.layers if before else (), strict=False):
+                new.key[:, :known], new.value[:, :known] = old.key[:, :known], old.value[:, :known]
         return self.cache, known
 
 

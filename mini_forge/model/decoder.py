@@ -95,7 +95,7 @@ class Attention(nn.Module):
         if self.is_fused:
             return project(x, self.qkv_proj, make=norm)[0].unflatten(-1, (-1, self.head_size)).split(self.sizes, dim=1)
         projected = project(x, self.q_proj, self.k_proj, self.v_proj, make=norm)
-        return (p.reshape(x.shape[0], -1, self.head_size) for p in projected)
+        return (p.reshape(-1, heads, self.head_size) for p, heads in zip(projected, self.sizes, strict=True))
 
     def _rotate(self, query, key, cos, sin):
         """The rotation turns the first channels, as many as it has; most checkpoints turn all."""

@@ -2,14 +2,15 @@
 
 An op may have a `LeftSide` of its own for matrices as they are stored (`Ops.left_side`)."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
 from mini_forge.model.allocation import fresh
 
 
-class Update(NamedTuple):
+@dataclass(frozen=True)
+class Update:
     """s x Aᵀ Bᵀ, to be added to x Wᵀ: A (R, in), B (out, R) in x's dtype. Of few rows of x an op may make it along with
     x Wᵀ, and l = s x Aᵀ (N, R) nowhere else."""
 
@@ -32,7 +33,7 @@ class LeftSide:
 
     def product_t(self, weight: torch.Tensor, onto: torch.Tensor | None = None, low: Low | None = None):
         """x Wᵀ, (N, out). weight (out, K)."""
-        return self._multiply(weight.t(), onto, low, True)
+        return self._multiply(weight.t(), onto, None if low is None else low_and_factor(low, self.x), True)
 
     def product(self, weight: torch.Tensor, onto: torch.Tensor | None = None, low: tuple | None = None):
         """x W, (N, in). weight (K, in)."""
@@ -40,10 +41,11 @@ class LeftSide:
 
     def _multiply(self, weight, onto, low, is_transposed) -> torch.Tensor:
         out = self.x @ weight if onto is None else onto.addmm_(self.x, weight)
-        return out if low is None else low_product(low_and_factor(low, self.x), is_transposed, out)
+        return out if low is None else low_product(low, is_transposed, out)
 
 
 def low_and_factor(low: Low, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """l, made where it is not given, and its factor."""
     if not isinstance(low, Update):
         return low
     return (x @ low.A.t()).mul_(low.scale), low.B
