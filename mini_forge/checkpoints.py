@@ -5,7 +5,7 @@ from pathlib import Path
 from mini_forge.errors import CheckpointError
 from mini_forge.io.adapters import fill_adapter, save_adapter, stored_tensors
 from mini_forge.io.runs import REFERENCE_ADAPTER, REWARD_FOLDER, RunFolder
-from mini_forge.io.safetensors_file import write_safetensors
+from mini_forge.io.safetensors_file import write_tensors
 from mini_forge.io.state import check_same_data, load_state, rng_state, save_state, set_rng_state
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.lora import Factors, LoraSpec, lora_layers
@@ -54,8 +54,7 @@ def keep_reference(folder: RunFolder, model: Decoder):
     tensors = {}
     for name, (A, B, _) in model.reference.items():
         tensors[f"{name}.A"], tensors[f"{name}.B"] = A, B
-    entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    write_safetensors(folder.path / REFERENCE_ADAPTER, entries, (tensor.cpu() for tensor in tensors.values()))
+    write_tensors(folder.path / REFERENCE_ADAPTER, tensors)
 
 
 def read_reference(folder: Path, model: Decoder) -> Factors:

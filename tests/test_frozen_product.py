@@ -18,7 +18,6 @@ from mini_forge.bench.shapes import random_base
 from mini_forge.config_plan import Plan
 from mini_forge.io.weights import bfloat16_matrices, load_base
 from mini_forge.memory_items import Job, sizes_of, stored_bytes
-from mini_forge.model import products
 from mini_forge.model.cache import KVCache, read_prompts
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.families import decoder_spec
@@ -572,7 +571,7 @@ def test_an_adapter_of_zeros_changes_no_bit(unit, kind, dtype, rows, has_bias):
 @pytest.mark.parametrize("rows", [1, FEW, FEW + 1])
 def test_an_adapted_layer_gives_the_same_bits_with_and_without_gradients(unit, rows):
     """A policy and its reference that begins as the same adapter; a block and its recomputation."""
-    assert products.FEW == FEW
+    assert StoredLeftSide.few == FEW
     layers = [LoRALinear(linear("bfloat16", drawn(n, 96), None), LoraSpec(4, 6)) for n in (40, 130)]
     for layer in layers:
         layer.lora_B.data.copy_(drawn(*layer.lora_B.shape))

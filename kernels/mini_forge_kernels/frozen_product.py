@@ -53,6 +53,8 @@ class StoredLeftSide(LeftSide):
     """The left side x (N, K), float32, of products with frozen matrices as they are stored. What the matrix unit needs
     of x is made once, where it is first needed."""
 
+    few = FEW
+
     def __init__(self, x: torch.Tensor):
         if x.dtype != torch.float32 or x.device.type != "cpu":
             raise ValueError(f"x: {x.dtype} on {x.device}, not float32 on the CPU")
@@ -78,8 +80,8 @@ class StoredLeftSide(LeftSide):
             raise ValueError(f"onto: {onto.dtype} {tuple(onto.shape)} of strides {onto.stride()}, not {(N, columns)}")
         low = None if low is None else _checked(low, self.x, columns, is_transposed)
         uses_amx = is_dense and N > FEW and amx_product.reason_not() is None
-        if low is not None and (uses_amx or _rank(low) > MOST_RANK or not K):
-            onto, low = low_product(low_and_factor(low, self.x), is_transposed, onto), None
+        if isinstance(low, tuple) and (uses_amx or low[0].shape[1] > MOST_RANK or not K):
+            onto, low = low_product(low, is_transposed, onto), None
         out = fresh((N, columns), torch.float32, self.x.device) if onto is None else onto
         if 0 in (N, columns, K):
             return out if onto is not None else out.zero_()
@@ -120,11 +122,12 @@ def _product(x: torch.Tensor, weight: Stored, is_transposed: bool, out: torch.Te
         bits, numbers, scales = 8, weight.numbers, weight.scales
     else:
         bits, numbers, stride = 16, weight, weight.stride(0)
-    left, factor, before, scale, rank = None, None, None, 1.0, 0 if low is None else _rank(low)
+    left, factor, before, scale = None, None, None, 1.0
     if isinstance(low, Update):
         before, factor, scale = low.A, low.B, low.scale
     elif low is not None:
         left, factor = low
+    rank = 0 if factor is None else factor.shape[is_transposed]
     pointers = (None if t is None else t.data_ptr() for t in (x, out, numbers, scales, code, left, factor, before))
     strides = (0 if t is None else t.stride(0) for t in (left, factor, before))
     _library().product(ctypes.byref(_Job(
@@ -135,8 +138,11 @@ def _product(x: torch.Tensor, weight: Stored, is_transposed: bool, out: torch.Te
 
 def _lies(matrix: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether it lies as it can be read and written here."""
-    is_in_rows = matrix.is_contiguous() or matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
-    return matrix.is_cpu and matrix.dtype == dtype and is_in_rows
+    return matrix.is_cpu and matrix.dtype == dtype and _is_in_rows(matrix)
+
+
+def _is_in_rows(matrix: torch.Tensor) -> bool:
+    return matrix.is_contiguous() or matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
 
 
 def _is_whole(weight: Quantized4bit | Quantized8bit) -> bool:
@@ -150,25 +156,22 @@ def _is_whole(weight: Quantized4bit | Quantized8bit) -> bool:
 
 
 def _checked(low: Low, x: torch.Tensor, columns: int, is_transposed: bool) -> Low:
-    """l (N, R) and B (columns, R), or A (R, columns); of few rows an `Update` as it is. float32 in rows, or copied."""
+    """l (N, R) and B (columns, R), or A (R, columns); an `Update` as it is where its l is made along with the product.
+    float32 in rows, or copied."""
     N, K = x.shape
     if isinstance(low, Update):
         if not is_transposed:
             raise ValueError("low: an Update stands beside x Wᵀ alone")
         R = low.A.shape[0]
         low = Update(_in_rows("A", low.A, (R, K)), _in_rows("B", low.B, (columns, R)), low.scale)
-        return low if N <= FEW else low_and_factor(low, x)
+        return low if K and N <= FEW and R <= MOST_RANK else low_and_factor(low, x)
     left, factor = low
     R = left.shape[-1]
     shape = (columns, R) if is_transposed else (R, columns)
     return _in_rows("l", left, (N, R)), _in_rows("factor", factor, shape)
 
 
-def _rank(low: Low) -> int:
-    return low.A.shape[0] if isinstance(low, Update) else low[0].shape[1]
-
-
 def _in_rows(name: str, matrix: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     if matrix.shape != shape or matrix.dtype != torch.float32 or not matrix.is_cpu:
         raise ValueError(f"{name}: {matrix.dtype} {tuple(matrix.shape)} on {matrix.device}, not float32 {shape}")
-    return matrix if _lies(matrix, torch.float32) else matrix.contiguous()
+    return matrix if _is_in_rows(matrix) else matrix.contiguous()

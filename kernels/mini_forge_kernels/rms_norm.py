@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from mini_forge.model.allocation import fresh
 from mini_forge.model.functional import rms_norm as reference
-from mini_forge.model.ops import vjp
+from mini_forge.model.ops import applied, vjp
 from mini_forge_kernels import rowwise
 from mini_forge_kernels.triton_support import as_rows, jit, launch, power_of_two, reason_not, tl, warps, widen
 
@@ -28,10 +28,9 @@ DW_PROGRAMS = 512  # about four for each multiprocessor of a large GPU
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x (…, D), weight (D,) → (…, D) in x's dtype; equals `reference`."""
-    if reason_not(x.device) is None:
-        return TritonRMSNorm.apply(x, weight, eps)
-    # Autograd's part of a call takes a quarter of it where a token comes alone, as in generation.
-    return _RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else _normed(x, weight, eps)[0]
+    if reason_not(x.device):
+        return applied(_RMSNorm, x, weight, eps)
+    return TritonRMSNorm.apply(x, weight, eps)
 
 
 class _RMSNorm(torch.autograd.Function):

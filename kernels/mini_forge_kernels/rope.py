@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from mini_forge.model.allocation import fresh
 from mini_forge.model.functional import apply_rope as reference
+from mini_forge.model.ops import applied
 from mini_forge_kernels import rowwise
 from mini_forge_kernels.triton_support import jit, launch, power_of_two, reason_not, tl, warps, widen
 
@@ -25,7 +26,7 @@ TILE = 32  # heads a program turns at a time
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x (N, H, C); cos, sin (N, C), both halves equal → (N, H, C); equals `reference`."""
     if reason_not(x.device):
-        return _Rotation.apply(x, cos, sin)
+        return applied(_Rotation, x, cos, sin)
     return TritonRotation.apply(x, x[:, :0], cos, sin)[0]
 
 
@@ -33,11 +34,9 @@ def rope_qk(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`apply_rope` to query (N, H, C) and key (N, K, C); cos, sin (N, C). Returns both, in their own shapes."""
-    if reason_not(query.device) is None:
-        return TritonRotation.apply(query, key, cos, sin)
-    if torch.is_grad_enabled():
-        return _Rotation.apply(query, cos, sin), _Rotation.apply(key, cos, sin)
-    return _rotate(query, cos, sin, 1), _rotate(key, cos, sin, 1)
+    if reason_not(query.device):
+        return applied(_Rotation, query, cos, sin), applied(_Rotation, key, cos, sin)
+    return TritonRotation.apply(query, key, cos, sin)
 
 
 def _rotate(x, cos, sin, sign):

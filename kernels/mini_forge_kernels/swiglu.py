@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from mini_forge.model.allocation import fresh
 from mini_forge.model.functional import clamped_swiglu as clamped_reference
 from mini_forge.model.functional import swiglu as reference
-from mini_forge.model.ops import vjp
+from mini_forge.model.ops import applied, vjp
 from mini_forge_kernels import rowwise
 from mini_forge_kernels.triton_support import as_rows, jit, launch, power_of_two, reason_not, tl, widen
 
@@ -31,9 +31,9 @@ BLOCK = 1024  # numbers of one row a program holds at a time
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Both (…, F) → (…, F); equals `reference`."""
-    if reason_not(gate.device) is None:
-        return TritonSwiGLU.apply(gate, up, None, 1.0)
-    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else _swiglu(gate, up)
+    if reason_not(gate.device):
+        return applied(_SwiGLU, gate, up)
+    return TritonSwiGLU.apply(gate, up, None, 1.0)
 
 
 @torch.no_grad()
@@ -50,27 +50,22 @@ def swiglu_vjp(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor):
     return h, [torch.ops.aten.silu_backward(grad.mul_(up), gate), d_up]
 
 
-def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return rowwise.swiglu(gate, up) if rowwise.serves(gate, up) else _silu(gate).mul_(up)
-
-
 def _silu(gate: torch.Tensor) -> torch.Tensor:
     return torch.ops.aten.silu.out(gate, out=fresh(gate.shape, gate.dtype, gate.device))
 
 
 def clamped_swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float, slope: float) -> torch.Tensor:
     """Both (…, F) → (…, F); equals `clamped_reference`."""
-    if reason_not(gate.device) is None:
-        return TritonSwiGLU.apply(gate, up, limit, slope)
-    is_tracked = torch.is_grad_enabled()
-    return _ClampedSwiGLU.apply(gate, up, limit, slope) if is_tracked else _clamped_swiglu(gate, up, limit, slope)
+    if reason_not(gate.device):
+        return applied(_ClampedSwiGLU, gate, up, limit, slope)
+    return TritonSwiGLU.apply(gate, up, limit, slope)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return _swiglu(gate, up)
+        return rowwise.swiglu(gate, up) if rowwise.serves(gate, up) else _silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
@@ -81,19 +76,15 @@ class _SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), _silu(gate).mul_(grad)
 
 
-def _clamped_swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float, slope: float) -> torch.Tensor:
-    if rowwise.serves(gate, up):
-        return rowwise.swiglu(gate, up, limit, slope, 1)
-    g = gate.clamp(max=limit)
-    return torch.sigmoid(g * slope).mul_(g).mul_(up.clamp(-limit, limit).add_(1))
-
-
 class _ClampedSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up, limit, slope):
         ctx.save_for_backward(gate, up)
         ctx.limit, ctx.slope = limit, slope
-        return _clamped_swiglu(gate, up, limit, slope)
+        if rowwise.serves(gate, up):
+            return rowwise.swiglu(gate, up, limit, slope, 1)
+        g = gate.clamp(max=limit)
+        return torch.sigmoid(g * slope).mul_(g).mul_(up.clamp(-limit, limit).add_(1))
 
     @staticmethod
     @once_differentiable

@@ -50,13 +50,10 @@ def generate(
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
         capacity = int(lengths.max()) + max_new_tokens
         if memory is None:
-            cache, known = KVCache(model, len(rows), capacity), 0
+            cache = KVCache(model, len(rows), capacity)
+            hidden = read_prompts(model, prompts, lengths, cache)  # (B, D)
         else:
-            [prompt] = prompts
-            cache, known = memory.open(model, prompt, capacity)
-        hidden = read_prompts(model, prompts, lengths, cache, known)  # (B, D)
-        if memory is not None:
-            memory.ids = list(prompt)
+            cache, hidden = memory.read(model, prompts[0], capacity)
         for step in range(max_new_tokens):
             logits = _finite(model.head(hidden))
             if allowed is not None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from mini_forge.errors import CheckpointError, reason_of
 from mini_forge.io.expert_adapters import fuse, fused_tensors, own_name, per_expert_tensors, stack_targets
-from mini_forge.io.safetensors_file import write_safetensors
+from mini_forge.io.safetensors_file import write_tensors
 from mini_forge.json_faults import read_json
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.families.layout import without_text_prefix
@@ -52,8 +52,7 @@ def save_adapter(folder: str | Path, model: Decoder, spec: LoraSpec, base_name: 
     def others(name: str) -> str:  # name for a module or tensor of ours
         return model.text_model + name.removeprefix("model.")
 
-    entries = [(f"{PREFIX}{others(name)}", tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    write_safetensors(folder / WEIGHTS_FILE, entries, tensors.values())
+    write_tensors(folder / WEIGHTS_FILE, {f"{PREFIX}{others(name)}": tensor for name, tensor in tensors.items()})
     modules = {name.rsplit(".", 1)[-1] for name in layers if name not in stacks}
     parameters = {".".join(name.split(".")[-3:]) for name in stacks}
     # Short names would name others too, of this text model or of the model that it is a part of.

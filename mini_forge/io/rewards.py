@@ -33,7 +33,7 @@ from mini_forge.io.expert_adapters import fuse, stack_targets
 from mini_forge.io.hub import resolve_model
 from mini_forge.io.models import is_adapter
 from mini_forge.io.runs import REWARD_FOLDER
-from mini_forge.io.safetensors_file import write_safetensors
+from mini_forge.io.safetensors_file import write_tensors
 from mini_forge.io.weights import Loader, load_base
 from mini_forge.json_faults import read_json
 from mini_forge.model.decoder import Decoder
@@ -61,9 +61,8 @@ def save_reward(folder: Path, model: Decoder, head: torch.nn.Module, spec: LoraS
     save_adapter(folder, model, spec, base_name)
     tensors = stored_tensors(folder / WEIGHTS_FILE)
     tensors[PREFIX + SCORE] = head.score.weight.detach().float().cpu().contiguous()
-    entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     beside = folder / f"{WEIGHTS_FILE}.part"  # not over the file itself: the tensors are mapped from it
-    write_safetensors(beside, entries, tensors.values())
+    write_tensors(beside, tensors)
     beside.replace(folder / WEIGHTS_FILE)
     record = read_json(folder / "adapter_config.json") | {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
     (folder / "adapter_config.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")

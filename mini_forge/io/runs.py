@@ -23,13 +23,7 @@ from mini_forge.durable import (
     sync_folder,
     write_atomic,
 )
-from mini_forge.errors import (
-    CheckpointError,
-    ConfigError,
-    TrainingError,
-    is_disk_full,
-    reason_of,
-)
+from mini_forge.errors import CheckpointError, ConfigError, TrainingError, is_disk_full, reason_of
 from mini_forge.io.adapters import WEIGHTS_FILE
 from mini_forge.json_faults import read_json
 

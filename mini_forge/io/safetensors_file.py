@@ -70,6 +70,12 @@ def _entry(path: Path, name: str, record: dict, data_start: int, file_bytes: int
     return TensorEntry(path, data_start + first, size, dtype, shape)
 
 
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]):
+    """A safetensors file of these tensors, from whichever device, in their order."""
+    entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    write_safetensors(path, entries, (tensor.cpu() for tensor in tensors.values()))
+
+
 def write_safetensors(path: Path, entries: list[tuple[str, torch.dtype, tuple[int, ...]]], tensors):
     """A safetensors file from tensors that are made one at a time, in the order of `entries` (name, dtype, shape)."""
     header, end = {"__metadata__": {"format": "pt"}}, 0

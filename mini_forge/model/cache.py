@@ -64,8 +64,9 @@ class Memory:
         self.ids: list[int] = []  # whose keys and values the cache holds
         self.cache: KVCache | None = None
 
-    def open(self, model: nn.Module, prompt: Sequence[int], capacity: int) -> tuple[KVCache, int]:
-        """A cache with at least that room, and how many of the prompt's tokens it holds; the last is always read."""
+    def read(self, model: nn.Module, prompt: Sequence[int], capacity: int) -> tuple[KVCache, torch.Tensor]:
+        """A cache with at least that room, which holds the prompt, and the hidden state (1, D) of its last token, which
+        is always read."""
         same = (a == b for a, b in zip(self.ids, prompt[:-1], strict=False))
         known = sum(takewhile(bool, same))
         self.ids = list(prompt[:known])
@@ -76,7 +77,10 @@ class Memory:
             self.cache = KVCache(model, 1, capacity)
             for new, old in zip(self.cache.layers, before.layers if before else (), strict=False):
                 new.key[:, :known], new.value[:, :known] = old.key[:, :known], old.value[:, :known]
-        return self.cache, known
+        lengths = torch.tensor([len(prompt)], device=model.device)
+        hidden = read_prompts(model, [prompt], lengths, self.cache, known)
+        self.ids = list(prompt)
+        return self.cache, hidden
 
 
 def read_prompts(

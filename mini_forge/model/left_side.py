@@ -28,6 +28,8 @@ class LeftSide:
     low: l (N, R) and a thin factor, whose product is added: l Fᵀ for F (out, R), or l F for F (R, in); or an `Update`,
     beside x Wᵀ. With l or F = 0 no bit of the result is another. onto: what all is added to, in place."""
 
+    few = 0  # rows of x up to which an `Update` is made along with x Wᵀ
+
     def __init__(self, x: torch.Tensor):
         self.x = x
 

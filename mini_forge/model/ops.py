@@ -59,6 +59,19 @@ def vjp(function: Callable, grad: torch.Tensor, *inputs: torch.Tensor) -> tuple[
     return out.detach(), [next(found) if leaf.requires_grad else None for leaf in leaves]
 
 
+def applied(function: type[torch.autograd.Function], *inputs):
+    """function.apply(*inputs); without gradients its forward alone. Autograd's part of a call takes a quarter of it
+    where a token comes alone, as in generation."""
+    return function.apply(*inputs) if torch.is_grad_enabled() else function.forward(_KeepsNothing(), *inputs)
+
+
+class _KeepsNothing:
+    """A context for a forward without a backward."""
+
+    def save_for_backward(self, *tensors: torch.Tensor):
+        pass
+
+
 class _WithGradient(torch.autograd.Function):
     """A number whose gradient is `grad` where `out` is asked for it: torch.autograd.grad(out, …, grad) imports SymPy to
     compare the two shapes, 0.3 s and 30 MiB of every process."""

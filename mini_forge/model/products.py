@@ -21,8 +21,6 @@ from mini_forge.model.low_rank import Seed, kept_scale
 from mini_forge.model.ops import Differentiable
 from mini_forge.model.quant import frozen_gradient, frozen_products, is_used_as_stored
 
-FEW = 8  # rows, of which a product as stored makes an update's l itself (`frozen_product.FEW`)
-
 
 def adapted_products(
     make: Differentiable | nn.Module | None,
@@ -57,16 +55,21 @@ def _products(
     x = make(*sources) if make else sources[0]
     flat, scales, bases = x.reshape(-1, x.shape[-1]), _scales(layers, seeds), [layer.base for layer in layers]
     As, Bs = ([factor.to(x.dtype) for factor in some] for some in (factors[::2], factors[1::2]))
-    is_few = flat.shape[0] <= FEW and not any(seeds) and all(is_used_as_stored(base, flat) for base in bases)
+    are_made = not any(seeds) and all(_makes_low(base, flat) for base in bases)
     lows = None
-    if keeps_lows or not is_few:
+    if keeps_lows or not are_made:
         lows = _scaled(layers[0].low_rank.down(flat, As, seeds), scales)
-    if is_few:
+    if are_made:
         added = list(map(Update, As, Bs, scales))
     else:
         added = [(low[:, : B.shape[1]], B) for low, B in zip(lows.unbind(1), Bs, strict=True)]
     outs = frozen_products(flat, bases, added)
     return tuple(out.view(*x.shape[:-1], out.shape[1]) for out in outs), lows
+
+
+def _makes_low(base: nn.Module, x: torch.Tensor) -> bool:
+    """Whether the product of x (N, in) with a layer's weight as stored makes the l of an `Update` itself."""
+    return is_used_as_stored(base, x) and x.shape[0] <= base.left_side.few
 
 
 def _scales(layers, seeds) -> list[float]:

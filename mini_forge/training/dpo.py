@@ -1,11 +1,10 @@
 """Preference tuning without a reward model: DPO (2305.18290) and the losses that grew from it, in `preferences.py`.
 
 The reference is the same weights with the adapters off, or with the run's first adapter on, so it costs a forward pass
-and no memory but that adapter's. Both passes run
-without dropout (the run builds its LoRA layers with rate 0): at a fresh adapter all rewards are 0 and the sigmoid loss
-is ln 2. That is bit for bit where both passes make the same products. They do not where `recompute: "selective"` cuts
-more than 1,024 tokens into tiles for the pass with gradients, or where memory is aligned otherwise: there it is to
-rounding. The head runs in chunks and on response tokens alone.
+and no memory but that adapter's. Both passes run without dropout (the run builds its LoRA layers with rate 0): at a
+fresh adapter all rewards are 0 and the sigmoid loss is ln 2. That is bit for bit where both passes make the same
+products. They do not where `recompute: "selective"` cuts more than 1,024 tokens into tiles for the pass with gradients,
+or where memory is aligned otherwise: there it is to rounding. The head runs in chunks and on response tokens alone.
 """
 
 import json

@@ -45,6 +45,11 @@ def read_rows(path: str) -> list[dict]:
         return [json.loads(line) for line in lines]
 
 
+def spread(ratios: list[float]) -> str:
+    """Median, least and most."""
+    return f"{statistics.median(ratios):7.3f} {min(ratios):7.3f} {max(ratios):7.3f}"
+
+
 def print_result(name: str, seconds: list[float], losses: list[float], first_step_at: float, started: float):
     """One JSON line. seconds: of each optimizer step. The first two are no part of the median (caches, first pages)."""
     import torch

@@ -12,14 +12,13 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from bench_common import BATCH, MAX_LENGTH, OPTIONS, add_options, read_rows
+from bench_common import BATCH, MAX_LENGTH, OPTIONS, add_options, read_rows, spread
 
 from mini_forge.data.batches import plan_epoch
 from mini_forge.data.chat import choose_template
@@ -126,7 +125,7 @@ def report(pairs: list[tuple[dict, dict]]):
                        ("peak resident memory", "peak_rss_bytes"),
                        ("start to end of first step", "start_to_first_step_seconds")):  # fmt: skip
         ratios = [ours[key] / peer[key] for ours, peer in pairs]
-        print(f"{title:32} {statistics.median(ratios):7.3f} {min(ratios):7.3f} {max(ratios):7.3f}")
+        print(f"{title:32} {spread(ratios)}")
 
 
 def cpu_name() -> str:

@@ -13,14 +13,13 @@ logits are as good as equal. Memory is the process's peak resident set. Linux on
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from bench_common import LORA, TARGETS, read_rows
+from bench_common import LORA, TARGETS, read_rows, spread
 
 SIDES = {"ours": "mini_forge", "peer": "transformers+PEFT"}
 
@@ -30,14 +29,17 @@ def main():
     if args.side:
         print(json.dumps(measured(args)))
         return
-    from compare import cpu_name
+    from compare import PEER_ENVIRONMENT, cpu_name
 
     print(f"{time.strftime('%Y-%m-%d')} {cpu_name()}, {os.cpu_count()} cores; {args.tokens} tokens a prompt, "
           f"{'NF4' if args.nf4 else 'dense'}, {args.pairs} pairs")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         write_adapter(args.model, folder)
         for batch in args.batches:
-            report(batch, [{side: run(args, side, folder, batch) for side in SIDES} for _ in range(args.pairs)])
+            pairs = [
+                {side: run(args, side, folder, batch, PEER_ENVIRONMENT) for side in SIDES} for _ in range(args.pairs)
+            ]
+            report(batch, pairs)
 
 
 def parse():
@@ -71,15 +73,13 @@ def write_adapter(model_folder: str, folder: str):
     mini_forge.save_adapter(folder, model, spec, str(Path(model_folder).resolve()))
 
 
-def run(args, side: str, adapter: str, batch: int) -> dict:
+def run(args, side: str, adapter: str, batch: int, peer_environment: dict[str, str]) -> dict:
     """The record of one side, in a process of its own."""
     python = sys.executable if side == "ours" else args.peer_python
     command = [python, __file__, "--side", side, "--model", args.model, "--data", args.data, "--adapter", adapter,
                "--batches", str(batch), "--tokens", str(args.tokens), *(["--nf4"] if args.nf4 else [])]  # fmt: skip
-    from compare import PEER_ENVIRONMENT
-
-    environment = {**os.environ, **(PEER_ENVIRONMENT if side == "peer" else {})}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    environment = peer_environment if side == "peer" else {}
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{done.stderr}\ngeneration ({side}) ended with {done.returncode}")
     record = json.loads(done.stdout.splitlines()[-1])
@@ -135,8 +135,7 @@ def report(batch: int, pairs: list[dict]):
     """Ours over the peer's, pair by pair."""
     for key, title in (("seconds", "seconds"), ("peak", "peak resident memory")):
         ratios = [pair["ours"][key] / pair["peer"][key] for pair in pairs]
-        print(f"{batch} at a time, ours / {SIDES['peer']}: {title:20} {statistics.median(ratios):7.3f} "
-              f"{min(ratios):7.3f} {max(ratios):7.3f}")  # fmt: skip
+        print(f"{batch} at a time, ours / {SIDES['peer']}: {title:20} {spread(ratios)}")
     ours, peer = ([token for row in pairs[0][side]["new"] for token in row] for side in SIDES)
     print(f"{sum(a == b for a, b in zip(ours, peer, strict=True))} of {len(ours)} tokens agree")
 

@@ -12,12 +12,13 @@ call that loads, imports not counted. Memory is the process's peak resident set 
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from bench_common import spread
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "hidden_size": 2048,
@@ -140,7 +141,7 @@ def report(pairs: list[list[dict]]):
     titles = {"seconds": "seconds", "peak": "peak resident memory", "rise": "its rise while loading"}
     for key, title in titles.items():
         ratios = [ours[key] / peer[key] for ours, peer in pairs]
-        print(f"{title:34} {statistics.median(ratios):7.3f} {min(ratios):7.3f} {max(ratios):7.3f}")
+        print(f"{title:34} {spread(ratios)}")
 
 
 if __name__ == "__main__":
