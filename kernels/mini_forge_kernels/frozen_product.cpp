@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "product_job.h"
 #include "tile.h"
 
 namespace {
@@ -88,29 +89,6 @@ struct FourBits {  // rows of `width` numbers, two a byte, the first in its uppe
     return x;
   }
 };
-
-}  // namespace
-
-extern "C" {
-
-// out (rows, columns) = x w, or that added to out: x (rows, terms), w (terms, columns), of w (columns, terms) if
-// is_transposed; and, of rank > 0, low (rows, rank) times factor (rank, columns), likewise transposed. Where `before`
-// (rank, terms) is given, of few rows of x and a transposed w, low is scale x beforeᵀ. Strides count numbers, from row to
-// row. w's form: `bits` a number; `scales`, `code` and `blocksize` where it has them.
-struct Job {
-  const float* x;
-  float* out;
-  const void* w;
-  const float *scales, *code, *low, *factor, *before;
-  long rows, terms, columns, rank, x_stride, out_stride, w_stride, low_stride, factor_stride, before_stride,
-      blocksize;
-  float scale;
-  int bits, is_transposed, adds, threads;
-};
-
-}
-
-namespace {
 
 // A tile of the result, of `now` terms from `first` on and, behind these in the panel, `rank` more.
 struct Tile {
@@ -276,8 +254,6 @@ struct Product {
 }  // namespace
 
 extern "C" {
-
-extern const long size_of_Job = sizeof(Job);
 
 void product(const Job* job) {
   const auto run = [&](auto w) { Product<decltype(w)>{*job, w}.run(); };

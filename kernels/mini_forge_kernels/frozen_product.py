@@ -29,12 +29,13 @@ from mini_forge.model.left_side import LeftSide, Low, Update, low_and_factor, lo
 from mini_forge.model.quant import Quantized8bit
 from mini_forge_kernels import amx_product
 from mini_forge_kernels.compiled import declared, library, named, why_not
+from mini_forge_kernels.product_job import Job
 
 __all__ = ["FEW", "NAME", "StoredLeftSide", "reason_not"]
 
 NAME = "frozen_product"
 FEW = 8  # rows, as in frozen_product.cpp
-MOST_RANK = 128  # likewise; of more the low-rank term is a product of its own
+MOST_RANK = 128  # likewise, and in amx_product.cpp; of more the low-rank term is a product of its own
 
 Stored = torch.Tensor | Quantized4bit | Quantized8bit
 
@@ -50,15 +51,14 @@ def _reason_not_here() -> str | None:
 
 
 class StoredLeftSide(LeftSide):
-    """The left side x (N, K), float32, of products with frozen matrices as they are stored. What the matrix unit needs
-    of x is made once, where it is first needed."""
+    """The left side x (N, K), float32, of products with frozen matrices as they are stored."""
 
     few = FEW
 
     def __init__(self, x: torch.Tensor):
         if x.dtype != torch.float32 or x.device.type != "cpu":
             raise ValueError(f"x: {x.dtype} on {x.device}, not float32 on the CPU")
-        self.x, self.parts = x if x.stride(1) == 1 else x.contiguous(), None
+        self.x = x if x.stride(1) == 1 else x.contiguous()
 
     def product_t(self, weight: Stored, onto: torch.Tensor | None = None, low: Low | None = None) -> torch.Tensor:
         """x Wᵀ + l Bᵀ (N, out), or that added to `onto` in place. W (out, K): bfloat16, or quantized. low: l, B; or
@@ -79,38 +79,19 @@ class StoredLeftSide(LeftSide):
         if onto is not None and not (onto.shape == (N, columns) and _lies(onto, torch.float32)):
             raise ValueError(f"onto: {onto.dtype} {tuple(onto.shape)} of strides {onto.stride()}, not {(N, columns)}")
         low = None if low is None else _checked(low, self.x, columns, is_transposed)
-        uses_amx = is_dense and N > FEW and amx_product.reason_not() is None
-        if isinstance(low, tuple) and (uses_amx or low[0].shape[1] > MOST_RANK or not K):
+        if isinstance(low, tuple) and (low[0].shape[1] > MOST_RANK or not K):
             onto, low = low_product(low, is_transposed, onto), None
         out = fresh((N, columns), torch.float32, self.x.device) if onto is None else onto
         if 0 in (N, columns, K):
             return out if onto is not None else out.zero_()
         with named(NAME):
-            if uses_amx:
-                self.parts = amx_product.split(self.x) if self.parts is None else self.parts
-                amx_product.multiply(self.parts, N, weight, is_transposed, out, onto is not None)
-            else:
-                _product(self.x, weight, is_transposed, out, onto is not None, low)
+            _product(self.x, weight, is_transposed, out, onto is not None, low)
         return out
-
-
-class _Job(ctypes.Structure):
-    """Fields as in frozen_product.cpp's Job."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "out", "w", "scales", "code", "low", "factor", "before")),
-        *((name, ctypes.c_long) for name in (
-            "rows", "terms", "columns", "rank", "x_stride", "out_stride", "w_stride", "low_stride", "factor_stride",
-            "before_stride", "blocksize",
-        )),
-        ("scale", ctypes.c_float),
-        *((name, ctypes.c_int) for name in ("bits", "is_transposed", "adds", "threads")),
-    ]  # fmt: skip
 
 
 @cache
 def _library() -> ctypes.CDLL:
-    return declared(library(Path(__file__).with_suffix(".cpp")), {"product": "p"}, Job=_Job)
+    return declared(library(Path(__file__).with_suffix(".cpp")), {"product": "p"}, Job=Job)
 
 
 def _product(x: torch.Tensor, weight: Stored, is_transposed: bool, out: torch.Tensor, adds: bool, low: Low | None):
@@ -130,10 +111,14 @@ def _product(x: torch.Tensor, weight: Stored, is_transposed: bool, out: torch.Te
     rank = 0 if factor is None else factor.shape[is_transposed]
     pointers = (None if t is None else t.data_ptr() for t in (x, out, numbers, scales, code, left, factor, before))
     strides = (0 if t is None else t.stride(0) for t in (left, factor, before))
-    _library().product(ctypes.byref(_Job(
+    job = Job(
         *pointers, *x.shape, out.shape[1], rank, x.stride(0), out.stride(0), stride, *strides, blocksize, scale, bits,
         is_transposed, adds, torch.get_num_threads(),
-    )))  # fmt: skip
+    )  # fmt: skip
+    if bits == 16 and len(x) > FEW and amx_product.reason_not() is None:
+        amx_product.multiply(job)
+    else:
+        _library().product(ctypes.byref(job))
 
 
 def _lies(matrix: torch.Tensor, dtype: torch.dtype) -> bool:
