@@ -22,7 +22,6 @@ UNIT_TENSORS = {"silu": 3, "gelu_tanh": 3, "clamped": 6}
 FUSED_UNITS = ("silu", "clamped")  # whose fused form keeps gate and up alone
 ATTENTION_INPUTS, MLP_INPUTS = {"q_proj", "k_proj", "v_proj", "qkv_proj"}, {"gate_proj", "up_proj", "gate_up_proj"}
 BLOCK_4BIT, BLOCK_NESTED, BLOCK_MXFP4, BLOCK_OPTIMIZER = 64, 256, 32, 256
-PARTS_BYTES = 3 * 2  # of a float32 number that is multiplied with bfloat16 weights
 SMALLEST_8BIT_STATE = 4096  # values; bitsandbytes keeps the states of smaller tensors in float32
 
 
@@ -53,8 +52,8 @@ class Job:
     """What the prediction needs of a run. tokens: that the largest microbatch is computed on; spared: how many more
     its documents have, because they begin alike; longest: of the documents; is_ragged: they differ in length.
     recompute: as `Decoder.recompute`. has_mxfp4: experts stay in MXFP4, as stored. in_bfloat16: matrices that stay so
-    under float32 activations, where they are not quantized. is_compiled: the CPU's ops are (`kernels/`), has_amx: for
-    its matrix unit too. threads: of the CPU. has_triton: it is imported.
+    under float32 activations, where they are not quantized. is_compiled: the CPU's ops are (`kernels/`). threads: of
+    the CPU. has_triton: it is imported.
     forward_tokens: of the largest pass without gradients, as in an evaluation. rollouts: what is sampled (rlhf). pairs:
     (tokens, longest) of the largest microbatch of the reward model's training. heads: trained values beside the
     adapter. reward_bytes: of a reward model's adapter and head; reward_backbone_bytes: of a backbone that it does not
@@ -73,7 +72,6 @@ class Job:
     has_mxfp4: bool = False
     in_bfloat16: frozenset[str] = frozenset()
     is_compiled: bool = False
-    has_amx: bool = False
     threads: int = 1
     has_triton: bool = False
     spared: int = 0
@@ -88,11 +86,6 @@ class Job:
     def width(self) -> int:
         """Bytes of an activation."""
         return dtype_bytes(self.plan.dtype)
-
-    @property
-    def has_parts(self) -> bool:
-        """Whether inputs of linear layers are split for bfloat16 weights."""
-        return bool(self.in_bfloat16) and self.has_amx and self.plan.quantization is None
 
     @property
     def is_on_cuda(self) -> bool:
@@ -357,20 +350,18 @@ def attention_bytes(spec: DecoderSpec, layer: LayerSpec, job: Job) -> int:
 def forward_bytes(spec: DecoderSpec, tokens: int, job: Job) -> int:
     """One layer's forward without gradients: input, norm, and what the widest part makes."""
     widest = max(max(widths(spec, layer)) for layer in spec.layers)
-    made = max(4 * job.width, 3 * job.width + PARTS_BYTES) if job.has_parts else 4 * job.width  # gate, up, unit, parts
-    return tokens * (4 * spec.hidden_size * job.width + widest * made)
+    return tokens * (4 * spec.hidden_size + 4 * widest) * job.width  # gate, up, unit
 
 
 def head_bytes(spec: DecoderSpec, tokens: int, job: Job) -> int:
-    """Float32 logits of a tile and, where the weight is in 16 bits, their 16-bit form or parts beside them; Σ softmax·W
+    """Float32 logits of a tile and, where the weight is in 16 bits, their 16-bit form beside them; Σ softmax·W
     of the tile's tokens, float32, and what is added to it."""
     if not tokens:
         return 0
     rows = min(losses.TILE_TOKENS, tokens)
     width = min(spec.vocab_size, losses.tile_width(rows, torch.device(job.plan.device)))
     form = 0 if job.width == 4 else job.width
-    parts = PARTS_BYTES if job.in_bfloat16 and job.has_amx else 0
-    return rows * (width * (4 + form + parts) + spec.hidden_size * (4 + job.width + parts))
+    return rows * (width * (4 + form) + spec.hidden_size * (4 + job.width))
 
 
 def cache_bytes(spec: DecoderSpec, rollouts: Rollouts, job: Job) -> int:

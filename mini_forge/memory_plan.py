@@ -53,7 +53,7 @@ from mini_forge.model.decoder import Decoder
 from mini_forge.prepare import Prepared, in_bfloat16
 from mini_forge.settings import responses_to_each, reward_windows
 from mini_forge.training.windows import Windows
-from mini_forge_kernels import amx_product, frozen_product
+from mini_forge_kernels import frozen_product
 
 MIB = 2**20
 GPU_BYTES = 80 * GIB
@@ -222,7 +222,6 @@ def memory_plan(prepared: Prepared, window: Windows, steps: int) -> MemoryPlan:
         is_fused=is_fused,
         dropout=lora.dropout,
         is_compiled=is_compiled,
-        has_amx=is_compiled and amx_product.reason_not() is None,
         threads=torch.get_num_threads(),
         has_triton="triton" in sys.modules,  # the kernels import it where it can run
         has_mxfp4=is_stored_as_mxfp4(read_json(prepared.folder / "config.json")),

@@ -100,8 +100,8 @@ def stored(form, dense):
 @pytest.mark.parametrize("N, K, out", SHAPES)
 @pytest.mark.parametrize("form", FORMS)
 def test_products_are_those_of_float64(unit, form, N, K, out):
-    if form != "bfloat16" and (unit != "vectors" or 0 in (K, out)):
-        return  # quantized weights are multiplied alike, and not empty
+    if form != "bfloat16" and 0 in (K, out):
+        return  # quantized weights are not empty
     x, grad = drawn(N, K), drawn(N, out, seed=1)
     weight, exact = stored(form, drawn(out, K, seed=2))
     forward, back = x.double() @ exact.t(), grad.double() @ exact

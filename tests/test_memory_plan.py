@@ -63,7 +63,6 @@ from mini_forge.training.optim import make_optimizer
 from mini_forge.training.rlhf import Experience
 from mini_forge.training.rollouts import Sampling, sample_responses
 from mini_forge.training.windows import Windows
-from mini_forge_kernels import amx_product
 from mini_forge_kernels.frozen_product import StoredLeftSide, reason_not
 from tests.tiny import CONFIG, random_model, tokenizer_files, write_rows
 
@@ -377,7 +376,7 @@ def a_steps_peak(lengths, changes, recompute, fused, dtype, dropout=0.0, in_bflo
     sizes = meta_sizes(**changes, num_hidden_layers=4)
     is_compiled = fused and dtype == torch.float32 and reason_not(torch.device("cpu")) is None
     job = replace(job, tokens=sum(lengths), longest=lengths[0], dropout=dropout, is_compiled=is_compiled,
-                  has_amx=amx_product.reason_not() is None, threads=torch.get_num_threads(),
+                  threads=torch.get_num_threads(),
                   in_bfloat16=frozenset(sizes.shapes) if in_bfloat16 else frozenset())  # fmt: skip
     items = training_bytes(sizes, job)
     return items["activations"] + items["loss head, or one layer's backward"], measured

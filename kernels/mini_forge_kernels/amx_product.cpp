@@ -1,5 +1,5 @@
-// x Wᵀ + l Bᵀ and x W + l A for float32 x, l, A, B and bfloat16 W on the matrix unit of x86 CPUs (AMX). What it computes,
-// and why so, is in amx_product.py, which compiles this file and calls the two functions at its end.
+// x Wᵀ + l Bᵀ and x W + l A for float32 x, l, A, B and a frozen W as it is stored, on the matrix unit of x86 CPUs (AMX).
+// What it computes, and why so, is in amx_product.py, which compiles this file and calls the two functions at its end.
 //
 // The unit has eight tiles of 16 rows of 64 bytes. One instruction, TDPBF16PS, adds the product of a 16 x 32 tile of
 // bfloat16 numbers and a 32 x 16 one to a 16 x 16 tile of float32 ones, in 16 cycles:
@@ -7,7 +7,7 @@
 //     C[m, n] += Σ_k A[m, 2k] B[k, 2n] + A[m, 2k+1] B[k, 2n+1]          so B holds pairs of W's rows side by side
 //
 // It is fed from a core's own caches: a thread splits so many rows of x as stay in the second one (2 MiB on every CPU
-// with AMX), packs 128 columns of W as tiles, and multiplies all of both. Threads share nothing that they write, and how
+// with AMX), packs some columns of W as tiles, and multiplies all of both. Threads share nothing that they write, and how
 // many there are changes no bit of the result.
 
 #include <immintrin.h>
@@ -16,143 +16,167 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "product_job.h"
-
-#define UNROLL _Pragma("GCC unroll 16")
+#include "tile.h"
+#include "weights.h"
 
 namespace {
 
 using bf16 = uint16_t;  // its bits: the upper half of a float32's
 
 constexpr long ROWS = 16, DEPTH = 32, TILE = ROWS * DEPTH;  // of a tile of x: its rows, their numbers, both
-constexpr long PARTS = 3;
 constexpr long PAIR = 2 * ROWS;            // rows of x, and columns of W, that are multiplied at a time
-constexpr long MOST_STEPS = 24;            // tiles of depth that are summed up before the sum is added to `out`
-constexpr long PACKED = 4 * PAIR;          // columns packed at a time: 256 bytes of a row, or caches' lines are half used
-constexpr long CACHED = 800 << 10;         // bytes of x's tiles that a thread goes over again for each panel
+constexpr long PARTS = 3;                  // of a float32 number
+constexpr long CACHED = 880 << 10;         // bytes of x's tiles that a thread goes over again for each panel
 constexpr long ROWS_AHEAD = 4;             // of x that are fetched before they are split
 constexpr long ENOUGH = 8;                 // rows of tiles for which a thread's packing is worth its time
-constexpr long MOST_RANK = 128;
-
-// Of l and of B the parts whose products are summed up, the smallest first: those below 2⁻²⁶ of the largest are left out.
-constexpr long PRODUCTS = 6, LEFT[PRODUCTS] = {2, 1, 0, 1, 0, 0}, RIGHT[PRODUCTS] = {0, 1, 2, 0, 1, 0};
-constexpr long MOST_LOW_STEPS = PRODUCTS * MOST_RANK / DEPTH;
 
 long pieces(long n, long size) { return (n + size - 1) / size; }
-__mmask16 first16(long n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
-__mmask32 first32(long n) { return n >= 32 ? 0xffffffff : n <= 0 ? 0 : (1u << n) - 1; }
 
-__m512 to_float(__m256i numbers) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
+// Of a matrix's numbers: those of bfloat16 are a part.
+template <class Numbers>
+constexpr long parts_of = std::is_same_v<Numbers, Bfloat16> ? 1 : PARTS;
+
+// Twice 16 numbers, of which one part after the other is taken, the largest first.
+struct Rest {
+  floats first, last;
+
+  __m512i part() {
+    const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh((__m512)last, (__m512)first);
+    first -= to_float(_mm512_castsi512_si256(rounded));
+    last -= to_float(_mm512_extracti64x4_epi64(rounded, 1));
+    return rounded;
+  }
+  static floats to_float(__m256i numbers) { return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16); }
+};
+
+// `count` of 16 numbers: how many there are from `i` on, of `n`.
+long there(long i, long n) { return std::clamp(n - i, 0L, WIDTH); }
+
+// The 32 numbers of a row from j on, of n.
+template <class Numbers>
+[[gnu::always_inline]] inline Rest numbers_of(const Numbers& matrix, long row, long j, long n) {
+  if (j + DEPTH <= n) return {matrix.row(row, j, WIDTH), matrix.row(row, j + WIDTH, WIDTH)};
+  return {matrix.row(row, j, there(j, n)), matrix.row(row, j + WIDTH, there(j + WIDTH, n))};
 }
 
-// `count` numbers, up to 32, to their three parts, `apart` from each other, and zeros behind them.
-void split(const float* from, long count, bf16* to, long apart) {
-  const __mmask32 there = first32(count);
-  __m512 low = _mm512_maskz_loadu_ps(there, from), high = _mm512_maskz_loadu_ps(there >> 16, from + 16);
-  UNROLL for (long part = 0; part < PARTS; part++, to += apart) {
-    const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-    _mm512_storeu_si512(to, rounded);
-    low = _mm512_sub_ps(low, to_float(_mm512_castsi512_si256(rounded)));
-    high = _mm512_sub_ps(high, to_float(_mm512_extracti64x4_epi64(rounded, 1)));
-  }
-}
+// What stands on the left, x or l: `rows` down to `bottom`, of `terms` numbers.
+struct Left {
+  const Float32 numbers;
+  const long terms;
 
-// A 16 x 16 matrix of pairs, transposed.
-void transpose(const bf16* from, long stride, bf16* to) {
-  __m512i a[16], b[16];
-  UNROLL for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * stride);
-  UNROLL for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-  }
-  UNROLL for (int i = 0; i < 16; i += 4) {
-    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-  }
-  UNROLL for (int i = 0; i < 4; i++) {  // blocks of 4 x 4 are transposed now; these are the blocks
-    b[i] = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88);
-    b[4 + i] = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xdd);
-    b[8 + i] = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88);
-    b[12 + i] = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xdd);
-  }
-  UNROLL for (int i = 0; i < 8; i++) {
-    _mm512_store_si512(to + i * DEPTH, _mm512_shuffle_i32x4(b[i], b[8 + i], 0x88));
-    _mm512_store_si512(to + (8 + i) * DEPTH, _mm512_shuffle_i32x4(b[i], b[8 + i], 0xdd));
-  }
-}
-
-struct Matrix {  // W: `terms` are summed over, `columns` are the result's
-  const bf16* at;
-  long stride, terms, columns;
-  bool is_transposed;  // whether a column of the result is a row of W
-
-  // The tile for 16 columns and 32 terms, with zeros beyond the end.
-  void pack(long column, long term, bf16* tile) const {
-    if (is_transposed) {
-      const bf16* from = at + column * stride + term;
-      if (column + ROWS <= columns && term + DEPTH <= terms) return transpose(from, stride, tile);
-      alignas(64) bf16 rows[TILE];
-      for (long i = 0; i < ROWS; i++) {
-        const __mmask32 there = column + i < columns ? first32(terms - term) : 0;
-        _mm512_store_si512(rows + i * DEPTH, _mm512_maskz_loadu_epi16(there, from + i * stride));
-      }
-      return transpose(rows, DEPTH, tile);
-    }
-    const __m512i side_by_side = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
-                                                  23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    const __mmask16 there = first16(columns - column);
-    for (long i = 0; i < DEPTH; i += 2) {
-      const bf16* row = at + (term + i) * stride + column;
-      const __m256i even = _mm256_maskz_loadu_epi16(term + i < terms ? there : 0, row);
-      const __m256i odd = _mm256_maskz_loadu_epi16(term + i + 1 < terms ? there : 0, row + stride);
-      const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1);
-      _mm512_store_si512(tile + i / 2 * DEPTH, _mm512_permutexvar_epi16(side_by_side, both));
-    }
-  }
-
-  // Columns from `column` to `end`, `steps` tiles deep: panels of two tiles of columns, in the order of the depth. W is
-  // read in the order in which it lies.
-  void pack_columns(long column, long end, long term, long steps, bf16* packed) const {
-    const long tiles = pieces(end - column, PAIR) * 2;
-    const long outer = is_transposed ? tiles : steps, inner = is_transposed ? steps : tiles;
-    for (long i = 0; i < outer; i++)
-      for (long j = 0; j < inner; j++) {
-        const long tile = is_transposed ? i : j, step = is_transposed ? j : i;
-        pack(column + tile * ROWS, term + step * DEPTH, packed + (tile / 2 * steps + step) * 2 * TILE + tile % 2 * TILE);
+  // Tiles of the rows from `top` to `bottom`, `steps` deep from `first` on: of each PAIR of rows and each step the parts,
+  // the smallest first, of two tiles below each other. Zeros beyond the end.
+  void tile(long top, long bottom, long first, long steps, bf16* tiles) const {
+    for (long row = 0; row < pieces(bottom - top, PAIR) * PAIR; row++)
+      for (long step = 0; step < steps; step++) {
+        const long term = (first + step) * DEPTH;
+        bf16* to = tiles + (row / PAIR * steps + step) * PARTS * 2 * TILE + row % PAIR * DEPTH;
+        __builtin_prefetch(numbers.place(top + row + ROWS_AHEAD, term));
+        __builtin_prefetch(numbers.place(top + row + ROWS_AHEAD, term + WIDTH));
+        Rest rest = numbers_of(numbers, top + row, term, top + row < bottom ? terms : 0);
+        UNROLL for (long part = PARTS; part--;) _mm512_store_si512(to + part * 2 * TILE, rest.part());
       }
   }
 };
 
-// Tiles that are multiplied: of each step of depth two of W's and `parts` times two of x's.
+// What stands on the right, W or l's factor: `terms` are summed up, `columns` are the result's.
+template <class Numbers>
+struct Right {
+  static constexpr long PARTS = parts_of<Numbers>;
+  static constexpr long PACKED = (PARTS == 1 ? 4 : 2) * PAIR;  // columns packed at a time: as the cache has room for
+
+  const Numbers numbers;
+  const long terms, columns;
+  const bool is_transposed;  // whether a column of the result is a row of the matrix
+
+  // Columns from `column` to `end`, `steps` deep from `first` on: of each PAIR of columns and each step the parts, the
+  // largest first, of two tiles beside each other. The matrix is read in the order in which it lies.
+  void tile(long column, long end, long first, long steps, bf16* tiles) const {
+    const long across = pieces(end - column, PAIR) * 2;
+    const long outer = is_transposed ? across : steps, inner = is_transposed ? steps : across;
+    for (long i = 0; i < outer; i++)
+      for (long j = 0; j < inner; j++) {
+        const long x = is_transposed ? i : j, step = is_transposed ? j : i;
+        bf16* to = tiles + ((x / 2 * steps + step) * PARTS * 2 + x % 2) * TILE;
+        const long x_column = column + x * ROWS, term = (first + step) * DEPTH;
+        is_transposed ? turned(x_column, term, to) : straight(x_column, term, to);
+      }
+  }
+
+  // The parts of 16 columns and 32 terms, zeros beyond the end.
+  void turned(long column, long term, bf16* to) const {
+    if (column + ROWS <= columns && term + DEPTH <= terms) return turned<true>(column, term, to);
+    turned<false>(column, term, to);
+  }
+
+  template <bool is_whole>
+  void turned(long column, long term, bf16* to) const {
+    floats rows[PARTS][ROWS];  // pairs of numbers
+    UNROLL for (long i = 0; i < ROWS; i++) {
+      if constexpr (is_whole && PARTS == 1) {
+        rows[0][i] = load((const float*)numbers.place(column + i, term));
+        continue;
+      }
+      Rest rest = numbers_of(numbers, column + i, term, is_whole ? term + DEPTH : column + i < columns ? terms : 0);
+      UNROLL for (long part = 0; part < PARTS; part++) rows[part][i] = (floats)rest.part();
+    }
+    UNROLL for (long part = 0; part < PARTS; part++) {
+      transpose(rows[part]);
+      UNROLL for (long i = 0; i < ROWS; i++) store((float*)(to + part * 2 * TILE + i * DEPTH), rows[part][i]);
+    }
+  }
+
+  void straight(long column, long term, bf16* to) const {
+    if (column + ROWS <= columns && term + DEPTH <= terms) return straight<true>(column, term, to);
+    straight<false>(column, term, to);
+  }
+
+  template <bool is_whole>
+  void straight(long column, long term, bf16* to) const {
+    const __m512i side_by_side = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                                  23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const auto row = [&](long k) {
+      return numbers.row(k, column, is_whole ? WIDTH : k < terms ? there(column, columns) : 0);
+    };
+    for (long i = 0; i < DEPTH; i += 2, to += DEPTH) {
+      Rest rest = {row(term + i), row(term + i + 1)};
+      UNROLL for (long part = 0; part < PARTS; part++)
+        _mm512_store_si512(to + part * 2 * TILE, _mm512_permutexvar_epi16(side_by_side, rest.part()));
+    }
+  }
+};
+
+// A PAIR of rows and one of columns, as tiles. Of the parts those are multiplied whose product is more than 2⁻²⁶ of all.
+template <long W_PARTS>
 struct Terms {
   const bf16 *x, *w;
-  long steps;
+  const long steps;
 
   // Meanwhile the part of the result that is made next, at `next`, is fetched: two of its rows with each step.
-  template <long parts, bool has_both>
+  template <bool has_both>
   void sum_up(const float* next, long stride) const {
     const bf16 *a = x, *b = w;
-    for (long step = 0; step < steps; step++, b += 2 * TILE) {
+    for (long step = 0; step < steps; step++, a += PARTS * 2 * TILE) {
       for (long i = 0; i < 2; i++, next += stride) {
         __builtin_prefetch(next, 1);
         __builtin_prefetch(next + ROWS, 1);
       }
-      _tile_loadd(6, b, 64);
-      _tile_loadd(7, b + TILE, 64);
-      UNROLL for (long part = 0; part < parts; part++, a += 2 * TILE) {
-        _tile_loadd(4, a, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        if (has_both) {
-          _tile_loadd(5, a + TILE, 64);
-          _tile_dpbf16ps(2, 5, 6);
-          _tile_dpbf16ps(3, 5, 7);
+      UNROLL for (long part = 0; part < W_PARTS; part++, b += 2 * TILE) {
+        _tile_loadd(6, b, 64);
+        _tile_loadd(7, b + TILE, 64);
+        UNROLL for (long i = part; i < PARTS; i++) {
+          _tile_loadd(4, a + i * 2 * TILE, 64);
+          _tile_dpbf16ps(0, 4, 6);
+          _tile_dpbf16ps(1, 4, 7);
+          if (has_both) {
+            _tile_loadd(5, a + i * 2 * TILE + TILE, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+          }
         }
       }
     }
@@ -161,11 +185,12 @@ struct Terms {
 
 // The part of the result, up to PAIR rows and columns, that lies at `at`, and where the next one does.
 struct Place {
-  float *at, *next;
-  long stride, rows, columns;
-  bool adds;
+  float *const at, *const next;
+  const long stride, rows, columns;
+  const bool adds;
 
-  void multiply(const Terms& whole, const Terms& low) const {
+  template <long W_PARTS>
+  void multiply(const Terms<W_PARTS>& whole, const Terms<PARTS>& low) const {
     if (rows >= PAIR && columns >= PAIR) return multiply<true>(whole, low, at, stride);
     alignas(64) float sums[PAIR * PAIR];
     if (adds) copy(at, stride, sums, PAIR);
@@ -175,15 +200,14 @@ struct Place {
 
   void copy(const float* from, long from_stride, float* to, long to_stride) const {
     for (long row = 0; row < std::min(rows, PAIR); row++)
-      for (long column = 0; column < std::min(columns, PAIR); column += ROWS) {
-        const __mmask16 there = first16(columns - column);
-        const __m512 numbers = _mm512_maskz_loadu_ps(there, from + row * from_stride + column);
-        _mm512_mask_storeu_ps(to + row * to_stride + column, there, numbers);
+      for (long column = 0; column < std::min(columns, PAIR); column += WIDTH) {
+        const long count = there(column, columns);
+        store(to + row * to_stride + column, load(from + row * from_stride + column, count), count);
       }
   }
 
-  template <bool has_both>
-  void multiply(const Terms& whole, const Terms& low, float* to, long to_stride) const {
+  template <bool has_both, long W_PARTS>
+  void multiply(const Terms<W_PARTS>& whole, const Terms<PARTS>& low, float* to, long to_stride) const {
     float* const below = to + ROWS * to_stride;
     if (adds) {
       _tile_loadd(0, to, to_stride * 4);
@@ -196,120 +220,74 @@ struct Place {
       _tile_zero(2);
       _tile_zero(3);
     }
-    whole.sum_up<PARTS, has_both>(next, stride);
-    low.sum_up<1, has_both>(next, stride);
-    _tile_stored(0, to, to_stride * 4);  // all that is on its way in the unit ends before the first of these
+    whole.template sum_up<has_both>(next, stride);
+    low.template sum_up<has_both>(next, stride);
+    _tile_stored(0, to, to_stride * 4);  // it waits for all that is on its way in the unit, the others for nothing more
     _tile_stored(1, to + ROWS, to_stride * 4);
     _tile_stored(2, below, to_stride * 4);
     _tile_stored(3, below + ROWS, to_stride * 4);
   }
 };
 
-struct alignas(64) Line {
-  bf16 numbers[DEPTH];
-};
-
-// What a thread works in; it keeps it.
+// What a thread works in, and keeps.
 struct Room {
+  struct alignas(64) Line {
+    bf16 numbers[DEPTH];
+  };
   std::vector<Line> lines;
 
-  bf16* of(long numbers) {
-    lines.resize(std::max(lines.size(), size_t(pieces(numbers, DEPTH))));
+  bf16* of(long tiles) {
+    lines.resize(std::max(lines.size(), size_t(tiles * ROWS)));
     return lines.data()->numbers;
   }
 };
 
+template <class Weights>
 struct Product {
+  static constexpr long W_PARTS = parts_of<Weights>, PACKED = Right<Weights>::PACKED;
+  // Tiles of depth that are summed up before the sum is added to `out`, which takes the time of 4 of bfloat16's; the fewer,
+  // the more rows of x stay in the cache, and the fewer times W is packed, which takes longer where it has three parts.
+  static constexpr long MOST_STEPS = W_PARTS == 1 ? 24 : 16;
+
   const Job& job;
-  const Matrix w = {(const bf16*)job.w, job.w_stride, job.terms, job.columns, bool(job.is_transposed)};
-  const long low_steps = pieces(PRODUCTS * job.rank, DEPTH);
+  const Right<Weights> w;
+  const Left x = {{job.x, job.x_stride}, job.terms}, low = {{job.low, job.low_stride}, job.rank};
+  const Right<Float32> factor = {{job.factor, job.factor_stride}, job.rank, job.columns, w.is_transposed};
 
   // One thread's share: rows [top, bottom) and columns [left, right) of the result.
   void compute(long top, long bottom, long left, long right) const {
     static thread_local Room x_room, low_room, w_room, factor_room;
     const long depth = pieces(job.terms, DEPTH), steps = pieces(depth, pieces(depth, MOST_STEPS));
-    const long pairs = pieces(bottom - top, PAIR), size = steps * PARTS * 2 * TILE;  // of the tiles of a pair's rows
+    const long low_steps = pieces(job.rank, DEPTH), pairs = pieces(bottom - top, PAIR);
+    const long size = steps * PARTS * 2 * TILE, low_size = low_steps * PARTS * 2 * TILE;  // of the tiles of a PAIR of rows
+    const long w_size = steps * W_PARTS * 2 * TILE;                                       // and of columns
     const long block = pieces(pairs, pieces(pairs, std::max(1L, CACHED / long(size * sizeof(bf16)))));
-    bf16 *const x = x_room.of(block * size), *const low = low_room.of(block * low_steps * 2 * TILE),
-         *const packed = w_room.of(PACKED * MOST_STEPS * DEPTH), *const factor = factor_room.of(PACKED * low_steps * DEPTH);
+    bf16 *const x_tiles = x_room.of(block * size / TILE), *const low_tiles = low_room.of(block * low_size / TILE),
+         *const w_tiles = w_room.of(PACKED / PAIR * w_size / TILE),
+         *const factor_tiles = factor_room.of(PACKED / PAIR * low_size / TILE);
     for (long first = 0; first < depth; first += steps) {
       const long now = std::min(steps, depth - first), beside = first + now == depth ? low_steps : 0;
       for (long row = top; row < bottom; row += block * PAIR) {
         const long end = std::min(bottom, row + block * PAIR);
-        split_rows(row, end, first, now, x);
-        if (beside) split_low(row, end, low);
+        x.tile(row, end, first, now, x_tiles);
+        low.tile(row, end, 0, beside, low_tiles);
         for (long column = left; column < right; column += PACKED) {
           const long last = std::min(right, column + PACKED);
-          w.pack_columns(column, last, first * DEPTH, now, packed);
-          if (beside) pack_factor(column, last, factor);
-          for (long c = column; c < last; c += PAIR)
-            for (long r = row; r < end; r += PAIR) {
-              const long pair = (r - row) / PAIR, panel = (c - column) / PAIR;
-              float* const next = job.out + (r + PAIR < end ? (r + PAIR) * job.out_stride + c : row * job.out_stride + c + PAIR);
-              const Place place = {job.out + r * job.out_stride + c, next, job.out_stride, end - r, job.columns - c,
+          w.tile(column, last, first, now, w_tiles);
+          factor.tile(column, last, 0, beside, factor_tiles);
+          for (long c = 0; column + c * PAIR < last; c++)
+            for (long r = 0; row + r * PAIR < end; r++) {
+              float* const at = job.out + (row + r * PAIR) * job.out_stride + column + c * PAIR;
+              float* const next = row + (r + 1) * PAIR < end ? at + PAIR * job.out_stride
+                                                             : job.out + row * job.out_stride + column + (c + 1) * PAIR;
+              const Place place = {at, next, job.out_stride, end - row - r * PAIR, job.columns - column - c * PAIR,
                                    job.adds || first > 0};
-              place.multiply({x + pair * now * PARTS * 2 * TILE, packed + panel * now * 2 * TILE, now},
-                             {low + pair * low_steps * 2 * TILE, factor + panel * low_steps * 2 * TILE, beside});
+              const Terms<W_PARTS> whole = {x_tiles + r * now * PARTS * 2 * TILE, w_tiles + c * now * W_PARTS * 2 * TILE, now};
+              place.multiply(whole, {low_tiles + r * low_size, factor_tiles + c * low_size, beside});
             }
         }
       }
     }
-  }
-
-  // Rows [top, bottom) of x, as tiles: pair by pair, step by step, the smallest parts first. Beyond `bottom` zeros.
-  void split_rows(long top, long bottom, long first, long steps, bf16* tiles) const {
-    for (long row = 0; row < pieces(bottom - top, PAIR) * PAIR; row++) {
-      bf16* to = tiles + row / PAIR * steps * PARTS * 2 * TILE + row % PAIR * DEPTH;
-      for (long step = 0; step < steps; step++, to += PARTS * 2 * TILE) {
-        const long term = (first + step) * DEPTH;
-        const float* from = job.x + (top + row) * job.x_stride + term;
-        __builtin_prefetch(from + ROWS_AHEAD * job.x_stride);
-        __builtin_prefetch(from + ROWS_AHEAD * job.x_stride + ROWS);
-        split(from, top + row < bottom ? job.terms - term : 0, to + (PARTS - 1) * 2 * TILE, -2 * TILE);
-      }
-    }
-  }
-
-  // Likewise l's, those of PRODUCTS beside each other.
-  void split_low(long top, long bottom, bf16* tiles) const {
-    alignas(64) bf16 line[(MOST_LOW_STEPS + 1) * DEPTH];
-    for (long row = 0; row < pieces(bottom - top, PAIR) * PAIR; row++) {
-      parts_beside(job.low + (top + row) * job.low_stride, top + row < bottom ? job.rank : 0, LEFT, line);
-      for (long step = 0; step < low_steps; step++)
-        std::memcpy(tiles + (row / PAIR * low_steps + step) * 2 * TILE + row % PAIR * DEPTH, line + step * DEPTH, 2 * DEPTH);
-    }
-  }
-
-  // And columns of l's factor, from `column` to `end`.
-  void pack_factor(long column, long end, bf16* packed) const {
-    static thread_local Room room;
-    const long terms = low_steps * DEPTH, columns = end - column;
-    bf16* const numbers = room.of(PACKED * terms + DEPTH);
-    if (job.is_transposed) {
-      for (long i = 0; i < columns; i++)
-        parts_beside(job.factor + (column + i) * job.factor_stride, job.rank, RIGHT, numbers + i * terms);
-    } else {
-      alignas(64) bf16 parts[PARTS][PACKED];
-      for (long r = 0; r < job.rank; r++) {
-        for (long i = 0; i < columns; i += DEPTH)
-          split(job.factor + r * job.factor_stride + column + i, columns - i, parts[0] + i, PACKED);
-        for (long p = 0; p < PRODUCTS; p++)
-          std::memcpy(numbers + (p * job.rank + r) * PACKED, parts[RIGHT[p]], sizeof parts[0]);
-      }
-    }
-    const long stride = job.is_transposed ? terms : PACKED;
-    Matrix{numbers, stride, PRODUCTS * job.rank, columns, w.is_transposed}.pack_columns(0, columns, 0, low_steps, packed);
-  }
-
-  // A row of l's or the factor's: of each of PRODUCTS the part that `which` says, and zeros behind all. Whole registers are
-  // written; what is too much is written over, but for the last, for which there is room.
-  void parts_beside(const float* from, long count, const long* which, bf16* line) const {
-    alignas(64) bf16 parts[PARTS][MOST_RANK];
-    for (long i = 0; i < job.rank; i += DEPTH) split(from + i, count - i, parts[0] + i, MOST_RANK);
-    for (long p = 0; p < PRODUCTS; p++, line += job.rank)
-      for (long i = 0; i < job.rank; i += DEPTH)
-        _mm512_storeu_si512(line + i, _mm512_load_si512(parts[which[p]] + i));
-    _mm512_storeu_si512(line, _mm512_setzero_si512());
   }
 };
 
@@ -319,15 +297,10 @@ struct alignas(64) TileShapes {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-}  // namespace
-
-extern "C" {
-
-// Asks Linux for the tiles (arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA); 0 where it lends them.
-int allow_tiles() { return int(syscall(SYS_arch_prctl, 0x1023, 18)); }
-
-void product(const Job* job) {
-  const long threads = job->threads, tiles = pieces(job->rows, ROWS), panels = pieces(job->columns, PAIR);
+template <class Weights>
+void run(const Job& job, const Weights& w) {
+  const Product<Weights> whole = {job, {w, job.terms, job.columns, bool(job.is_transposed)}};
+  const long threads = job.threads, tiles = pieces(job.rows, ROWS), panels = pieces(job.columns, PAIR);
   long down = threads;  // threads one below the other; the others beside them
   while (down > 1 && (threads % down || tiles < down * ENOUGH)) down--;
   const long across = threads / down;
@@ -336,10 +309,21 @@ void product(const Job* job) {
     const long y = share / across, z = share % across;
     const TileShapes shapes;
     _tile_loadconfig(&shapes);
-    Product{*job}.compute(tiles * y / down * ROWS, std::min(job->rows, tiles * (y + 1) / down * ROWS),
-                          panels * z / across * PAIR, std::min(job->columns, panels * (z + 1) / across * PAIR));
+    whole.compute(tiles * y / down * ROWS, std::min(job.rows, tiles * (y + 1) / down * ROWS),
+                  panels * z / across * PAIR, std::min(job.columns, panels * (z + 1) / across * PAIR));
     _tile_release();
   }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Asks Linux for the tiles (arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA); 0 where it lends them.
+int allow_tiles() { return int(syscall(SYS_arch_prctl, 0x1023, 18)); }
+
+void product(const Job* job) {
+  with_weights(*job, [&](auto w) { run(*job, w); });
 }
 
 }

@@ -1,9 +1,9 @@
-"""x Wᵀ + l Bᵀ and x W + l A for float32 x, l, A, B and bfloat16 W on CPUs whose matrix unit (AMX) multiplies bfloat16,
-exact but for sums.
+"""x Wᵀ + l Bᵀ and x W + l A for float32 x, l, A, B and a frozen W as it is stored, on CPUs whose matrix unit (AMX)
+multiplies bfloat16: exact but for sums.
 
     x = x₁ + x₂ + x₃     x₁ = bfloat16(x)     x₂ = bfloat16(x − x₁)     x₃ = x − x₁ − x₂
-    x Wᵀ = x₃Wᵀ + x₂Wᵀ + x₁Wᵀ                 dY W likewise
-    l Bᵀ = l₃B₁ᵀ + l₂B₂ᵀ + l₁B₃ᵀ + l₂B₁ᵀ + l₁B₂ᵀ + l₁B₁ᵀ       and 2⁻²⁶ of it that is left out
+    x Wᵀ = x₃Wᵀ + x₂Wᵀ + x₁Wᵀ                                 for a bfloat16 W; dY W likewise
+    l Bᵀ = l₃B₁ᵀ + l₂B₁ᵀ + l₁B₁ᵀ + l₂B₂ᵀ + l₁B₂ᵀ + l₁B₃ᵀ      and 2⁻²⁶ of it that is left out; W of 4 or 8 bits likewise
 
 A float32 has 24 significant bits and a bfloat16 8, with the same exponents, so the three are all of x. The product of
 two bfloat16 numbers has 16 bits, and float32 holds it as it is, so nothing is rounded but sums. Measured, the result is
@@ -11,7 +11,9 @@ two bfloat16 numbers has 16 bits, and float32 holds it as it is, so nothing is r
 numbers below 2⁻¹²⁶ for 0, so of an x below 2⁻¹⁰² the last bits are lost; and what is infinite in x makes NaN, not
 infinity, of a row.
 
-amx_product.cpp beside this file is compiled on this machine (`compiled`).
+amx_product.cpp beside this file is compiled on this machine (`compiled`). On two cores of a Xeon whose vectors make 280
+GFLOP/s, products of 919 rows with SmolLM2's matrices reach 430 to 550 for bfloat16 and 270 to 320 for 4 and 8 bits, all
+from memory; of what stays in the caches the unit alone would make 2,000.
 """
 
 import ctypes

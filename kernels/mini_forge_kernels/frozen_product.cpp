@@ -12,6 +12,7 @@
 
 #include "product_job.h"
 #include "tile.h"
+#include "weights.h"
 
 namespace {
 
@@ -29,66 +30,6 @@ constexpr long FEW = 8;                   // rows of x for which making panels t
 constexpr long LEAST = 1 << 16;           // multiplications for which a second thread is woken up
 
 long pieces(long n, long size) { return (n + size - 1) / size; }
-
-// W as it lies in memory: `row(i, j, count)` gives the numbers j to j + count of its row i, and zeros behind; `place(i, j)`
-// says where number j of row i lies.
-struct Float32 {
-  const float* at;
-  long stride;
-
-  const void* place(long i, long j) const { return at + i * stride + j; }
-  floats row(long i, long j, long count) const { return load(at + i * stride + j, count); }
-};
-
-struct Bfloat16 {
-  const uint16_t* at;
-  long stride;
-
-  const void* place(long i, long j) const { return at + i * stride + j; }
-  floats row(long i, long j, long count) const {
-    using Bits = uint16_t __attribute__((vector_size(32)));
-    return (floats)(__builtin_convertvector(some<Bits>(at + i * stride + j, count), ints) << 16);
-  }
-};
-
-struct EightBits {  // rows of `width` numbers, each row with its scale
-  const int8_t* at;
-  long width;
-  const float* scales;
-
-  const void* place(long i, long j) const { return at + i * width + j; }
-  floats row(long i, long j, long count) const {
-    using Bytes = int8_t __attribute__((vector_size(16)));
-    using Shorts = int16_t __attribute__((vector_size(32)));  // g++ 12 makes floats of bytes one by one
-    const auto wide = __builtin_convertvector(some<Bytes>(at + i * width + j, count), Shorts);
-    return count ? __builtin_convertvector(__builtin_convertvector(wide, ints), floats) * scales[i] : floats{};
-  }
-};
-
-struct FourBits {  // rows of `width` numbers, two a byte, the first in its upper half; each block with its scale
-  const uint8_t* at;
-  long width;
-  const float* scales;
-  floats code;
-  long blocksize;
-
-  const void* place(long i, long j) const { return at + (i * width + j) / 2; }
-  floats row(long i, long j, long count) const {
-    const long n = i * width + j;
-    if (count < WIDTH || n % 2 || n % blocksize + WIDTH > blocksize) return one_by_one(n, count);
-    int bytes[2];
-    std::memcpy(bytes, at + n / 2, sizeof bytes);
-    const ints first = bytes[0] - ints{}, last = bytes[1] - ints{};
-    const ints four_bytes = __builtin_shuffle(first, last, ints{0, 0, 0, 0, 0, 0, 0, 0, 16, 16, 16, 16, 16, 16, 16, 16});
-    const ints place = {4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24};
-    return __builtin_shuffle(code, four_bytes >> place & 15) * scales[n / blocksize];
-  }
-  floats one_by_one(long n, long count) const {
-    floats x = {};
-    for (long i = 0; i < count; i++, n++) x[i] = code[at[n / 2] >> (n % 2 ? 0 : 4) & 15] * scales[n / blocksize];
-    return x;
-  }
-};
 
 // A tile of the result, of `now` terms from `first` on and, behind these in the panel, `rank` more.
 struct Tile {
@@ -256,10 +197,7 @@ struct Product {
 extern "C" {
 
 void product(const Job* job) {
-  const auto run = [&](auto w) { Product<decltype(w)>{*job, w}.run(); };
-  if (job->bits == 16) run(Bfloat16{(const uint16_t*)job->w, job->w_stride});
-  if (job->bits == 8) run(EightBits{(const int8_t*)job->w, job->w_stride, job->scales});
-  if (job->bits == 4) run(FourBits{(const uint8_t*)job->w, job->w_stride, job->scales, load(job->code), job->blocksize});
+  with_weights(*job, [&](auto w) { Product<decltype(w)>{*job, w}.run(); });
 }
 
 }
