@@ -73,6 +73,7 @@ def unit(request, monkeypatch):
         if not has_flag("avx512_bf16"):
             pytest.skip("this CPU has no AVX-512 BF16")
         emulate_tiles(monkeypatch)
+    monkeypatch.setattr(frozen_product, "MANY", FEW)
     return request.param
 
 
