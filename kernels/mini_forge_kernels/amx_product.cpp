@@ -78,7 +78,7 @@ struct Left {
         __builtin_prefetch(numbers.place(top + row + ROWS_AHEAD, term));
         __builtin_prefetch(numbers.place(top + row + ROWS_AHEAD, term + WIDTH));
         Rest rest = numbers_of(numbers, top + row, term, top + row < bottom ? terms : 0);
-        UNROLL for (long part = PARTS; part--;) _mm512_store_si512(to + part * 2 * TILE, rest.part());
+        UNROLL for (long part = PARTS - 1; part >= 0; part--) _mm512_store_si512(to + part * 2 * TILE, rest.part());
       }
   }
 };
