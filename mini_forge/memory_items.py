@@ -319,7 +319,7 @@ def backward_per_token(spec: DecoderSpec, layer: LayerSpec, job: Job) -> int:
     """Bytes a token that the MLP's backward makes: the unit's result and its gradient, those of gate and up, of which
     the compiled unit writes one over its own, and what the plain unit keeps between; then, where dropout is drawn
     again, a mask, that as numbers, and the masked result. Of experts all of that at a time, and the masked result's
-    gradient. When gate's is split for a bfloat16 weight, the unit's are gone."""
+    gradient."""
     b, (dense, routed) = job.width, widths(spec, layer)
     between = 0 if job.is_fused and spec.activation in FUSED_UNITS else UNIT_TENSORS[spec.activation] - 2
     is_over = job.is_compiled and spec.activation == "silu"

@@ -39,7 +39,7 @@ from mini_forge.providers import PROVIDERS
 from mini_forge.training import losses
 from mini_forge_kernels import amx_product, compiled, frozen_product
 from mini_forge_kernels.compiled import CannotCompile
-from mini_forge_kernels.frozen_product import FEW, MOST_RANK, StoredLeftSide, reason_not
+from mini_forge_kernels.frozen_product import FEW, MANY, MOST_RANK, StoredLeftSide, reason_not
 from tests.tiny import write_checkpoint, write_rows
 
 CPU = torch.device("cpu")
@@ -64,7 +64,7 @@ def emulate_tiles(monkeypatch):
 
 @pytest.fixture(params=["vectors", "matrix unit"])
 def unit(request, monkeypatch):
-    """What multiplies bfloat16 here: AVX-512 alone; or the matrix unit, emulated where there is none."""
+    """What multiplies here: AVX-512 alone; or the matrix unit, emulated where there is none."""
     if reason := reason_not(CPU):
         pytest.skip(reason)
     if request.param == "vectors":
@@ -156,17 +156,17 @@ def test_an_update_is_made_of_its_factors(unit, form, rank, N, adds):
         torch.testing.assert_close(made.double(), expected, rtol=2e-6, atol=4e-6 * (K * rank) ** 0.5)
 
 
-def of_ones(x):
-    """x times the matrix of ones on the diagonal: what the parts of each number make, alone and in sums."""
+def times_identity(x):
+    """What the parts of each number make again."""
     return StoredLeftSide(x).product_t(torch.eye(x.shape[1], dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("shape", [(9, 1), (16, 32), (77, 130), (300, 1000)])
 def test_the_parts_of_a_number_are_all_of_it(unit, shape):
     x = drawn(*shape, spread=8.0)
-    assert torch.equal(of_ones(x), x)
+    assert torch.equal(times_identity(x), x)
     wide = drawn(20, 80)[:, 3:40]
-    assert torch.equal(of_ones(wide), wide)
+    assert torch.equal(times_identity(wide), wide)
 
 
 def test_numbers_at_the_edges_of_rounding_are_split_exactly(unit):
@@ -176,15 +176,43 @@ def test_numbers_at_the_edges_of_rounding_are_split_exactly(unit):
     exponents = torch.tensor([127, 1 + 24, 253, 100], dtype=torch.int32)
     x = (mantissas[:, None] + (exponents << 23)[None]).view(torch.float32)
     x = torch.cat((x, -x))
-    assert torch.equal(of_ones(x), x)
+    assert torch.equal(times_identity(x), x)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_the_parts_of_a_weight_and_of_a_factor_are_all_of_them(unit, form):
+    weight, exact = stored(form, drawn(130, 64, seed=2, spread=2.0))
+    assert torch.equal(StoredLeftSide(torch.eye(64)).product_t(weight), exact.float().t())
+    assert torch.equal(StoredLeftSide(torch.eye(130)).product(weight), exact.float())
+    nothing, factor = torch.zeros(50, 64), drawn(130, 50, seed=3, spread=2.0)
+    made = StoredLeftSide(nothing).product_t(weight, low=(torch.eye(50), factor))
+    assert torch.equal(made, factor.t())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("K", [1536, 6000])
 @pytest.mark.parametrize("spread", [0.0, 2.0])
-def test_they_are_as_close_to_float64_as_those_of_float32(unit, spread):
-    x, weight = drawn(200, 1536, spread=spread), drawn(300, 1536, seed=2).bfloat16()
-    exact = x.double() @ weight.double().t()
+def test_they_are_as_close_to_float64_as_those_of_float32(unit, spread, K, form):
+    x = drawn(100, K, spread=spread)
+    weight, values = stored(form, drawn(70, K, seed=2))
+    exact, dense = x.double() @ values.t(), values.float()
     error = rms(StoredLeftSide(x).product_t(weight) - exact)
-    assert error < 1.5 * rms(LeftSide(x).product_t(weight.float()) - exact) and error < 1e-6 * rms(exact)
+    assert error < 1.1 * rms(LeftSide(x).product_t(dense) - exact) and error < 1e-6 * rms(exact)
+    onto = drawn(100, 70, seed=3) * 100 * rms(exact)
+    added, by_torch = (onto.clone() for _ in range(2))
+    StoredLeftSide(x).product_t(weight, added)
+    LeftSide(x).product_t(dense, by_torch)
+    # Sums of some hundred terms are added to what is there, one after the other, each with a rounding of its size.
+    assert rms(added - onto.double() - exact) < 1.8 * rms(by_torch - onto.double() - exact)
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "nf4"])
+def test_a_row_of_work_that_no_cache_holds_is_done_in_blocks(unit, form):
+    N, K, out, rank = 700, 1600, 90, 20
+    x, (weight, exact), onto = drawn(N, K), stored(form, drawn(out, K, seed=2)), drawn(N, out, seed=3)
+    low, B = drawn(N, rank, seed=4), drawn(out, rank, seed=5)
+    expected = x.double() @ exact.t() + low.double() @ B.double().t() + onto.double()
+    assert rms(StoredLeftSide(x).product_t(weight, onto, (low, B)) - expected) < 1e-6 * rms(expected)
 
 
 def test_the_same_bits_wherever_a_tensor_lies(unit):
@@ -199,15 +227,20 @@ def test_the_same_bits_wherever_a_tensor_lies(unit):
         assert torch.equal(StoredLeftSide(room[offset:].view(x.shape).copy_(x)).product_t(weight), expected)
 
 
-@pytest.mark.parametrize("N", [1, 5, 40, 300])
-def test_threads_share_the_work_and_change_no_bit(unit, N, monkeypatch):
-    x, weight = drawn(N, 300), drawn(333, 300, seed=1).bfloat16()
-    update = Update(drawn(20, 300, seed=2), drawn(333, 20, seed=3), 0.5)
-    expected, changed = (StoredLeftSide(x).product_t(weight, None, low) for low in (None, update))
+@pytest.mark.parametrize("N, K, out", [(1, 300, 333), (5, 300, 333), (40, 300, 333), (300, 300, 333), (310, 1600, 70)])
+@pytest.mark.parametrize("form", ["bfloat16", "nf4"])
+def test_threads_share_the_work_and_change_no_bit(unit, form, N, K, out, monkeypatch):
+    x, (weight, _) = drawn(N, K), stored(form, drawn(out, K, seed=1))
+    update, onto = Update(drawn(20, K, seed=2), drawn(out, 20, seed=3), 0.5), drawn(N, out, seed=4)
+
+    def products():
+        left = StoredLeftSide(x)
+        return [left.product_t(weight), left.product_t(weight, onto.clone(), update)]
+
+    expected = products()
     for threads in (1, 2, 3, 4, 6, 7, 16):  # more than there are cores, too
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        assert torch.equal(StoredLeftSide(x).product_t(weight), expected)
-        assert torch.equal(StoredLeftSide(x).product_t(weight, None, update), changed)
+        assert all(map(torch.equal, products(), expected))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -220,16 +253,16 @@ def test_nothing_beside_the_result_is_written(unit, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_nothing_beside_the_weight_is_read_into_the_result(form):
-    """What lies behind a bfloat16 weight is NaN here."""
-    if reason := reason_not(CPU):
-        pytest.skip(reason)
-    for N, K, columns in ((1, 5, 3), (6, 20, 50), (9, 33, 47)):
+def test_nothing_beside_what_is_multiplied_is_read_into_the_result(unit, form):
+    """What lies behind a bfloat16 weight, and beside x, is NaN here."""
+    for N, K, columns in ((1, 5, 3), (6, 20, 50), (9, 33, 47), (70, 45, 90)):
         weight, exact = stored(form, drawn(columns, K, seed=1))
         if form == "bfloat16":
             room = torch.full((weight.numel() + 64,), torch.nan, dtype=torch.bfloat16)
             weight = room[: weight.numel()].view(columns, K).copy_(weight)
-        x, grad = drawn(N, K), drawn(N, columns)
+        x, grad = (
+            torch.full((N + 40, n + 40), torch.nan)[1 : N + 1, 1 : n + 1].copy_(drawn(N, n)) for n in (K, columns)
+        )
         torch.testing.assert_close(StoredLeftSide(x).product_t(weight).double(), x.double() @ exact.t(), rtol=1e-5,
                                    atol=1e-5 * float(exact.abs().max()))  # fmt: skip
         torch.testing.assert_close(StoredLeftSide(grad).product(weight).double(), grad.double() @ exact, rtol=1e-5,
@@ -603,3 +636,17 @@ def test_a_model_can_be_moved_and_copied(unit, checkpoint):
     layer = copy.deepcopy(model.model.layers[0].mlp.up_proj).to("meta")  # stands for any device but the CPU
     assert layer(torch.empty(3, layer.in_features, device="meta")).shape == (3, layer.out_features)
     assert copy.deepcopy(model).half().logits(ids).dtype == torch.float32
+
+
+def test_which_of_the_two_multiplies(monkeypatch):
+    if reason := reason_not(CPU):
+        pytest.skip(reason)
+    called = []
+    monkeypatch.setattr(amx_product, "reason_not", lambda: None)
+    monkeypatch.setattr(amx_product, "multiply", lambda job: called.append(job.rows))
+    for form, most in (("bfloat16", FEW), ("nf4", MANY), ("int8", MANY)):
+        weight, _ = stored(form, drawn(20, 64))
+        called.clear()
+        for N in (1, most, most + 1):
+            StoredLeftSide(drawn(N, 64)).product_t(weight)
+        assert called == [most + 1]

@@ -34,9 +34,7 @@ constexpr long CACHED = 880 << 10;         // bytes of x's tiles that a thread g
 constexpr long ROWS_AHEAD = 4;             // of x that are fetched before they are split
 constexpr long ENOUGH = 8;                 // rows of tiles for which a thread's packing is worth its time
 
-long pieces(long n, long size) { return (n + size - 1) / size; }
-
-// Of a matrix's numbers: those of bfloat16 are a part.
+// How many parts a matrix's numbers have.
 template <class Numbers>
 constexpr long parts_of = std::is_same_v<Numbers, Bfloat16> ? 1 : PARTS;
 
@@ -63,7 +61,7 @@ template <class Numbers>
   return {matrix.row(row, j, there(j, n)), matrix.row(row, j + WIDTH, there(j + WIDTH, n))};
 }
 
-// What stands on the left, x or l: `rows` down to `bottom`, of `terms` numbers.
+// What stands on the left, x or l: rows of `terms` numbers.
 struct Left {
   const Float32 numbers;
   const long terms;
@@ -86,8 +84,7 @@ struct Left {
 // What stands on the right, W or l's factor: `terms` are summed up, `columns` are the result's.
 template <class Numbers>
 struct Right {
-  static constexpr long PARTS = parts_of<Numbers>;
-  static constexpr long PACKED = (PARTS == 1 ? 4 : 2) * PAIR;  // columns packed at a time: as the cache has room for
+  static constexpr long W_PARTS = parts_of<Numbers>;
 
   const Numbers numbers;
   const long terms, columns;
@@ -100,10 +97,9 @@ struct Right {
     const long outer = is_transposed ? across : steps, inner = is_transposed ? steps : across;
     for (long i = 0; i < outer; i++)
       for (long j = 0; j < inner; j++) {
-        const long x = is_transposed ? i : j, step = is_transposed ? j : i;
-        bf16* to = tiles + ((x / 2 * steps + step) * PARTS * 2 + x % 2) * TILE;
-        const long x_column = column + x * ROWS, term = (first + step) * DEPTH;
-        is_transposed ? turned(x_column, term, to) : straight(x_column, term, to);
+        const long place = is_transposed ? i : j, step = is_transposed ? j : i, term = (first + step) * DEPTH;
+        bf16* to = tiles + ((place / 2 * steps + step) * W_PARTS * 2 + place % 2) * TILE;
+        is_transposed ? turned(column + place * ROWS, term, to) : straight(column + place * ROWS, term, to);
       }
   }
 
@@ -115,16 +111,16 @@ struct Right {
 
   template <bool is_whole>
   void turned(long column, long term, bf16* to) const {
-    floats rows[PARTS][ROWS];  // pairs of numbers
+    floats rows[W_PARTS][ROWS];  // pairs of numbers
     UNROLL for (long i = 0; i < ROWS; i++) {
-      if constexpr (is_whole && PARTS == 1) {
+      if constexpr (is_whole && W_PARTS == 1) {
         rows[0][i] = load((const float*)numbers.place(column + i, term));
         continue;
       }
       Rest rest = numbers_of(numbers, column + i, term, is_whole ? term + DEPTH : column + i < columns ? terms : 0);
-      UNROLL for (long part = 0; part < PARTS; part++) rows[part][i] = (floats)rest.part();
+      UNROLL for (long part = 0; part < W_PARTS; part++) rows[part][i] = (floats)rest.part();
     }
-    UNROLL for (long part = 0; part < PARTS; part++) {
+    UNROLL for (long part = 0; part < W_PARTS; part++) {
       transpose(rows[part]);
       UNROLL for (long i = 0; i < ROWS; i++) store((float*)(to + part * 2 * TILE + i * DEPTH), rows[part][i]);
     }
@@ -144,13 +140,14 @@ struct Right {
     };
     for (long i = 0; i < DEPTH; i += 2, to += DEPTH) {
       Rest rest = {row(term + i), row(term + i + 1)};
-      UNROLL for (long part = 0; part < PARTS; part++)
+      UNROLL for (long part = 0; part < W_PARTS; part++)
         _mm512_store_si512(to + part * 2 * TILE, _mm512_permutexvar_epi16(side_by_side, rest.part()));
     }
   }
 };
 
-// A PAIR of rows and one of columns, as tiles. Of the parts those are multiplied whose product is more than 2⁻²⁶ of all.
+// A PAIR of rows and one of columns, as tiles. Of three parts with three, those products are left out that come to 2⁻²⁴ of
+// the numbers' own at most, and to 2⁻²⁷ in the mean.
 template <long W_PARTS>
 struct Terms {
   const bf16 *x, *w;
@@ -189,47 +186,38 @@ struct Place {
   const long stride, rows, columns;
   const bool adds;
 
+  // Nothing that is there already is in the sums while they are made: each of their steps rounds to the digits of all.
   template <long W_PARTS>
   void multiply(const Terms<W_PARTS>& whole, const Terms<PARTS>& low) const {
-    if (rows >= PAIR && columns >= PAIR) return multiply<true>(whole, low, at, stride);
+    if (!adds && rows >= PAIR && columns >= PAIR) return multiply<true>(whole, low, at, stride);
     alignas(64) float sums[PAIR * PAIR];
-    if (adds) copy(at, stride, sums, PAIR);
     rows > ROWS ? multiply<true>(whole, low, sums, PAIR) : multiply<false>(whole, low, sums, PAIR);
-    copy(sums, PAIR, at, stride);
-  }
-
-  void copy(const float* from, long from_stride, float* to, long to_stride) const {
     for (long row = 0; row < std::min(rows, PAIR); row++)
       for (long column = 0; column < std::min(columns, PAIR); column += WIDTH) {
         const long count = there(column, columns);
-        store(to + row * to_stride + column, load(from + row * from_stride + column, count), count);
+        const floats sum = load(sums + row * PAIR + column);
+        float* to = at + row * stride + column;
+        store(to, adds ? load(to, count) + sum : sum, count);
       }
   }
 
   template <bool has_both, long W_PARTS>
   void multiply(const Terms<W_PARTS>& whole, const Terms<PARTS>& low, float* to, long to_stride) const {
-    float* const below = to + ROWS * to_stride;
-    if (adds) {
-      _tile_loadd(0, to, to_stride * 4);
-      _tile_loadd(1, to + ROWS, to_stride * 4);
-      _tile_loadd(2, below, to_stride * 4);
-      _tile_loadd(3, below + ROWS, to_stride * 4);
-    } else {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-    }
+    asm volatile("" ::: "memory");  // g++ does not know that the unit reads memory
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
     whole.template sum_up<has_both>(next, stride);
     low.template sum_up<has_both>(next, stride);
     _tile_stored(0, to, to_stride * 4);  // it waits for all that is on its way in the unit, the others for nothing more
     _tile_stored(1, to + ROWS, to_stride * 4);
-    _tile_stored(2, below, to_stride * 4);
-    _tile_stored(3, below + ROWS, to_stride * 4);
+    _tile_stored(2, to + ROWS * to_stride, to_stride * 4);
+    _tile_stored(3, to + ROWS * to_stride + ROWS, to_stride * 4);
   }
 };
 
-// What a thread works in, and keeps.
+// What a thread works in.
 struct Room {
   struct alignas(64) Line {
     bf16 numbers[DEPTH];
@@ -242,11 +230,15 @@ struct Room {
   }
 };
 
+// It keeps them from one product to the next.
+thread_local Room x_room, low_room, w_room, factor_room;
+
 template <class Weights>
 struct Product {
-  static constexpr long W_PARTS = parts_of<Weights>, PACKED = Right<Weights>::PACKED;
-  // Tiles of depth that are summed up before the sum is added to `out`, which takes the time of 4 of bfloat16's; the fewer,
-  // the more rows of x stay in the cache, and the fewer times W is packed, which takes longer where it has three parts.
+  static constexpr long W_PARTS = parts_of<Weights>;
+  static constexpr long PACKED = (W_PARTS == 1 ? 4 : 2) * PAIR;  // columns packed at a time: what there is room for in the cache
+  // Tiles of depth that are summed up before the sum is added to `out`. To store sums takes as long as 4 steps of one part;
+  // but the fewer steps, the more rows of x stay in the cache, and the fewer times W is packed: with three parts, a long work.
   static constexpr long MOST_STEPS = W_PARTS == 1 ? 24 : 16;
 
   const Job& job;
@@ -256,7 +248,7 @@ struct Product {
 
   // One thread's share: rows [top, bottom) and columns [left, right) of the result.
   void compute(long top, long bottom, long left, long right) const {
-    static thread_local Room x_room, low_room, w_room, factor_room;
+    if (left >= right) return;  // more threads than columns
     const long depth = pieces(job.terms, DEPTH), steps = pieces(depth, pieces(depth, MOST_STEPS));
     const long low_steps = pieces(job.rank, DEPTH), pairs = pieces(bottom - top, PAIR);
     const long size = steps * PARTS * 2 * TILE, low_size = low_steps * PARTS * 2 * TILE;  // of the tiles of a PAIR of rows
@@ -300,17 +292,17 @@ struct alignas(64) TileShapes {
 template <class Weights>
 void run(const Job& job, const Weights& w) {
   const Product<Weights> whole = {job, {w, job.terms, job.columns, bool(job.is_transposed)}};
-  const long threads = job.threads, tiles = pieces(job.rows, ROWS), panels = pieces(job.columns, PAIR);
+  const long threads = job.threads, rows = pieces(job.rows, ROWS), columns = pieces(job.columns, PAIR);  // in tiles, in pairs
   long down = threads;  // threads one below the other; the others beside them
-  while (down > 1 && (threads % down || tiles < down * ENOUGH)) down--;
+  while (down > 1 && (threads % down || rows < down * ENOUGH)) down--;
   const long across = threads / down;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (long share = 0; share < threads; share++) {
     const long y = share / across, z = share % across;
-    const TileShapes shapes;
+    static constexpr TileShapes shapes;
     _tile_loadconfig(&shapes);
-    whole.compute(tiles * y / down * ROWS, std::min(job.rows, tiles * (y + 1) / down * ROWS),
-                  panels * z / across * PAIR, std::min(job.columns, panels * (z + 1) / across * PAIR));
+    whole.compute(rows * y / down * ROWS, std::min(job.rows, rows * (y + 1) / down * ROWS),
+                  columns * z / across * PAIR, std::min(job.columns, columns * (z + 1) / across * PAIR));
     _tile_release();
   }
 }

@@ -29,8 +29,6 @@ constexpr long FAR_AHEAD = 2048;          // numbers of W that are fetched where
 constexpr long FEW = 8;                   // rows of x for which making panels takes longer than it saves
 constexpr long LEAST = 1 << 16;           // multiplications for which a second thread is woken up
 
-long pieces(long n, long size) { return (n + size - 1) / size; }
-
 // A tile of the result, of `now` terms from `first` on and, behind these in the panel, `rank` more.
 struct Tile {
   const Job& job;

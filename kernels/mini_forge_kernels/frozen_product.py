@@ -12,8 +12,8 @@ to 315 where x and y are not in the caches; torch's product of a float32 W 315 t
 in generation, W is read once and used at once, at 21 GB/s of the memory's 27 in bfloat16, and an update's l is made
 along the way.
 
-With more rows, and a CPU that has a matrix unit, amx_product.py is faster: 1.8 to 2 times for bfloat16, 1.3 times for 4
-and 8 bits.
+On a CPU with a matrix unit amx_product.py is faster: 1.8 to 2 times for bfloat16 and more than FEW rows, 1.3 times for
+4 and 8 bits and more than MANY.
 
 Reference: `mini_forge.model.left_side.LeftSide`, on a weight made float32.
 """
@@ -37,7 +37,7 @@ __all__ = ["FEW", "NAME", "StoredLeftSide", "reason_not"]
 NAME = "frozen_product"
 FEW = 8  # rows, as in frozen_product.cpp
 MOST_RANK = 128  # likewise; of more the low-rank term is a product of its own
-MANY = 100  # rows from which on the matrix unit is faster where it takes W in three parts
+MANY = 100  # rows up to which the matrix unit is no faster where it takes W in three parts
 
 Stored = torch.Tensor | Quantized4bit | Quantized8bit
 

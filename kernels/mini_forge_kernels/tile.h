@@ -11,6 +11,8 @@
 
 namespace {
 
+long pieces(long n, long size) { return (n + size - 1) / size; }
+
 // sums += a b: a's number [i, k] lies at a + i * a_row + k * a_term, b's row k at b + k * b_row. Each number of b is read
 // once for ROWS products, each of a once for all VECTORS.
 template <long ROWS, long VECTORS>
