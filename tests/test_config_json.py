@@ -86,6 +86,9 @@ def test_relative_paths_are_taken_from_here_else_from_the_file_s_folder(tmp_path
     folder.mkdir()
     (folder / "c.json").write_text(json.dumps({**FIRST, "dataset": "../rows.jsonl", "model_name": "hub/id"}))
     (tmp_path / "rows.jsonl").write_text("{}")
+    elsewhere = tmp_path / "else" / "where"  # where no `../rows.jsonl` is
+    elsewhere.mkdir(parents=True)
+    monkeypatch.chdir(elsewhere)
     config = TrainingConfig.from_file(folder / "c.json")
     assert (config.dataset, config.model_name) == (str(folder / "../rows.jsonl"), "hub/id")
     assert config.provenance["dataset"] == "file"
