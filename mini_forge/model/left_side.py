@@ -23,7 +23,7 @@ Low = tuple[torch.Tensor, torch.Tensor] | Update
 
 
 class LeftSide:
-    """x (N, K) of products with frozen matrices: what an op may prepare once, for all of them.
+    """x (N, K) of products with frozen matrices, in the form in which an op takes it.
 
     low: l (N, R) and a thin factor, whose product is added: l Fᵀ for F (out, R), or l F for F (R, in); or an `Update`,
     beside x Wᵀ. With l or F = 0 no bit of the result is another. onto: what all is added to, in place."""
