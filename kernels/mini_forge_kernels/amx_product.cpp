@@ -51,6 +51,9 @@ struct Rest {
   static floats to_float(__m256i numbers) { return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16); }
 };
 
+// How many numbers there are from `i` on, of `n`, up to WIDTH.
+long there(long i, long n) { return std::clamp(n - i, 0L, WIDTH); }
+
 // The 32 numbers of a row from j on, of n.
 template <class Numbers>
 [[gnu::always_inline]] inline Rest numbers_of(const Numbers& matrix, long row, long j, long n) {

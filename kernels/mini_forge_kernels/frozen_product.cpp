@@ -119,7 +119,7 @@ struct Product {
   template <class Side>
   void pack(const Side& side, long column, long first, long now, float* panel) const {
     long here[VECTORS];  // columns there are, of each vector
-    for (long v = 0; v < VECTORS; v++) here[v] = there(column + v * WIDTH, job.columns);
+    for (long v = 0; v < VECTORS; v++) here[v] = std::clamp(job.columns - column - v * WIDTH, 0L, WIDTH);
     if (!job.is_transposed) {
       for (long k = 0; k < now; k++, panel += PANEL)
         UNROLL for (long v = 0; v < VECTORS; v++) {

@@ -29,9 +29,9 @@ template <long ROWS, long VECTORS>
                                        long made = 0) {
   UNROLL for (long i = 0; i < ROWS; i++)
     UNROLL for (long v = 0; v < VECTORS; v++) {
-      const long count = there(v * WIDTH, columns);
+      const long left = columns - v * WIDTH, there = left > WIDTH ? WIDTH : left < 0 ? 0 : left;
       float* at = c + i * c_row + v * WIDTH;
-      if (i >= made) store(at, adds ? load(at, count) + sums[i][v] : sums[i][v], count);
+      if (i >= made) store(at, adds ? load(at, there) + sums[i][v] : sums[i][v], there);
     }
 }
 

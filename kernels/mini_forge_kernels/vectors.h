@@ -2,7 +2,6 @@
 
 #pragma once
 
-#include <algorithm>
 #include <cstring>
 
 namespace {
@@ -11,9 +10,6 @@ using floats = float __attribute__((vector_size(64)));
 using ints = int __attribute__((vector_size(64)));
 
 constexpr long WIDTH = 16;
-
-// How many numbers there are from `i` on, of `n`, up to WIDTH.
-long there(long i, long n) { return std::clamp(n - i, 0L, WIDTH); }
 
 floats all(float x) { return x - floats{}; }
 // Of less than WIDTH numbers the others are zeros, and are not written. To copy as many as a variable says is a call.
