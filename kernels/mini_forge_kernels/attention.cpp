@@ -96,9 +96,10 @@ struct Task {
       visit(place, segment->start, std::min(segment->length, seen - place));
   }
 
+  // visit(block, whether it is the first): the last block of queries, which sees all keys, comes first
   template <class Visit>
   void blocks(Visit visit) const {
-    for (long i = 0; i < chain.blocks; i++) visit(work.blocks[chain.first_block + i]);
+    for (long i = chain.blocks - 1; i >= 0; i--) visit(work.blocks[chain.first_block + i], i == chain.blocks - 1);
   }
 
   // The chain's rows of x (keys, key_heads, channels), turned, with zeros behind them.
@@ -164,7 +165,7 @@ void attend(const Work* work, float* room, const View* query, const View* key, c
   for (long i = 0; i < work->chain_count * (work->heads / work->together); i++) {
     const Task task(*work, room, i);
     task.turn(*key, task.keys);
-    task.blocks([&](const Block& block) {
+    task.blocks([&](const Block& block, bool) {
       task.weights(block, *query);
       task.mix(block, task.p, *value);
       task.scatter(task.mixed, block, 1, *out);
@@ -172,8 +173,9 @@ void attend(const Work* work, float* room, const View* query, const View* key, c
   }
 }
 
-// dq as query. dk, dv (rows of all chains, groups of heads that are together, channels), zeros: a chain's segments one
-// behind another, so that no two tasks write to one place. `sum_parts` makes dk and dv of them.
+// dq as query. dk, dv (rows of all chains, groups of heads that are together, channels): a chain's segments one behind
+// another, so that no two tasks write to one place. Where chains share rows or groups a key head, `sum_parts` makes dk and
+// dv of them.
 void attend_backward(const Work* work, float* room, const View* query, const View* key, const View* value, const View* grad,
                      const View* dq, const View* dk, const View* dv) {
 #pragma omp parallel for num_threads(work->threads) schedule(dynamic)
@@ -185,14 +187,14 @@ void attend_backward(const Work* work, float* room, const View* query, const Vie
     };
     task.turn(*key, task.keys);
     task.turn(*value, task.values);
-    task.blocks([&](const Block& block) {
+    task.blocks([&](const Block& block, bool is_first) {
       const long queries = block.size * work->together, seen = padded(block.seen);
       task.weights(block, *query);
       task.gather(*grad, block, 1, task.mixed);
-      product(task.p, 1, width, task.mixed, channels, queries, part(*dv), dv->per_row, block.seen, channels, true);
+      product(task.p, 1, width, task.mixed, channels, queries, part(*dv), dv->per_row, block.seen, channels, !is_first);
       product(task.mixed, channels, 1, task.values, width, channels, task.dp, width, queries, seen, false);
       for (long j = 0; j < queries; j++) softmax_backward(task.p + j * width, task.dp + j * width, seen);
-      product(task.dp, 1, width, task.q, channels, queries, part(*dk), dk->per_row, block.seen, channels, true);
+      product(task.dp, 1, width, task.q, channels, queries, part(*dk), dk->per_row, block.seen, channels, !is_first);
       task.mix(block, task.dp, *key);
       task.scatter(task.mixed, block, work->scale, *dq);
     });

@@ -121,7 +121,7 @@ class _Work(ctypes.Structure):
             spans += [(segment.start, segment.stop - segment.start) for segment in chain]
             parts += keys
         ends.sort(key=lambda chain: -chain[1])  # the longest first: the last task of a thread is short
-        self.parts = parts
+        self.parts, self.are_sums = parts, together * K == H and documents.tree is None
         self.numbers = [(ctypes.c_long * (len(x) * len(x[0])))(*sum(x, ())) for x in (spans, rows, ends)]
         most_queries = together * max(size for _, size, _ in rows)
         most_keys = -(-max(keys for *_, keys, _ in ends) // WIDTH) * WIDTH
@@ -155,8 +155,11 @@ class _Compiled(torch.autograd.Function):
         (query, key, value), work = ctx.saved_tensors, ctx.work
         grad_query = fresh(query.shape, query.dtype, query.device)
         shape = (work.parts, work.heads // work.together, work.channels)
-        parts, grads = ([fresh(size, x.dtype, x.device).zero_() for x in (key, value)] for size in (shape, key.shape))
+        parts = [fresh(shape, x.dtype, x.device) for x in (key, value)]
         _call("attend_backward", work, _room(work), query, key, value, _channels_dense(grad), grad_query, *parts)
+        if work.are_sums:  # each row of dk and dv has one part
+            return grad_query, *parts, None, None
+        grads = [fresh(x.shape, x.dtype, x.device).zero_() for x in (key, value)]
         for part, total in zip(parts, grads, strict=True):
             _call("sum_parts", work, None, part, total)
         return grad_query, *grads, None, None

@@ -2,7 +2,7 @@
 
     dl_i = dY_i B_i      dB_i = dY_iᵀ l_i      l_i = x̃_i A_iᵀ      dA_i = dl_iᵀ x̃_i      dx = Σ_i m_i ⊙ dl_i A_i
 
-LoRA (2106.09685) Eq. 3 of projections i that share x (N, in), but for its scale, which products.py puts on l and dl;
+LoRA (2106.09685) Eq. 3 of projections i that share x (N, in), but for its scale, which products.py puts on A and B;
 x̃_i = m_i ⊙ x, m_i the mask of dropout. dY is far longer than what is made of it and comes from a cache that cores
 share: to read it once takes 0.65 to 0.9 of the time of two products of torch's. A mask is a function of a seed, the row
 and the column (a hash of the three), so x̃ is made a few rows at a time, in the cache, wherever it is needed. PEFT's

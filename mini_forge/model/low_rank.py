@@ -2,7 +2,7 @@
 
     l_i = x̃_i A_iᵀ      dB_i = dY_iᵀ l_i      dl_i = dY_i B_i      dA_i = dl_iᵀ x̃_i      dx = Σ_i m_i ⊙ dl_i A_i
 
-LoRA (2106.09685) Eq. 3 of projections i that share x, but for its scale, which products.py puts on l and dl;
+LoRA (2106.09685) Eq. 3 of projections i that share x, but for its scale, which products.py puts on A and B;
 x̃_i = m_i ⊙ x, m_i the mask of dropout, drawn anew from its seed wherever it is needed. `IN_TORCH` is the reference; a
 provider may have another `LowRank` (`Ops.low_rank`).
 """

@@ -51,16 +51,16 @@ def lora_factors(layers: Sequence[nn.Module]) -> list[nn.Parameter]:
 def _products(
     make, sources, layers, seeds, factors, keeps_lows: bool
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
-    """What the layers give, and l (N, layers, G) with its scale if it is to be kept."""
+    """What the layers give, and l (N, layers, G) if it is to be kept."""
     x = make(*sources) if make else sources[0]
     flat, scales, bases = x.reshape(-1, x.shape[-1]), _scales(layers, seeds), [layer.base for layer in layers]
-    As, Bs = ([factor.to(x.dtype) for factor in some] for some in (factors[::2], factors[1::2]))
+    As, Bs = factors[::2], [B.to(x.dtype) for B in factors[1::2]]
     are_made = not any(seeds) and all(_makes_low(base, flat) for base in bases)
     lows = None
     if keeps_lows or not are_made:
-        lows = _scaled(layers[0].low_rank.down(flat, As, seeds), scales)
+        lows = layers[0].low_rank.down(flat, _scaled(As, scales, x.dtype), seeds)
     if are_made:
-        added = list(map(Update, As, Bs, scales))
+        added = [Update(A.to(x.dtype), B, scale) for A, B, scale in zip(As, Bs, scales, strict=True)]
     else:
         added = [(low[:, : B.shape[1]], B) for low, B in zip(lows.unbind(1), Bs, strict=True)]
     outs = frozen_products(flat, bases, added)
@@ -93,8 +93,8 @@ class _AdaptedProducts(torch.autograd.Function):
         sources, As, Bs = tensors[: ctx.count], tensors[ctx.count :: 2], tensors[ctx.count + 1 :: 2]
         needs, shape, dtype = ctx.needs_input_grad[4:], grads[0].shape[:-1], grads[0].dtype
         grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        grad_lows, grad_Bs = ctx.low_rank.pull_back(grads, [B.to(dtype) for B in Bs], lows)
-        grad_lows, grad_sources = _scaled(grad_lows, ctx.scales), [None] * ctx.count
+        grad_lows, grad_Bs = ctx.low_rank.pull_back(grads, _scaled(Bs, ctx.scales, dtype), lows)
+        grad_sources = [None] * ctx.count
         if any(needs[: ctx.count]):
             grad_x = _input_gradient(ctx, grads, grad_lows, [A.to(dtype) for A in As])
             grad_x = grad_x.view(*shape, ctx.bases[0].in_features)
@@ -123,10 +123,6 @@ def _input_gradient(ctx, grads, grad_lows, As) -> torch.Tensor:
     return grad_x
 
 
-def _scaled(lows: torch.Tensor, scales: Sequence[float]) -> torch.Tensor:
-    """Each layer's s times its part of lows (N, layers, R), in place."""
-    if len(set(scales)) == 1:
-        return lows.mul_(scales[0])
-    for low, scale in zip(lows.unbind(1), scales, strict=True):
-        low.mul_(scale)
-    return lows
+def _scaled(factors, scales: Sequence[float], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Each layer's s A or s B: a scale is put on the thin factor rather than on the long l or dl that it makes."""
+    return [factor.to(dtype) for factor in torch._foreach_mul(factors, scales)]
