@@ -1,8 +1,9 @@
 """Some optimizer steps of the very loop that `train` runs, timed; no run is written, evaluated or saved.
 
-After the counted steps one more runs under torch's profiler, for the table. Speed is set against the machine's own: a
-step's floating point operations, counted by the rule of flops.py, over the rate of square matrix products in the
-training dtype, measured first.
+After the counted steps the last one's batches run once more under torch's profiler, for the table: in memory that has
+been touched, unlike that of a step longer than all before it. Speed is set against the machine's own: a step's floating
+point operations, counted by the rule of flops.py, over the rate of square matrix products in the training dtype,
+measured first.
 
 On CUDA every step ends in a synchronisation, and memory is what torch allocated; neither has been measured yet.
 """
@@ -140,7 +141,7 @@ def _with_reference(prepared: Prepared) -> Prepared:
 
 
 def measure(prepared: Prepared, model: Decoder, steps: int) -> Run:
-    """Run the steps, and one more under the profiler."""
+    """Run the steps, and the last one's batches once more under the profiler."""
     device, run = model.device, Run()
     lora = adapter_spec(prepared.config)
     loop = build_loop(prepared, model, lora, RunFolder(prepared.config.output_dir))  # a folder that is never made
@@ -149,7 +150,8 @@ def measure(prepared: Prepared, model: Decoder, steps: int) -> Run:
     window, profile = loop.window, StepProfile(device.type)
 
     def watched(step):
-        run.batches.append(window(step))
+        if step < steps:
+            run.batches.append(window(step))
         return run.batches[-1]
 
     def on_step(done, total):
@@ -170,7 +172,6 @@ def measure(prepared: Prepared, model: Decoder, steps: int) -> Run:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     loop.run()
-    run.batches.pop()  # the profiled step's
     run.table = profile.table(run.profiled_seconds, lora.rank, model.spec.vocab_size)
     return run
 
