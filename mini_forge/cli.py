@@ -69,13 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "generate":
             command.add_argument("--prompt", required=True, metavar="TEXT", action="append", help="may be given again")
             command.add_argument("--raw", action="store_true", help="use TEXT as it is, without the template")
-        command.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="default: 256")
-        command.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
-        command.add_argument("--top-k", type=int, default=0, metavar="K", help="of so many likeliest tokens; 0: all")
-        command.add_argument(
-            "--top-p", type=float, default=1.0, metavar="P", help="of the likeliest, with P together; 1: all"
-        )
-        command.add_argument("--seed", type=_seed, default=0, metavar="N")
+        _takes_sampling(command)
         command.add_argument("--system", metavar="TEXT", help="system prompt; default: the run's")
 
     command = commands.add_parser("merge", help="write base + adapter as a full model folder")
@@ -102,6 +96,16 @@ def _takes_config(command: argparse.ArgumentParser):
     command.add_argument("--set", metavar="KEY=VALUE", type=_setting, action="append", default=[], dest="settings",
                          help="set a key, as if written in CONFIG; VALUE is JSON or a bare string")  # fmt: skip
     command.add_argument("--dataset", metavar="FILE", help="dataset to use instead of CONFIG's")
+
+
+def _takes_sampling(command: argparse.ArgumentParser):
+    command.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="default: 256")
+    command.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
+    command.add_argument("--top-k", type=int, default=0, metavar="K", help="of so many likeliest tokens; 0: all")
+    command.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="of the likeliest, with P together; 1: all"
+    )
+    command.add_argument("--seed", type=_seed, default=0, metavar="N")
 
 
 def _positive(text: str) -> int:

@@ -333,8 +333,8 @@ def backward_per_token(spec: DecoderSpec, layer: LayerSpec, job: Job) -> int:
 def attention_bytes(spec: DecoderSpec, layer: LayerSpec, job: Job) -> int:
     """What the backward of attention in blocks makes. In torch, of one document after another: keys and values for
     every query head and their gradients; a block's logits and weights, and the gradient of either. Compiled: the
-    gradients of queries, keys and values, parts of the last two for each key head (or query head, where documents are
-    few), and the threads' room."""
+    gradients of queries, keys and values, parts of the last two where documents begin alike (for each key head) or are
+    few (for each query head), and the threads' room."""
     if not _is_in_blocks(layer, spec, job):
         return 0
     H, C, L = spec.heads, spec.head_size, job.longest
@@ -343,8 +343,9 @@ def attention_bytes(spec: DecoderSpec, layer: LayerSpec, job: Job) -> int:
     gradients = job.tokens * (H + 2 * spec.kv_heads) * C
     tasks = math.ceil((job.tokens + job.spared) / L) * spec.kv_heads
     heads = spec.kv_heads if tasks >= TASKS * job.threads else H
+    parts = 2 * (job.tokens + job.spared) * heads * C if job.spared or heads > spec.kv_heads else 0
     room = 2 * (min(COMPILED_ROWS, H * L) * (C + L) + C * L)
-    return job.width * (gradients + 2 * (job.tokens + job.spared) * heads * C + job.threads * room)
+    return job.width * (gradients + parts + job.threads * room)
 
 
 def forward_bytes(spec: DecoderSpec, tokens: int, job: Job) -> int:

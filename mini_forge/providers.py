@@ -34,7 +34,7 @@ from mini_forge_kernels.triton_support import reason_not
 def token_nll(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """`losses.token_nll`, whose chunks of logits are torch's, or the same in Triton where that runs."""
     if hidden.dtype != weight.dtype and weight.device.type == "cpu":
-        return losses.token_nll(hidden, weight, targets, frozen_product.StoredLeftSide)
+        return losses.token_nll(hidden, weight, targets, frozen_product.IN_CPP)
     weight = weight.to(hidden.dtype)
     in_torch = reason_not(hidden.device) is not None
     return (losses if in_torch else linear_cross_entropy).token_nll(hidden, weight, targets)
@@ -92,7 +92,7 @@ def fused(device: torch.device | str | None = None) -> Provider:
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     missing = missing_in_triton(device) | UNFUSED
     backends = {op: "triton" if op in TRITON_OPS and op not in missing else "torch" for op in (*FUSED, *STORED)}
-    left_side = None
+    stored_products = None
     if device.type == "cpu":
         compile_all()
         for op, reason_not_compiled in COMPILED.items():
@@ -102,11 +102,11 @@ def fused(device: torch.device | str | None = None) -> Provider:
         if reason := frozen_product.reason_not(device):
             missing[frozen_product.NAME] = reason
         else:
-            backends[frozen_product.NAME], left_side = "c++", frozen_product.StoredLeftSide
+            backends[frozen_product.NAME], stored_products = "c++", frozen_product.IN_CPP
             missing |= {frozen_product.NAME: reason} if (reason := amx_product.reason_not()) else {}
     else:
         backends["attention"], missing["attention"] = "plain", "torch's own kernels are used"
-    ops = replace(PLAIN, name="fused", **FUSED, **VJPS, left_side=left_side)
+    ops = replace(PLAIN, name="fused", **FUSED, **VJPS, stored_products=stored_products)
     if backends["dequantize_4bit"] == "triton":
         ops = replace(ops, four_bit=(dequantize_4bit, matmul_4bit), mxfp4=(dequantize_mxfp4, matmul_mxfp4))
     return Provider(ops, backends, missing)

@@ -210,7 +210,7 @@ def test_one_dense_matrix_at_a_time_is_drawn(monkeypatch):
 
 
 def test_every_op_has_a_group():
-    own = {"left_side", "low_rank", "four_bit", "mxfp4"}  # have ranges of their own
+    own = {"stored_products", "low_rank", "four_bit", "mxfp4"}  # have ranges of their own
     assert set(OPS) == {f.name for f in fields(Ops)} - {"name"} - own
     assert set(OPS.values()) | set(op_table.OTHERS.values()) | set(op_table.COMPILED.values()) <= GROUPS
 

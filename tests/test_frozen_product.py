@@ -21,7 +21,7 @@ from mini_forge.memory_items import Job, sizes_of, stored_bytes
 from mini_forge.model.cache import KVCache, read_prompts
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.families import decoder_spec
-from mini_forge.model.left_side import LeftSide, Update
+from mini_forge.model.frozen import IN_TORCH, Update
 from mini_forge.model.lora import LoRALinear, LoraSpec, inject, lora_layers, merge, project
 from mini_forge.model.quant import (
     Linear4bit,
@@ -39,7 +39,7 @@ from mini_forge.providers import PROVIDERS
 from mini_forge.training import losses
 from mini_forge_kernels import amx_product, compiled, frozen_product
 from mini_forge_kernels.compiled import CannotCompile
-from mini_forge_kernels.frozen_product import FEW, MANY, MOST_RANK, StoredLeftSide, reason_not
+from mini_forge_kernels.frozen_product import FEW, IN_CPP, MANY, MOST_RANK, reason_not
 from tests.tiny import write_checkpoint, write_rows
 
 CPU = torch.device("cpu")
@@ -106,20 +106,20 @@ def test_products_are_those_of_float64(unit, form, N, K, out):
     x, grad = drawn(N, K), drawn(N, out, seed=1)
     weight, exact = stored(form, drawn(out, K, seed=2))
     forward, back = x.double() @ exact.t(), grad.double() @ exact
-    made, made_back = StoredLeftSide(x).product_t(weight), StoredLeftSide(grad).product(weight)
+    made, made_back = IN_CPP.product_t(x, weight), IN_CPP.product(grad, weight)
     assert made.shape == (N, out) and made_back.shape == (N, K) and made.dtype == made_back.dtype == torch.float32
     close = {"rtol": 2e-6, "atol": 2e-6 * max(1, float(exact.abs().max()) if exact.numel() else 1)}
     torch.testing.assert_close(made.double(), forward, rtol=close["rtol"], atol=close["atol"] * K**0.5)
     torch.testing.assert_close(made_back.double(), back, rtol=close["rtol"], atol=close["atol"] * out**0.5)
     onto = torch.ones(N, 2 * K)[:, :K]
-    assert StoredLeftSide(grad).product(weight, onto) is onto
+    assert IN_CPP.product(grad, weight, onto) is onto
     torch.testing.assert_close(onto.double(), back + 1, rtol=close["rtol"], atol=close["atol"] * out**0.5)
     onto = torch.ones(N, out)
-    assert StoredLeftSide(x).product_t(weight, onto) is onto
+    assert IN_CPP.product_t(x, weight, onto) is onto
     torch.testing.assert_close(onto.double(), forward + 1, rtol=close["rtol"], atol=close["atol"] * K**0.5)
     if N and K and out:
         strided = drawn(K, N).t()
-        torch.testing.assert_close(StoredLeftSide(strided).product_t(weight).double(), strided.double() @ exact.t(),
+        torch.testing.assert_close(IN_CPP.product_t(strided, weight).double(), strided.double() @ exact.t(),
                                    rtol=close["rtol"], atol=close["atol"] * K**0.5)  # fmt: skip
 
 
@@ -132,11 +132,11 @@ def test_a_low_rank_term_is_added(unit, rank, N, K, out, adds):
     forward = x.double() @ weight.double().t() + low.double() @ B.double().t() + adds
     back = grad.double() @ weight.double() + low.double() @ A.double() + adds
     ones = [torch.ones(N, n) if adds else None for n in (out, K)]
-    made = StoredLeftSide(x).product_t(weight, ones[0], (low, B))
-    made_back = StoredLeftSide(grad).product(weight, ones[1], (low, A))
+    made = IN_CPP.product_t(x, weight, ones[0], (low, B))
+    made_back = IN_CPP.product(grad, weight, ones[1], (low, A))
     torch.testing.assert_close(made.double(), forward, rtol=2e-6, atol=2e-6 * (K + rank) ** 0.5)
     torch.testing.assert_close(made_back.double(), back, rtol=2e-6, atol=2e-6 * (out + rank) ** 0.5)
-    reference = LeftSide(x).product_t(weight.float(), None if ones[0] is None else torch.ones(N, out), (low, B))
+    reference = IN_TORCH.product_t(x, weight.float(), None if ones[0] is None else torch.ones(N, out), (low, B))
     torch.testing.assert_close(made, reference, rtol=1e-5, atol=1e-5 * (K + rank) ** 0.5)
 
 
@@ -150,15 +150,15 @@ def test_an_update_is_made_of_its_factors(unit, form, rank, N, adds):
     x, A, B = drawn(N, 2 * K)[:, K:], drawn(rank, 2 * K, seed=4)[:, K:], drawn(out, 2 * rank, seed=5)[:, rank:]
     expected = x.double() @ exact.t() + scale * (x.double() @ A.double().t()) @ B.double().t() + adds
     ones = [torch.ones(N, out) if adds else None for _ in range(2)]
-    found = StoredLeftSide(x).product_t(weight, ones[0], Update(A, B, scale))
-    reference = LeftSide(x).product_t(exact.float(), ones[1], Update(A, B, scale))
+    found = IN_CPP.product_t(x, weight, ones[0], Update(A, B, scale))
+    reference = IN_TORCH.product_t(x, exact.float(), ones[1], Update(A, B, scale))
     for made in (found, reference):
         torch.testing.assert_close(made.double(), expected, rtol=2e-6, atol=4e-6 * (K * rank) ** 0.5)
 
 
 def times_identity(x):
     """What the parts of each number make again."""
-    return StoredLeftSide(x).product_t(torch.eye(x.shape[1], dtype=torch.bfloat16))
+    return IN_CPP.product_t(x, torch.eye(x.shape[1], dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("shape", [(9, 1), (16, 32), (77, 130), (300, 1000)])
@@ -182,10 +182,10 @@ def test_numbers_at_the_edges_of_rounding_are_split_exactly(unit):
 @pytest.mark.parametrize("form", FORMS)
 def test_the_parts_of_a_weight_and_of_a_factor_are_all_of_them(unit, form):
     weight, exact = stored(form, drawn(130, 64, seed=2, spread=2.0))
-    assert torch.equal(StoredLeftSide(torch.eye(64)).product_t(weight), exact.float().t())
-    assert torch.equal(StoredLeftSide(torch.eye(130)).product(weight), exact.float())
+    assert torch.equal(IN_CPP.product_t(torch.eye(64), weight), exact.float().t())
+    assert torch.equal(IN_CPP.product(torch.eye(130), weight), exact.float())
     nothing, factor = torch.zeros(50, 64), drawn(130, 50, seed=3, spread=2.0)
-    made = StoredLeftSide(nothing).product_t(weight, low=(torch.eye(50), factor))
+    made = IN_CPP.product_t(nothing, weight, low=(torch.eye(50), factor))
     assert torch.equal(made, factor.t())
 
 
@@ -196,12 +196,12 @@ def test_they_are_as_close_to_float64_as_those_of_float32(unit, spread, K, form)
     x = drawn(100, K, spread=spread)
     weight, values = stored(form, drawn(70, K, seed=2))
     exact, dense = x.double() @ values.t(), values.float()
-    error = rms(StoredLeftSide(x).product_t(weight) - exact)
-    assert error < 1.1 * rms(LeftSide(x).product_t(dense) - exact) and error < 1e-6 * rms(exact)
+    error = rms(IN_CPP.product_t(x, weight) - exact)
+    assert error < 1.1 * rms(IN_TORCH.product_t(x, dense) - exact) and error < 1e-6 * rms(exact)
     onto = drawn(100, 70, seed=3) * 100 * rms(exact)
     added, by_torch = (onto.clone() for _ in range(2))
-    StoredLeftSide(x).product_t(weight, added)
-    LeftSide(x).product_t(dense, by_torch)
+    IN_CPP.product_t(x, weight, added)
+    IN_TORCH.product_t(x, dense, by_torch)
     # Sums of some hundred terms are added to what is there, one after the other, each with a rounding of its size.
     assert rms(added - onto.double() - exact) < 1.8 * rms(by_torch - onto.double() - exact)
 
@@ -212,19 +212,19 @@ def test_a_row_of_work_that_no_cache_holds_is_done_in_blocks(unit, form):
     x, (weight, exact), onto = drawn(N, K), stored(form, drawn(out, K, seed=2)), drawn(N, out, seed=3)
     low, B = drawn(N, rank, seed=4), drawn(out, rank, seed=5)
     expected = x.double() @ exact.t() + low.double() @ B.double().t() + onto.double()
-    assert rms(StoredLeftSide(x).product_t(weight, onto, (low, B)) - expected) < 1e-6 * rms(expected)
+    assert rms(IN_CPP.product_t(x, weight, onto, (low, B)) - expected) < 1e-6 * rms(expected)
 
 
 def test_the_same_bits_wherever_a_tensor_lies(unit):
     """A resumed run finds its tensors at other addresses."""
     x, weight = drawn(100, 96), drawn(200, 96, seed=1).bfloat16()
-    expected = StoredLeftSide(x).product_t(weight)
+    expected = IN_CPP.product_t(x, weight)
     for offset in (1, 2, 3, 5, 8):
         room = torch.empty(weight.numel() + offset, dtype=torch.bfloat16)
         moved = room[offset:].view(weight.shape).copy_(weight)
-        assert torch.equal(StoredLeftSide(x).product_t(moved), expected)
+        assert torch.equal(IN_CPP.product_t(x, moved), expected)
         room = torch.empty(x.numel() + offset)
-        assert torch.equal(StoredLeftSide(room[offset:].view(x.shape).copy_(x)).product_t(weight), expected)
+        assert torch.equal(IN_CPP.product_t(room[offset:].view(x.shape).copy_(x), weight), expected)
 
 
 @pytest.mark.parametrize("N, K, out", [(1, 300, 333), (5, 300, 333), (40, 300, 333), (300, 300, 333), (310, 1600, 70)])
@@ -234,8 +234,7 @@ def test_threads_share_the_work_and_change_no_bit(unit, form, N, K, out, monkeyp
     update, onto = Update(drawn(20, K, seed=2), drawn(out, 20, seed=3), 0.5), drawn(N, out, seed=4)
 
     def products():
-        left = StoredLeftSide(x)
-        return [left.product_t(weight), left.product_t(weight, onto.clone(), update)]
+        return [IN_CPP.product_t(x, weight), IN_CPP.product_t(x, weight, onto.clone(), update)]
 
     expected = products()
     for threads in (1, 2, 3, 4, 6, 7, 16):  # more than there are cores, too
@@ -248,7 +247,7 @@ def test_nothing_beside_the_result_is_written(unit, form):
     for N, columns in ((1, 1), (3, 7), (16, 16), (37, 50), (64, 33)):
         room = torch.full((N + 2, columns + 60), 7.0)
         weight, _ = stored(form, drawn(columns, 20, seed=1))
-        StoredLeftSide(drawn(N, 20)).product_t(weight, room[1 : N + 1, 3 : columns + 3])
+        IN_CPP.product_t(drawn(N, 20), weight, room[1 : N + 1, 3 : columns + 3])
         assert (room == 7).sum() == room.numel() - N * columns
 
 
@@ -263,9 +262,9 @@ def test_nothing_beside_what_is_multiplied_is_read_into_the_result(unit, form):
         x, grad = (
             torch.full((N + 40, n + 40), torch.nan)[1 : N + 1, 1 : n + 1].copy_(drawn(N, n)) for n in (K, columns)
         )
-        torch.testing.assert_close(StoredLeftSide(x).product_t(weight).double(), x.double() @ exact.t(), rtol=1e-5,
+        torch.testing.assert_close(IN_CPP.product_t(x, weight).double(), x.double() @ exact.t(), rtol=1e-5,
                                    atol=1e-5 * float(exact.abs().max()))  # fmt: skip
-        torch.testing.assert_close(StoredLeftSide(grad).product(weight).double(), grad.double() @ exact, rtol=1e-5,
+        torch.testing.assert_close(IN_CPP.product(grad, weight).double(), grad.double() @ exact, rtol=1e-5,
                                    atol=1e-5 * float(exact.abs().max()))  # fmt: skip
 
 
@@ -275,44 +274,44 @@ def test_factors_of_a_low_rank_term_may_lie_in_columns_but_not_be_others(unit):
     x, low, B = drawn(N, K), drawn(R, N, seed=2).t(), drawn(R, columns, seed=3).t()
     weight = drawn(columns, K, seed=1).bfloat16()
     expected = (x @ weight.float().t()).double() + low.double() @ B.double().t()
-    found = StoredLeftSide(x).product_t(weight, low=(low, B))
+    found = IN_CPP.product_t(x, weight, low=(low, B))
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
     grad, A = drawn(N, columns), drawn(K, R, seed=4).t()
     expected = (grad @ weight.float()).double() + low.double() @ A.double()
-    found = StoredLeftSide(grad).product(weight, low=(low, A))
+    found = IN_CPP.product(grad, weight, low=(low, A))
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
     wrong = {"factor": [(low, B[:, :4]), (low, B.t())], "l": [(low[1:], B), (low.double(), B)]}
     for name, pairs in wrong.items():
         for pair in pairs:
             with pytest.raises(ValueError, match=f"^{name}: "):
-                StoredLeftSide(x).product_t(weight, low=pair)
+                IN_CPP.product_t(x, weight, low=pair)
     A = drawn(R, K)
     wrong = {"A": [(A[:, 1:], B), (A.double(), B)], "B": [(A, B[1:])]}
     for name, pairs in wrong.items():
         for pair in pairs:
             for rows in (2, N):
                 with pytest.raises(ValueError, match=f"^{name}: "):
-                    StoredLeftSide(x[:rows]).product_t(weight, low=Update(*pair, 1.0))
+                    IN_CPP.product_t(x[:rows], weight, low=Update(*pair, 1.0))
     with pytest.raises(ValueError, match="^low: an Update stands beside x Wᵀ alone"):
-        StoredLeftSide(grad[:2]).product(weight, low=Update(A, B, 1.0))
+        IN_CPP.product(grad[:2], weight, low=Update(A, B, 1.0))
 
 
 def test_quantized_weights_that_are_a_part_of_others_are_refused(unit):
     (numbers, SCB), x = quantize_8bit(drawn(50, 60)), drawn(7, 30)
     part = Quantized8bit(numbers[:, :30], SCB / 127)
     with pytest.raises(ValueError, match="^weight: quantized"):
-        StoredLeftSide(x).product_t(part)
+        IN_CPP.product_t(x, part)
     four = quantize_4bit(drawn(50, 60), "nf4")
     with pytest.raises(ValueError, match="^weight: quantized"):
-        StoredLeftSide(drawn(7, 60)).product_t(replace(four, packed=four.packed[:-1]))
+        IN_CPP.product_t(drawn(7, 60), replace(four, packed=four.packed[:-1]))
 
 
 def test_a_thread_s_stack_need_not_be_large(unit):
     x, weight = drawn(300, 2000), drawn(200, 2000, seed=1).bfloat16()
-    expected, found = StoredLeftSide(x).product_t(weight), []
+    expected, found = IN_CPP.product_t(x, weight), []
     before = threading.stack_size(512 * 1024)
     try:
-        thread = threading.Thread(target=lambda: found.append(StoredLeftSide(x).product_t(weight)))
+        thread = threading.Thread(target=lambda: found.append(IN_CPP.product_t(x, weight)))
         thread.start()
         thread.join()
     finally:
@@ -321,7 +320,7 @@ def test_a_thread_s_stack_need_not_be_large(unit):
 
 
 @pytest.mark.parametrize("make", [
-    lambda w: Linear16bit(w.bfloat16(), None, StoredLeftSide), Linear8bit.from_weight, Linear4bit.from_weight,
+    lambda w: Linear16bit(w.bfloat16(), None, IN_CPP), Linear8bit.from_weight, Linear4bit.from_weight,
 ])  # fmt: skip
 def test_a_second_derivative_is_refused(make):
     x = drawn(6, 64).requires_grad_()
@@ -334,7 +333,7 @@ def test_a_number_that_is_not_finite_stays_so(unit):
     for bad in (torch.nan, torch.inf):
         x = drawn(20, 40)
         x[7, 3] = bad
-        out = StoredLeftSide(x).product_t(drawn(60, 40, seed=1).bfloat16())
+        out = IN_CPP.product_t(x, drawn(60, 40, seed=1).bfloat16())
         assert not out[7].isfinite().any() and out[:7].isfinite().all() and out[8:].isfinite().all()
 
 
@@ -346,30 +345,30 @@ def test_without_a_compiler_weights_are_made_float32(monkeypatch):
     monkeypatch.setattr(frozen_product, "_library", frozen_product._library.__wrapped__)
     monkeypatch.setattr(frozen_product, "_reason_not_here", frozen_product._reason_not_here.__wrapped__)
     provider = PROVIDERS["unsloth"]("cpu")
-    assert reason_not(CPU) == "no g++ here" and provider.ops.left_side is None
+    assert reason_not(CPU) == "no g++ here" and provider.ops.stored_products is None
     assert "plain: frozen_product (no g++ here)" in provider.describe()
 
 
 def test_what_does_not_fit_is_refused(unit):
-    left = StoredLeftSide(drawn(40, 6))
+    x = drawn(40, 6)
     for weight in (drawn(5, 6), drawn(5, 7).bfloat16(), drawn(6, 5).bfloat16().t()):
         with pytest.raises(ValueError, match="weight"):
-            left.product_t(weight)
+            IN_CPP.product_t(x, weight)
     with pytest.raises(ValueError, match="weight"):
-        left.product(drawn(5, 6).bfloat16())
+        IN_CPP.product(x, drawn(5, 6).bfloat16())
     with pytest.raises(ValueError, match="weight"):
-        left.product_t(drawn(1, 6).bfloat16().expand(5, 6))
+        IN_CPP.product_t(x, drawn(1, 6).bfloat16().expand(5, 6))
     with pytest.raises(ValueError, match="weight: quantized"):
-        left.product_t(stored("nf4", drawn(5, 7))[0])
+        IN_CPP.product_t(x, stored("nf4", drawn(5, 7))[0])
     with pytest.raises(ValueError, match="x: torch.float64"):
-        StoredLeftSide(drawn(40, 6).double())
+        IN_CPP.product_t(x.double(), drawn(5, 6).bfloat16())
 
 
 @pytest.mark.parametrize("shape, turned", [((39, 5), False), ((40, 6), False), ((200,), False), ((5, 40), True)])
 def test_what_cannot_be_added_to_is_refused(shape, turned):
     onto = torch.zeros(shape).t() if turned else torch.zeros(shape)
     with pytest.raises(ValueError, match="onto"):
-        StoredLeftSide(drawn(40, 6)).product(drawn(6, 5).bfloat16(), onto)
+        IN_CPP.product(drawn(40, 6), drawn(6, 5).bfloat16(), onto)
 
 
 def test_a_reason_is_named_where_they_cannot_run(monkeypatch):
@@ -380,16 +379,17 @@ def test_a_reason_is_named_where_they_cannot_run(monkeypatch):
     with pytest.raises(CannotCompile, match="^this CPU has no AVX-512$"):
         compiled.library.__wrapped__(Path(frozen_product.__file__).with_suffix(".cpp"))
     monkeypatch.setattr(mini_forge_kernels, "reason_not", lambda device: None)  # of a GPU that is not here
-    assert PROVIDERS["huggingface"]("cpu").ops.left_side is PROVIDERS["unsloth"]("cuda").ops.left_side is None
+    for provider in (PROVIDERS["huggingface"]("cpu"), PROVIDERS["unsloth"]("cuda")):
+        assert provider.ops.stored_products is None
 
 
 def test_quantized_weights_are_taken_as_stored_by_loaded_layers_alone():
     """Of the layers of another training dtype, or of no provider, dense weights are made."""
     layer, x = Linear4bit.from_weight(drawn(10, 24)), drawn(6, 24, seed=1)
     expected = x @ layer.dequantized().t()
-    assert layer.left_side is None
+    assert layer.stored_products is None
     torch.testing.assert_close(layer(x), expected)
-    layer.left_side = StoredLeftSide
+    layer.stored_products = IN_CPP
     if reason_not(CPU) is None:
         torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
     layer.compute_dtype = torch.bfloat16
@@ -402,7 +402,7 @@ def test_quantized_weights_are_taken_as_stored_by_loaded_layers_alone():
 def test_a_layer_is_the_linear_one(unit, shape, has_bias):
     weight, x = drawn(10, 24).bfloat16(), drawn(*shape, seed=1)
     bias = nn.Parameter(drawn(10, seed=2)) if has_bias else None
-    layer, dense = Linear16bit(weight, bias, StoredLeftSide), nn.Linear(24, 10, bias=has_bias).double()
+    layer, dense = Linear16bit(weight, bias, IN_CPP), nn.Linear(24, 10, bias=has_bias).double()
     dense.weight.data.copy_(weight)
     if has_bias:
         dense.bias.data.copy_(bias)
@@ -418,18 +418,10 @@ def test_a_layer_is_the_linear_one(unit, shape, has_bias):
     assert layer.half().weight.dtype == torch.bfloat16  # as other frozen forms, it keeps its own
 
 
-def test_layers_that_share_their_input_prepare_it_once(unit):
-    made = []
-
-    class Counted(StoredLeftSide):
-        def __init__(self, x):
-            made.append(x)
-            super().__init__(x)
-
-    x, layers = drawn(50, 8), [Linear16bit(drawn(n, 8).bfloat16(), None, Counted) for n in (4, 6)]
-    outs = frozen_products(x, layers)
-    assert len(made) == 1
-    torch.testing.assert_close(outs[1], x @ layers[1].dequantized().t())
+def test_layers_that_share_their_input(unit):
+    x, layers = drawn(50, 8), [Linear16bit(drawn(n, 8).bfloat16(), None, IN_CPP) for n in (4, 6)]
+    for out, layer in zip(frozen_products(x, layers), layers, strict=True):
+        torch.testing.assert_close(out, x @ layer.dequantized().t())
     grad = drawn(50, 6)
     torch.testing.assert_close(frozen_gradient(grad, layers[1]), grad @ layers[1].dequantized())
 
@@ -550,10 +542,10 @@ def linear(kind, weight, bias):
     """A frozen layer of (out, in) bfloat16 numbers."""
     if kind.endswith(" as stored"):
         layer = linear(kind.removesuffix(" as stored"), weight, bias)
-        layer.left_side = StoredLeftSide
+        layer.stored_products = IN_CPP
         return layer
     if kind == "bfloat16":
-        return Linear16bit(weight.bfloat16(), bias, StoredLeftSide)
+        return Linear16bit(weight.bfloat16(), bias, IN_CPP)
     if kind == "dense":
         layer = nn.Linear(*weight.shape[::-1], bias=bias is not None)
         layer.weight, layer.bias = nn.Parameter(weight), bias
@@ -593,7 +585,7 @@ def test_an_adapter_of_zeros_changes_no_bit(unit, kind, dtype, rows, has_bias):
 @pytest.mark.parametrize("rows", [1, FEW, FEW + 1])
 def test_an_adapted_layer_gives_the_same_bits_with_and_without_gradients(unit, rows):
     """A policy and its reference that begins as the same adapter; a block and its recomputation."""
-    assert StoredLeftSide.few == FEW
+    assert IN_CPP.few == FEW
     layers = [LoRALinear(linear("bfloat16", drawn(n, 96), None), LoraSpec(4, 6)) for n in (40, 130)]
     for layer in layers:
         layer.lora_B.data.copy_(drawn(*layer.lora_B.shape))
@@ -648,5 +640,5 @@ def test_which_of_the_two_multiplies(monkeypatch):
         weight, _ = stored(form, drawn(20, 64))
         called.clear()
         for N in (1, most, most + 1):
-            StoredLeftSide(drawn(N, 64)).product_t(weight)
+            IN_CPP.product_t(drawn(N, 64), weight)
         assert called == [most + 1]

@@ -106,7 +106,7 @@ def adapted(folder, provider, storage="dense", dropout=0.0):
     """The checkpoint as a run trains it: all linear layers and all experts adapted, B not zero. All these checkpoints
     are stored in bfloat16."""
     provider = PROVIDERS[provider]("cpu")
-    ops = replace(provider.ops, left_side=None) if storage == "dense" else provider.ops
+    ops = replace(provider.ops, stored_products=None) if storage == "dense" else provider.ops
     model = load_base(folder, ops=ops, **STORAGES[storage])
     targets = ("all-linear", *(EXPERTS if model.spec.experts else ()))
     inject(model, LoraSpec(2, 4, dropout, targets), torch.Generator().manual_seed(0))

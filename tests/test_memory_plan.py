@@ -63,7 +63,7 @@ from mini_forge.training.optim import make_optimizer
 from mini_forge.training.rlhf import Experience
 from mini_forge.training.rollouts import Sampling, sample_responses
 from mini_forge.training.windows import Windows
-from mini_forge_kernels.frozen_product import StoredLeftSide, reason_not
+from mini_forge_kernels.frozen_product import IN_CPP, reason_not
 from tests.tiny import CONFIG, random_model, tokenizer_files, write_rows
 
 MIB = 2**20
@@ -353,7 +353,7 @@ def test_a_step_with_bfloat16_weights_holds_no_more_than_predicted(recompute):
 def keep_bfloat16(model):
     """As loading a checkpoint does whose matrices are stored in it."""
     for _, layer in lora_layers(model):
-        layer.base = Linear16bit(layer.base.weight.bfloat16(), layer.base.bias, StoredLeftSide)
+        layer.base = Linear16bit(layer.base.weight.bfloat16(), layer.base.bias, IN_CPP)
     for module in (model.model.embed_tokens, model.lm_head):
         if module is not None:
             module.weight = torch.nn.Parameter(module.weight.bfloat16(), requires_grad=False)

@@ -15,7 +15,7 @@ along the way.
 On a CPU with a matrix unit amx_product.py is faster: 1.8 to 2 times for bfloat16 and more than FEW rows, 1.3 times for
 4 and 8 bits and more than MANY.
 
-Reference: `mini_forge.model.left_side.LeftSide`, on a weight made float32.
+Reference: `mini_forge.model.frozen.IN_TORCH`, on a weight made float32.
 """
 
 import ctypes
@@ -26,13 +26,13 @@ import torch
 
 from mini_forge.model.allocation import fresh
 from mini_forge.model.fourbit import Quantized4bit
-from mini_forge.model.left_side import LeftSide, Low, Update, low_and_factor, low_product
+from mini_forge.model.frozen import FrozenProducts, Low, Update, low_and_factor, low_product
 from mini_forge.model.quant import Quantized8bit
 from mini_forge_kernels import amx_product
 from mini_forge_kernels.compiled import declared, library, named, why_not
 from mini_forge_kernels.product_job import Job
 
-__all__ = ["FEW", "NAME", "StoredLeftSide", "reason_not"]
+__all__ = ["FEW", "IN_CPP", "NAME", "reason_not"]
 
 NAME = "frozen_product"
 FEW = 8  # rows, as in frozen_product.cpp
@@ -52,43 +52,41 @@ def _reason_not_here() -> str | None:
     return why_not(_library)
 
 
-class StoredLeftSide(LeftSide):
-    """The left side x (N, K), float32, of products with frozen matrices as they are stored."""
+def product_t(x: torch.Tensor, weight: Stored, onto: torch.Tensor | None = None, low: Low | None = None):
+    """x Wᵀ + l Bᵀ (N, out), or that added to `onto` in place. x (N, K) float32; W (out, K): bfloat16, or quantized.
+    low: l, B; or A, B and s, where l = s x Aᵀ."""
+    return _multiply(x, weight, True, onto, low)
 
-    few = FEW
 
-    def __init__(self, x: torch.Tensor):
-        if x.dtype != torch.float32 or x.device.type != "cpu":
-            raise ValueError(f"x: {x.dtype} on {x.device}, not float32 on the CPU")
-        self.x = x if x.stride(1) == 1 else x.contiguous()
+def product(x: torch.Tensor, weight: Stored, onto: torch.Tensor | None = None, low: tuple | None = None):
+    """x W + l A (N, in), or that added to `onto` in place. W (K, in) likewise. low: l, A."""
+    return _multiply(x, weight, False, onto, low)
 
-    def product_t(self, weight: Stored, onto: torch.Tensor | None = None, low: Low | None = None) -> torch.Tensor:
-        """x Wᵀ + l Bᵀ (N, out), or that added to `onto` in place. W (out, K): bfloat16, or quantized. low: l, B; or
-        A, B and s, where l = s x Aᵀ."""
-        return self._multiply(weight, True, onto, low)
 
-    def product(self, weight: Stored, onto: torch.Tensor | None = None, low: tuple | None = None) -> torch.Tensor:
-        """x W + l A (N, in), or that added to `onto` in place. W (K, in) likewise. low: l, A."""
-        return self._multiply(weight, False, onto, low)
+IN_CPP = FrozenProducts(product_t, product, FEW)
 
-    def _multiply(self, weight, is_transposed, onto, low) -> torch.Tensor:
-        N, K = self.x.shape
-        terms, columns = weight.shape[::-1] if is_transposed else weight.shape
-        is_dense = isinstance(weight, torch.Tensor)
-        if terms != K or not (_lies(weight, torch.bfloat16) if is_dense else _is_whole(weight)):
-            form = f"{weight.dtype}, strides {weight.stride()}," if is_dense else "quantized"
-            raise ValueError(f"weight: {form} {tuple(weight.shape)}, for {K} columns")
-        if onto is not None and not (onto.shape == (N, columns) and _lies(onto, torch.float32)):
-            raise ValueError(f"onto: {onto.dtype} {tuple(onto.shape)} of strides {onto.stride()}, not {(N, columns)}")
-        low = None if low is None else _checked(low, self.x, columns, is_transposed)
-        if isinstance(low, tuple) and (low[0].shape[1] > MOST_RANK or not K):
-            onto, low = low_product(low, is_transposed, onto), None
-        out = fresh((N, columns), torch.float32, self.x.device) if onto is None else onto
-        if 0 in (N, columns, K):
-            return out if onto is not None else out.zero_()
-        with named(NAME):
-            _product(self.x, weight, is_transposed, out, onto is not None, low)
-        return out
+
+def _multiply(x, weight, is_transposed, onto, low) -> torch.Tensor:
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        raise ValueError(f"x: {x.dtype} on {x.device}, not float32 on the CPU")
+    x = x if x.stride(1) == 1 else x.contiguous()
+    N, K = x.shape
+    terms, columns = weight.shape[::-1] if is_transposed else weight.shape
+    is_dense = isinstance(weight, torch.Tensor)
+    if terms != K or not (_lies(weight, torch.bfloat16) if is_dense else _is_whole(weight)):
+        form = f"{weight.dtype}, strides {weight.stride()}," if is_dense else "quantized"
+        raise ValueError(f"weight: {form} {tuple(weight.shape)}, for {K} columns")
+    if onto is not None and not (onto.shape == (N, columns) and _lies(onto, torch.float32)):
+        raise ValueError(f"onto: {onto.dtype} {tuple(onto.shape)} of strides {onto.stride()}, not {(N, columns)}")
+    low = None if low is None else _checked(low, x, columns, is_transposed)
+    if isinstance(low, tuple) and (low[0].shape[1] > MOST_RANK or not K):
+        onto, low = low_product(low, is_transposed, onto), None
+    out = fresh((N, columns), torch.float32, x.device) if onto is None else onto
+    if 0 in (N, columns, K):
+        return out if onto is not None else out.zero_()
+    with named(NAME):
+        _call(x, weight, is_transposed, out, onto is not None, low)
+    return out
 
 
 @cache
@@ -96,7 +94,7 @@ def _library() -> ctypes.CDLL:
     return declared(library(Path(__file__).with_suffix(".cpp")), {"product": "p"}, Job=Job)
 
 
-def _product(x: torch.Tensor, weight: Stored, is_transposed: bool, out: torch.Tensor, adds: bool, low: Low | None):
+def _call(x: torch.Tensor, weight: Stored, is_transposed: bool, out: torch.Tensor, adds: bool, low: Low | None):
     """out (N, columns) = x Wᵀ + l Bᵀ, or x W + l A, or that added to out."""
     stride, blocksize, scales, code = weight.shape[1], 0, None, None
     if isinstance(weight, Quantized4bit):

@@ -150,7 +150,7 @@ def random_base(
             model.set_submodule(owner_name, storage.quantized(_drawn(parameter.shape, storage)))
         elif name in in_bfloat16 and name in linears:
             weight = _drawn(parameter.shape, replace(storage, dtype=torch.bfloat16))
-            model.set_submodule(owner_name, Linear16bit(weight, owner.bias, ops.left_side))
+            model.set_submodule(owner_name, Linear16bit(weight, owner.bias, ops.stored_products))
         else:
             own = replace(storage, dtype=torch.bfloat16) if name in in_bfloat16 else storage
             value = _drawn(parameter.shape, own)

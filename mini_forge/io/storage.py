@@ -7,7 +7,7 @@ import torch
 
 from mini_forge.errors import CheckpointError
 from mini_forge.model.fourbit import FLOATS
-from mini_forge.model.left_side import LeftSide
+from mini_forge.model.frozen import FrozenProducts
 from mini_forge.model.ops import Ops
 from mini_forge.model.quant import Linear4bit, Linear8bit
 
@@ -15,7 +15,7 @@ from mini_forge.model.quant import Linear4bit, Linear8bit
 def multiplies_stored(ops: Ops, dtype: torch.dtype, device: str | torch.device) -> bool:
     """Whether matrices are multiplied as they are stored, and so held in bfloat16 where a checkpoint stores them in it,
     under activations in `dtype`."""
-    return ops.left_side is not None and dtype == torch.float32 and torch.device(device).type == "cpu"
+    return ops.stored_products is not None and dtype == torch.float32 and torch.device(device).type == "cpu"
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Storage:
     compute_dtype: torch.dtype
     dtype: torch.dtype
     device: torch.device
-    left_side: type[LeftSide] | None = None  # `Ops.left_side`, where matrices are multiplied as they are stored
+    stored_products: FrozenProducts | None = None  # `Ops.stored_products`, where matrices are multiplied so
 
     def cast(self, weight: torch.Tensor) -> torch.Tensor:
         """A weight that is to be quantized, on the device, with the values it has in the training dtype: statistics are
@@ -64,5 +64,5 @@ class Storage:
         raise CheckpointError(f"{folder}: {name} is stored as {stored}, not {self.quantization}; set {keys}")
 
     def _with_ops(self, layer: Linear4bit | Linear8bit) -> Linear4bit | Linear8bit:
-        layer.left_side = self.left_side
+        layer.stored_products = self.stored_products
         return layer

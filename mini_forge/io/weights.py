@@ -99,7 +99,7 @@ def load_base(
     """A decoder with the folder's weights, in eval mode.
 
     dtype: of floating weights; None keeps the stored one. Under float32, matrices stored in bfloat16 stay so where
-    `ops` multiply them (`Ops.left_side`). quantization: None, "nf4", "fp4" or "int8", for all linear
+    `ops` multiply them (`Ops.stored_products`). quantization: None, "nf4", "fp4" or "int8", for all linear
     layers but the head; a checkpoint already stored so is taken as it is, made dense for None, and else refused.
     headers_only: no weight is read, the decoder stays on the meta device; what does not fit is refused all the same."""
     loader = Loader(folder, dtype, device, quantization, nested, compute_dtype, ops)
@@ -122,7 +122,7 @@ class Loader:
             self.model = Decoder(spec, ops)
         self.model.layout, self.model.text_model = layout, text_model(checkpoint.config)
         self.storage = Storage(quantization, nested, compute_dtype or dtype, dtype, torch.device(device),
-                               ops.left_side if multiplies_stored(ops, dtype, device) else None)  # fmt: skip
+                               ops.stored_products if multiplies_stored(ops, dtype, device) else None)  # fmt: skip
         self.stacks = StackLoader(self.model, self.storage, layout)
         self.missing = set(self.model.state_dict())
         linears = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
@@ -226,12 +226,12 @@ class Loader:
         """Memory for a tensor that is not quantized."""
         owner, leaf = self._owner(name)
         is_matrix = isinstance(owner, MATRICES) and leaf == "weight"
-        is_kept = is_matrix and stored == torch.bfloat16 and self.storage.left_side is not None
+        is_kept = is_matrix and stored == torch.bfloat16 and self.storage.stored_products is not None
         dtype = stored if is_kept else self.storage.dtype
         # Not empty_like: asked about a meta tensor, torch answers in Python and imports SymPy for it, 0.3 s.
         own = torch.empty(getattr(owner, leaf).shape, dtype=dtype, device=self.storage.device)
         if is_kept and isinstance(owner, nn.Linear):
-            self._replace(name, Linear16bit(own, None, self.storage.left_side))
+            self._replace(name, Linear16bit(own, None, self.storage.stored_products))
         else:
             setattr(owner, leaf, nn.Parameter(own, requires_grad=False))
 

@@ -326,7 +326,7 @@ class Decoder(nn.Module):
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """(…, D) hidden states → (…, V) float32 logits."""
         if self.head_weight.dtype != hidden.dtype and not self.head_weight.requires_grad:
-            return Linear16bit(self.head_weight, None, self.ops.left_side)(hidden).float()
+            return Linear16bit(self.head_weight, None, self.ops.stored_products)(hidden).float()
         return nn.functional.linear(hidden, self.head_weight.to(hidden.dtype)).float()
 
     def logits(self, input_ids, position=None, document=None) -> torch.Tensor:

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from mini_forge.model import functional
-from mini_forge.model.left_side import LeftSide
+from mini_forge.model.frozen import FrozenProducts
 from mini_forge.model.low_rank import IN_TORCH, LowRank
 
 
@@ -36,7 +36,7 @@ class Ops:
     mxfp4: tuple[Callable, Callable] | None = None
     # Of a float32 x on the CPU, for products with weights as they are stored: bfloat16, 8 and 4 bits. Where this is
     # None, weights in bfloat16 are held in the training dtype, and others made dense for each product.
-    left_side: type[LeftSide] | None = None
+    stored_products: FrozenProducts | None = None
 
 
 def rope_qk(

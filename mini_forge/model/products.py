@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from mini_forge.model.left_side import Update
+from mini_forge.model.frozen import Update
 from mini_forge.model.low_rank import Seed, kept_scale
 from mini_forge.model.ops import Differentiable
 from mini_forge.model.quant import frozen_gradient, frozen_products, is_used_as_stored
@@ -69,7 +69,7 @@ def _products(
 
 def _makes_low(base: nn.Module, x: torch.Tensor) -> bool:
     """Whether the product of x (N, in) with a layer's weight as stored makes the l of an `Update` itself."""
-    return is_used_as_stored(base, x) and x.shape[0] <= base.left_side.few
+    return is_used_as_stored(base, x) and x.shape[0] <= base.stored_products.few
 
 
 def _scales(layers, seeds) -> list[float]:

@@ -2,7 +2,7 @@
 
 4 bits (NF4, FP4, nested statistics): model/fourbit.py. 8 bits, LLM.int8 (2208.07339): W ≈ weight · SCB / 127, SCB the
 largest magnitude of each row. 16 bits: bfloat16 as a checkpoint stores it, under float32 activations. Products are made
-by an op that takes W as it is stored (`Ops.left_side`), or else with a dense W that exists for that product only.
+by an op that takes W as it is stored (`Ops.stored_products`), or else with a dense W that exists for that product only.
 """
 
 import json
@@ -29,7 +29,7 @@ from mini_forge.model.fourbit import (
     dynamic_map,
     quantize_4bit,
 )
-from mini_forge.model.left_side import LeftSide, Low, low_and_factor, low_product
+from mini_forge.model.frozen import IN_TORCH, FrozenProducts, Low, low_and_factor, low_product
 
 __all__ = [
     "Linear16bit", "Linear4bit", "Linear8bit", "Quantized4bit", "Quantized8bit", "backend",
@@ -55,10 +55,10 @@ class Linear4bit(nn.Module):
 
     Its buffers are all it stores: packed, absmax, and for nested statistics nested_absmax and nested_offset. What makes
     it dense is `dequantize`; what multiplies it as it is stored is, where there is one, `matmul` on a GPU (see
-    `stacks.use_kernels`) and `left_side` on the CPU (`Ops.left_side`)."""
+    `stacks.use_kernels`) and `stored_products` on the CPU (`Ops.stored_products`)."""
 
     dequantize = staticmethod(dequantize_4bit)
-    matmul = left_side = None
+    matmul = stored_products = None
 
     def __init__(self, quantized: Quantized4bit, bias: torch.Tensor | None = None, compute_dtype=None):
         super().__init__()
@@ -94,7 +94,7 @@ class Linear4bit(nn.Module):
         return Quantized4bit(self.packed, self.absmax, shape, self.weight_dtype, self.quant_type, self.blocksize,
                              self.nested_absmax, self.nested_offset)  # fmt: skip
 
-    stored = quantized  # what `left_side` takes
+    stored = quantized  # what `stored_products` take
 
     def dequantized(self, dtype: torch.dtype | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         """W (out, in), in memory of its own, or in `out`."""
@@ -115,7 +115,7 @@ class Linear8bit(nn.Module):
     columns above 6.0; not rounding x is closer to the unquantized layer, in forward and in dX = dY W alike, and needs
     no outlier rule. The memory is the same."""
 
-    left_side = None  # as Linear4bit's
+    stored_products = None  # as Linear4bit's
 
     def __init__(self, weight: torch.Tensor, SCB: torch.Tensor, bias=None, compute_dtype=torch.float32):
         super().__init__()
@@ -167,15 +167,15 @@ class Linear8bit(nn.Module):
 
 class Linear16bit(nn.Module):
     """A frozen linear layer of float32 activations whose `weight` (out, in) is kept in bfloat16: y = x Wᵀ + b, without
-    another rounding than a float32 weight's product has. `left_side` makes its products on the CPU (`Ops.left_side`);
+    another rounding than a float32 weight's product has. `stored_products` are made on the CPU (`Ops.stored_products`);
     elsewhere W is made float32."""
 
     compute_dtype = torch.float32
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, left_side: type[LeftSide]):
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, stored_products: FrozenProducts):
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.left_side = left_side
+        self.stored_products = stored_products
         self.register_buffer("weight", weight)
         self.register_parameter("bias", _frozen(bias))
 
@@ -219,22 +219,21 @@ def dequantized_weight(layer: Linear, dtype: torch.dtype) -> torch.Tensor:
 
 
 def is_used_as_stored(layer: Linear, x: torch.Tensor) -> bool:
-    """Whether products of activations x and a layer's weight take that as it is stored, by its left_side."""
-    if isinstance(layer, nn.Linear) or layer.left_side is None:
+    """Whether products of activations x and a layer's weight take that as it is stored, by its stored_products."""
+    if isinstance(layer, nn.Linear) or layer.stored_products is None:
         return False
     return x.dtype == layer.compute_dtype == torch.float32 and x.device.type == "cpu"
 
 
 def frozen_products(x: torch.Tensor, layers: Sequence[Linear], lows: Sequence[Low] | None = None) -> list[torch.Tensor]:
     """x Wᵀ + b (N, out) of linear layers that share x (N, in), in their compute_dtype (a dense one's: x's), returned in
-    x's dtype. lows: of each layer, what `LeftSide` calls low.
+    x's dtype. lows: of each layer, what `FrozenProducts` calls low.
 
     For functions whose backward is written by hand, like the next: what is saved here for autograd may be on loan."""
-    lows, left, outs = lows or [None] * len(layers), None, []
+    lows, outs = lows or [None] * len(layers), []
     for layer, low in zip(layers, lows, strict=True):
         if is_used_as_stored(layer, x):
-            left = layer.left_side(x) if left is None else left
-            outs.append(left.product_t(layer.stored, _biases(x, layer), low))
+            outs.append(layer.stored_products.product_t(x, layer.stored, _biases(x, layer), low))
         else:
             out = _product(x, layer)
             outs.append(out if low is None else low_product(low_and_factor(low, x), True, out))
@@ -259,16 +258,17 @@ def _biases(x: torch.Tensor, layer: Linear) -> torch.Tensor | None:
 def frozen_gradient(
     grad: torch.Tensor, layer: Linear, onto: torch.Tensor | None = None, low: tuple | None = None
 ) -> torch.Tensor:
-    """dY W (N, in) for dY (N, out), in its dtype, or that added to `onto` (N, in) in place. low: see `LeftSide`."""
+    """dY W (N, in) for dY (N, out), in its dtype, or that added to `onto` (N, in) in place. low: see
+    `FrozenProducts`."""
     if is_used_as_stored(layer, grad):
-        return layer.left_side(grad).product(layer.stored, onto, low)
+        return layer.stored_products.product(grad, layer.stored, onto, low)
     compute = _compute_dtype(layer, grad)
     if low is not None:  # first: memory that has just been written is near
         onto = low_product(low, False, onto)
-    left, weight = LeftSide(grad.to(compute)), dequantized_weight(layer, compute)
+    left, weight = grad.to(compute), dequantized_weight(layer, compute)
     if onto is not None and compute == onto.dtype:
-        return left.product(weight, onto)
-    product = left.product(weight).to(grad.dtype)
+        return IN_TORCH.product(left, weight, onto)
+    product = IN_TORCH.product(left, weight).to(grad.dtype)
     return product if onto is None else onto.add_(product)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from mini_forge.model.left_side import LeftSide
+from mini_forge.model.frozen import IN_TORCH, FrozenProducts
 
 CHUNK_TOKENS = 256  # under a trained head: float32 logits of a 128k vocabulary are 131 MB
 # Under a frozen one a tile of logits is all there is: on the CPU small enough to stay in the cache between the product
@@ -47,15 +47,15 @@ def model_nll(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
 
 
 def token_nll(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, left_side: type[LeftSide] = LeftSide
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, products: FrozenProducts = IN_TORCH
 ) -> torch.Tensor:
     """-log softmax(hidden Wᵀ)[target] of each token, in nats; the (N, V) logits never exist, only chunks of them.
 
-    hidden (N, D), weight (V, D) of one dtype, or of two that `left_side` multiplies (for a model's own head:
+    hidden (N, D), weight (V, D) of one dtype, or of two that `products` multiply (for a model's own head:
     `model_nll`); targets (N,) int64 in [0, V). Returns (N,) float32, differentiable in `hidden` and, where it is
     trained, `weight`. For a frozen weight the gradient is made in the forward pass: row i of the loss
     depends on row i of `hidden` alone, so dh_i = (softmax(z_i) - onehot_i) W is complete but for the factor that
-    arrives from above, and no logits need to be kept or made again. left_side: what multiplies a frozen one. Raises
+    arrives from above, and no logits need to be kept or made again. products: those of a frozen one. Raises
     ValueError on the CPU for a target that is no row of `weight`, such as the -100 of tokens that are not trained on:
     these are to be left out."""
     if targets.device.type == "cpu" and len(targets):  # elsewhere it would wait for the device
@@ -68,7 +68,7 @@ def token_nll(
             for h, t in zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
         ]
         return torch.cat(parts)
-    return _FrozenHeadNLL.apply(hidden, weight, targets, left_side)
+    return _FrozenHeadNLL.apply(hidden, weight, targets, products)
 
 
 def _plain_nll(hidden, weight, targets):
@@ -77,12 +77,12 @@ def _plain_nll(hidden, weight, targets):
 
 class _FrozenHeadNLL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, left_side):
+    def forward(ctx, hidden, weight, targets, products):
         nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(targets), TILE_TOKENS):
             rows = slice(start, start + TILE_TOKENS)
-            nll[rows], part = _nll_in_tiles(hidden[rows], weight, targets[rows], grad is not None, left_side)
+            nll[rows], part = _nll_in_tiles(hidden[rows], weight, targets[rows], grad is not None, products)
             if grad is not None:
                 grad[rows] = part
             del part  # before the next tokens' is made
@@ -99,7 +99,7 @@ class _FrozenHeadNLL(torch.autograd.Function):
         return grad * grad_nll[:, None].to(grad.dtype), None, None, None
 
 
-def _nll_in_tiles(hidden, weight, targets, wants_grad: bool, left_side: type[LeftSide]):
+def _nll_in_tiles(hidden, weight, targets, wants_grad: bool, products: FrozenProducts):
     """nll (N,) and its gradient by hidden (N, D), or None, over tiles of the vocabulary: the online softmax (1805.02867
     Alg. 3), which scales the sums so far down whenever a larger logit comes.
 
@@ -107,13 +107,13 @@ def _nll_in_tiles(hidden, weight, targets, wants_grad: bool, left_side: type[Lef
     own term is in neither sum keeps the digits of 1 − p_t, which softmax·W − W_t loses in 16 bits where p_t is near 1.
     Sums over tiles are float32."""
     N, width = len(targets), tile_width(len(targets), hidden.device)
-    index, left = targets[:, None], left_side(hidden)
+    index = targets[:, None]
     largest = hidden.new_full((N, 1), -torch.inf, dtype=torch.float32)
     others, wanted = torch.zeros_like(largest), torch.zeros_like(largest)
     grad = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if wants_grad else None
     for start in range(0, len(weight), width):
         tile = weight[start : start + width]
-        logits = left.product_t(tile).float()
+        logits = products.product_t(hidden, tile).float()
         column = index - start
         is_here, column = (column >= 0) & (column < len(tile)), column.clamp(0, len(tile) - 1)
         wanted += torch.where(is_here, logits.gather(-1, column), 0)
@@ -123,7 +123,7 @@ def _nll_in_tiles(hidden, weight, targets, wants_grad: bool, left_side: type[Lef
         exponentials.scatter_(-1, column, torch.where(is_here, 0, exponentials.gather(-1, column)))
         others.mul_(shrink).add_(exponentials.sum(-1, keepdim=True))
         if wants_grad:
-            grad.mul_(shrink).add_(left_side(exponentials.to(hidden.dtype)).product(tile))
+            grad.mul_(shrink).add_(products.product(exponentials.to(hidden.dtype), tile))
         del logits, exponentials  # before the next tile's are made
     normaliser = others + torch.exp(wanted - largest)
     nll = (normaliser.log() + largest - wanted).squeeze(-1)

@@ -73,7 +73,7 @@ def measure(args) -> dict:
     provider = PROVIDERS["unsloth" if is_fused else "huggingface"](args.device)
     quantization = "nf4" if name == "base in NF4" else None
     is_kept = args.row >= LEVERS.index("matrices in bfloat16, as stored")
-    ops = provider.ops if is_kept else replace(provider.ops, left_side=None)
+    ops = provider.ops if is_kept else replace(provider.ops, stored_products=None)
     model = load_base(args.model, dtype, args.device, quantization, compute_dtype=dtype, ops=ops).train()
     inject(model, LoraSpec(16, 32), torch.Generator().manual_seed(0))
     model.recompute = {"recompute selective": "selective", "recompute full": "full"}.get(name)
