@@ -253,6 +253,7 @@ def test_what_a_backward_makes_of_a_norm_or_a_unit_is_theirs(provider, recompute
     found = {}
     for event, group in op_table._groups(profile.profile.events(), rank=4, vocab_size=272):
         found.setdefault(event.name, set()).add(group)
+    assert not any("optimizer" in groups for groups in found.values())  # none has run
     if provider == "unsloth" and rowwise.reason_not() is None:
         # The last norm's gradient alone is an autograd node's; the first layer's input needs none, but is made again.
         expected = {"swiglu_gradient", "rms_norm_vjp", "rms_norm_gradient", "rms_norm", "rotate", "pull_back"}
@@ -319,6 +320,22 @@ def test_the_median_leaves_the_first_steps_out(tmp_path, monkeypatch):
     per_token = 4 * 18_432 + 12 * 4 * 8 * 2 * 21 / 6 + 4 * 272 * 32
     assert results["flops_per_token"] == pytest.approx(per_token)
     assert results["share_of_matmul_peak"] == pytest.approx(per_token * 3 / 1e6)
+
+
+def test_the_last_steps_batches_are_profiled_again(monkeypatch):
+    """Nothing of a profiled step is due to memory that none before it has touched."""
+    monkeypatch.setitem(SHAPES, "tiny", CONFIG)
+    build_loop, seen = measure.build_loop, []
+
+    def watched(*arguments):
+        loop = build_loop(*arguments)
+        loss = loop.loss
+        loop.loss = lambda batch: seen.append(batch) or loss(batch)
+        return loop
+
+    monkeypatch.setattr(measure, "build_loop", watched)
+    result = measure.bench(config_of(), steps=3, shape="tiny", length=6, report=lambda line: None)
+    assert len(seen) == 4 and seen[3] is seen[2] and seen[2] is not seen[1] and result["table"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="only Linux tells when a process started")

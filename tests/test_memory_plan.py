@@ -342,6 +342,15 @@ def test_a_step_holds_attentions_blocks(recompute):
     assert predicted == pytest.approx(measured, rel=0.07)
 
 
+@pytest.mark.parametrize("heads, kv_heads", [(16, 16), (16, 4), (16, 1)])
+def test_a_step_holds_attentions_parts(heads, kv_heads):
+    """Of one document's keys and values for each query head, where key heads alone would be too few tasks."""
+    changes = {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": heads,
+               "num_key_value_heads": kv_heads, "head_dim": 64}  # fmt: skip
+    predicted, measured = a_steps_peak([1000], changes, None, True, torch.float32)
+    assert predicted == pytest.approx(measured, rel=0.07)
+
+
 @pytest.mark.skipif(reason_not(torch.device("cpu")) is not None, reason=str(reason_not(torch.device("cpu"))))
 @pytest.mark.parametrize("recompute", [None, "selective", "full"])
 def test_a_step_with_bfloat16_weights_holds_no_more_than_predicted(recompute):

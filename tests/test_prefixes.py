@@ -149,9 +149,11 @@ def test_fused_attention_equals_plain(heads, kv_heads, parents, scale, dtype, wa
 @pytest.mark.parametrize("channels", [16, 48, 64, 80])
 @pytest.mark.parametrize("lengths, parents", [([200], None), ([33, 16, 1], None), ([50, 70, 31, 90], (-1, 0, 0, 1))])
 def test_compiled_attention_is_that_of_float64(tasks, threads, channels, lengths, parents, monkeypatch):
-    """Of whole tiles and parts of them, of documents that share beginnings, however the work is shared."""
+    """Of whole tiles and parts of them, of documents that share beginnings, however the work is shared, and whatever is
+    in the memory that results are written to."""
     if reason := fused.reason_not_compiled():
         pytest.skip(reason)
+    monkeypatch.setattr(fused, "fresh", lambda shape, dtype, device: torch.full(shape, torch.nan, dtype=dtype))
     monkeypatch.setattr(fused, "TASKS", tasks)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     generator = torch.Generator().manual_seed(0)

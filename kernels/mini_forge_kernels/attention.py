@@ -121,7 +121,7 @@ class _Work(ctypes.Structure):
             spans += [(segment.start, segment.stop - segment.start) for segment in chain]
             parts += keys
         ends.sort(key=lambda chain: -chain[1])  # the longest first: the last task of a thread is short
-        self.parts, self.are_sums = parts, together * K == H and documents.tree is None
+        self.parts, self.parts_are_sums = parts, together * K == H and documents.tree is None
         self.numbers = [(ctypes.c_long * (len(x) * len(x[0])))(*sum(x, ())) for x in (spans, rows, ends)]
         most_queries = together * max(size for _, size, _ in rows)
         most_keys = -(-max(keys for *_, keys, _ in ends) // WIDTH) * WIDTH
@@ -157,7 +157,7 @@ class _Compiled(torch.autograd.Function):
         shape = (work.parts, work.heads // work.together, work.channels)
         parts = [fresh(shape, x.dtype, x.device) for x in (key, value)]
         _call("attend_backward", work, _room(work), query, key, value, _channels_dense(grad), grad_query, *parts)
-        if work.are_sums:  # each row of dk and dv has one part
+        if work.parts_are_sums:  # each row of dk and dv has one part
             return grad_query, *parts, None, None
         grads = [fresh(x.shape, x.dtype, x.device).zero_() for x in (key, value)]
         for part, total in zip(parts, grads, strict=True):

@@ -76,7 +76,7 @@ def bench(
     check_options(config, steps, shape, length)
     with TemporaryDirectory() as folder:
         is_random = shape is not None
-        prepared = prepare_shape(config, shape, length, steps + 1, Path(folder)) if is_random else prepare(config)
+        prepared = prepare_shape(config, shape, length, steps, Path(folder)) if is_random else prepare(config)
         prepared = replace(_with_reference(prepared), eval=[])
         config, plan, spec = prepared.config, prepared.plan, prepared.spec
         began = time.perf_counter()

@@ -34,8 +34,8 @@ class Ops:
     # Of weights in 4 bits and in MXFP4: what makes them dense, and what multiplies by them (`stacks.use_kernels`).
     four_bit: tuple[Callable, Callable] | None = None
     mxfp4: tuple[Callable, Callable] | None = None
-    # Of a float32 x on the CPU, for products with weights as they are stored: bfloat16, 8 and 4 bits. Where this is
-    # None, weights in bfloat16 are held in the training dtype, and others made dense for each product.
+    # Products of a float32 x on the CPU with weights as they are stored: bfloat16, 8 and 4 bits. Where this is None,
+    # weights in bfloat16 are held in the training dtype, and others made dense for each product.
     stored_products: FrozenProducts | None = None
 
 

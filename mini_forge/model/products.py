@@ -124,5 +124,5 @@ def _input_gradient(ctx, grads, grad_lows, As) -> torch.Tensor:
 
 
 def _scaled(factors, scales: Sequence[float], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Each layer's s A or s B: a scale is put on the thin factor rather than on the long l or dl that it makes."""
-    return [factor.to(dtype) for factor in torch._foreach_mul(factors, scales)]
+    """Each layer's s A or s B: of many rows the scale is put on the thin factor, not on the long l or dl it makes."""
+    return [(factor * scale).to(dtype) for factor, scale in zip(factors, scales, strict=True)]

@@ -167,8 +167,8 @@ class Linear8bit(nn.Module):
 
 class Linear16bit(nn.Module):
     """A frozen linear layer of float32 activations whose `weight` (out, in) is kept in bfloat16: y = x Wᵀ + b, without
-    another rounding than a float32 weight's product has. `stored_products` are made on the CPU (`Ops.stored_products`);
-    elsewhere W is made float32."""
+    another rounding than a float32 weight's product has. On the CPU its products are `stored_products`
+    (`Ops.stored_products`); elsewhere W is made float32."""
 
     compute_dtype = torch.float32
 
@@ -219,7 +219,7 @@ def dequantized_weight(layer: Linear, dtype: torch.dtype) -> torch.Tensor:
 
 
 def is_used_as_stored(layer: Linear, x: torch.Tensor) -> bool:
-    """Whether products of activations x and a layer's weight take that as it is stored, by its stored_products."""
+    """Whether products of activations x and a layer's weight are its `stored_products`."""
     if isinstance(layer, nn.Linear) or layer.stored_products is None:
         return False
     return x.dtype == layer.compute_dtype == torch.float32 and x.device.type == "cpu"
