@@ -26,6 +26,10 @@ class _Parser(argparse.ArgumentParser):
             f"arguments: {message}; see `mini-forge {self.prog.partition(' ')[2]} --help`".replace("  ", " ")
         )
 
+    def exit(self, status=0, message=None):
+        _flush()  # here, where it is known what to do if the help cannot be written
+        super().exit(status, message)
+
 
 def _setting(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
@@ -122,6 +126,14 @@ def _seed(text: str) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    try:
+        return _outcome(arguments)
+    finally:
+        if arguments is None:
+            _forget_unwritten()
+
+
+def _outcome(arguments: list[str] | None) -> int:
     spin_briefly()
     try:
         if arguments is None:
@@ -132,6 +144,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.is_own_process and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _leave)  # so that nothing half-written stays
         COMMANDS[options.command](options)
+        if options.is_own_process:
+            _flush()
         return 0
     except UserError as error:
         for problem in error.problems:
@@ -148,14 +162,25 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output left, as `| head` does
-        sys.stderr.close()
         return 0
     except OSError as error:
         if not is_disk_full(error):
             raise  # our own mistake, as above
         print(f"error: {error.filename or 'standard output'}: {error.strerror}; make room", file=sys.stderr)
-        sys.stdout = None  # what could not be written is not tried again at exit
         return 1
+
+
+def _forget_unwritten():
+    """What of our output cannot be written is not tried again: Python does at exit, and makes 120 of the exit code."""
+    try:
+        _flush()
+    except OSError:  # which `_outcome` has dealt with
+        sys.stdout = None
+
+
+def _flush():
+    if sys.stdout is not None:
+        sys.stdout.flush()
 
 
 def _leave(number: int, frame):

@@ -57,7 +57,8 @@ from mini_forge_kernels import frozen_product
 
 MIB = 2**20
 GPU_BYTES = 80 * GIB
-PROCESS_BYTES = 270 * MIB  # python, torch, this package and what loading leaves; measured, as the next three
+PROCESS_BYTES = 270 * MIB  # python, torch, this package and what loading leaves; measured, as the next four
+CUDA_BUILD_BYTES = 282 * MIB  # libraries of CUDA, which torch's usual build for Linux loads on any machine
 COMPILER_BYTES = 38 * MIB  # torch's compiler, which torch.utils.checkpoint and bitsandbytes' optimizers import
 BITSANDBYTES_BYTES = 44 * MIB
 TRITON_BYTES = 52 * MIB  # beside a GPU, where it is installed
@@ -139,7 +140,8 @@ def runtime_bytes(sizes: Sizes, job: Job) -> int:
     uses_checkpoint = is_whole(job) or any(needs_checkpoint(sizes, i) for i in layers)
     compiler = COMPILER_BYTES if uses_bitsandbytes or uses_checkpoint else 0
     triton = TRITON_BYTES if job.has_triton else 0
-    return PROCESS_BYTES + compiler + (BITSANDBYTES_BYTES if uses_bitsandbytes else 0) + triton
+    process = PROCESS_BYTES + (CUDA_BUILD_BYTES if torch.version.cuda else 0)
+    return process + compiler + (BITSANDBYTES_BYTES if uses_bitsandbytes else 0) + triton
 
 
 def training_bytes(sizes: Sizes, job: Job) -> dict[str, int]:

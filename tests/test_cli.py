@@ -245,10 +245,40 @@ def test_a_terminal_gets_a_bar_and_a_file_plain_lines(capsys):
         assert "step 2  eval_loss 1.2500" in stream.getvalue()
 
 
-def test_a_reader_that_leaves_does_not_end_the_training(config, tmp_path):
-    command = f"{sys.executable} -m mini_forge train {config} | head -1"
-    subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], check=True, capture_output=True)
+def with_buffers(*command, **options) -> subprocess.Popen:
+    """The command as a process of a user's: its output is buffered, and Triton does not interpret, which is noisy."""
+    ours = {"PYTHONUNBUFFERED", "TRITON_INTERPRET"}
+    variables = {name: value for name, value in os.environ.items() if name not in ours}
+    return subprocess.Popen([sys.executable, "-m", "mini_forge", *command], env=variables, stderr=subprocess.PIPE,
+                            text=True, **options)  # fmt: skip
+
+
+@pytest.mark.parametrize("lines", [0, 1])
+def test_a_reader_that_leaves_does_not_end_the_training(config, tmp_path, lines):
+    process = with_buffers("train", config, stdout=subprocess.PIPE)
+    for _ in range(lines):
+        process.stdout.readline()
+    process.stdout.close()
+    assert (process.communicate()[1], process.returncode) == ("", 0)
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("command, code", [("check CONFIG", 0), ("--help", 0), ("schema", 0), ("check nothing", 2)])
+def test_an_exit_code_is_the_same_where_the_reader_has_left(config, command, code):
+    process = with_buffers(*command.replace("CONFIG", str(config)).split(), stdout=subprocess.PIPE)
+    process.stdout.close()
+    error = process.communicate()[1]
+    assert process.returncode == code and error.count("\n") == (code != 0)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("command", ["check CONFIG", "train CONFIG", "--help", "schema"])
+def test_output_that_finds_no_room_is_told(config, command):
+    with open("/dev/full", "w") as full:
+        process = with_buffers(*command.replace("CONFIG", str(config)).split(), stdout=full)
+        error = process.communicate()[1]
+    assert process.returncode == 1
+    assert error == "error: standard output: No space left on device; make room\n"
 
 
 @pytest.mark.parametrize("breakage, message", [
