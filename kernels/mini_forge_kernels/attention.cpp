@@ -96,10 +96,10 @@ struct Task {
       visit(place, segment->start, std::min(segment->length, seen - place));
   }
 
-  // visit(block, whether it is the first): the last block of queries, which sees all keys, comes first
+  // The last block of queries, which alone sees all keys, comes first.
   template <class Visit>
   void blocks(Visit visit) const {
-    for (long i = chain.blocks - 1; i >= 0; i--) visit(work.blocks[chain.first_block + i], i == chain.blocks - 1);
+    for (long i = chain.blocks - 1; i >= 0; i--) visit(work.blocks[chain.first_block + i]);
   }
 
   // The chain's rows of x (keys, key_heads, channels), turned, with zeros behind them.
@@ -165,7 +165,7 @@ void attend(const Work* work, float* room, const View* query, const View* key, c
   for (long i = 0; i < work->chain_count * (work->heads / work->together); i++) {
     const Task task(*work, room, i);
     task.turn(*key, task.keys);
-    task.blocks([&](const Block& block, bool) {
+    task.blocks([&](const Block& block) {
       task.weights(block, *query);
       task.mix(block, task.p, *value);
       task.scatter(task.mixed, block, 1, *out);
@@ -187,14 +187,15 @@ void attend_backward(const Work* work, float* room, const View* query, const Vie
     };
     task.turn(*key, task.keys);
     task.turn(*value, task.values);
-    task.blocks([&](const Block& block, bool is_first) {
+    task.blocks([&](const Block& block) {
       const long queries = block.size * work->together, seen = padded(block.seen);
+      const bool adds = block.seen < task.chain.keys;  // to what the first one wrote
       task.weights(block, *query);
       task.gather(*grad, block, 1, task.mixed);
-      product(task.p, 1, width, task.mixed, channels, queries, part(*dv), dv->per_row, block.seen, channels, !is_first);
+      product(task.p, 1, width, task.mixed, channels, queries, part(*dv), dv->per_row, block.seen, channels, adds);
       product(task.mixed, channels, 1, task.values, width, channels, task.dp, width, queries, seen, false);
       for (long j = 0; j < queries; j++) softmax_backward(task.p + j * width, task.dp + j * width, seen);
-      product(task.dp, 1, width, task.q, channels, queries, part(*dk), dk->per_row, block.seen, channels, !is_first);
+      product(task.dp, 1, width, task.q, channels, queries, part(*dk), dk->per_row, block.seen, channels, adds);
       task.mix(block, task.dp, *key);
       task.scatter(task.mixed, block, work->scale, *dq);
     });
