@@ -261,8 +261,7 @@ def test_a_batch_is_its_documents_end_to_end():
     assert batch.position.tolist() == [[0, 1, 2, 0]]
     assert batch.document.tolist() == [[0, 0, 0, 1]]
     assert (batch.documents, batch.tokens) == (2, 4)
-    moved = batch.to("cpu")
-    assert all(t.dtype == torch.int64 for t in (moved.input_ids, moved.targets, moved.position, moved.document))
+    assert all(t.dtype == torch.int64 for t in (batch.input_ids, batch.targets, batch.position, batch.document))
 
 
 @pytest.mark.parametrize("together", [collate, collate_pairs, partial(collate_labelled, max_length=99)])
@@ -339,9 +338,9 @@ def test_an_epoch_is_a_sequence_of_lists_and_knows_its_tokens():
 def test_a_million_lengths_are_planned_in_seconds():
     lengths = np.random.default_rng(0).integers(1, 513, 1_000_000)
     for options in ({}, {"group_by_length": True}, {"packing": True, "capacity": 512}):
-        began = time.perf_counter()
+        began = time.process_time()
         plan = plan_epoch(lengths, 8, **options)
-        assert time.perf_counter() - began < 5  # about 0.3 s; as lists, with a step for each document, 3 to 10 s
+        assert time.process_time() - began < 5  # about 0.3 s; as lists, with a step for each document, 3 to 10 s
         assert np.array_equal(np.sort(plan.documents), np.arange(len(lengths)))
 
 

@@ -41,9 +41,9 @@ def test_it_is_best_fit_decreasing(seed):
 def test_every_document_is_in_one_bin_and_no_bin_overflows():
     draw = random.Random(0)
     lengths = [min(512, int(draw.lognormvariate(4.5, 0.8)) + 1) for _ in range(20_000)]
-    began = time.perf_counter()
+    began = time.process_time()
     bins = pack(lengths, 512)
-    assert time.perf_counter() - began < 5  # about 0.2 s; a search through all bins takes minutes
+    assert time.process_time() - began < 5  # about 0.2 s; a search through all bins takes minutes
     assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in b) <= 512 for b in bins)
     assert len(bins) <= -(-sum(lengths) // 512) * 1.01
@@ -60,9 +60,9 @@ def test_many_documents_of_few_lengths_are_placed_as_if_one_by_one(seed):
 
 def test_a_million_documents_are_packed_in_seconds():
     lengths = np.minimum(2048, np.random.default_rng(0).lognormal(6, 0.8, 1_000_000).astype(np.int64) + 1)
-    began = time.perf_counter()
+    began = time.process_time()
     documents, starts = best_fit(lengths, 2048)
-    assert time.perf_counter() - began < 5  # about 0.4 s; one document at a time takes 10
+    assert time.process_time() - began < 5  # about 0.4 s; one document at a time takes 10
     assert np.array_equal(np.sort(documents), np.arange(len(lengths)))
     assert np.add.reduceat(lengths[documents], starts[:-1]).max() <= 2048
 

@@ -71,10 +71,10 @@ def test_what_may_be_spelled_grows_with_what_is_given(monkeypatch):
     ],
 )
 def test_a_template_that_grows_without_bound_is_stopped(source):
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(TemplateFailure, match="stopped: it"):
         compile_template(source)()
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize(
@@ -115,11 +115,13 @@ DOUBLING = """{% set ns = namespace(x=[1], y=[1]) %}{% for i in range(60) %}{% s
 
 
 @pytest.mark.parametrize("use", ["ns.x == ns.y", "ns.x", "ns.x | string", "ns.x | tojson", "ns.x ~ 'a'", "'%s' % ns.x"])
-def test_lists_that_double_are_stopped_before_they_are_looked_through(use):
-    began = time.monotonic()
+def test_lists_that_double_are_stopped_before_they_are_looked_through(use, monkeypatch):
+    """With the limit as it is the last of them that is let through takes four seconds to count."""
+    monkeypatch.setattr(sandbox, "LIMIT_CHARACTERS", 100_000)
+    began = time.process_time()
     with pytest.raises(TemplateFailure, match="stopped: it spells more than"):
         compile_template(DOUBLING + "{{ " + use + " }}")()
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 2
 
 
 @pytest.mark.parametrize("source", [
@@ -128,10 +130,10 @@ def test_lists_that_double_are_stopped_before_they_are_looked_through(use):
     "{{ ('a' * 1000000).encode() * 1000000000 }}",
 ])  # fmt: skip
 def test_text_that_grows_in_a_step_is_stopped_before_it_is_there(source):
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(TemplateFailure, match="stopped: "):
         compile_template(source)()
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_what_python_cannot_name_is_a_failure():
