@@ -179,7 +179,7 @@ def build_loop(
         scaler=torch.amp.GradScaler(plan.device) if plan.use_scaler else None,
         window=window,
         count=objective.count,
-        loss=lambda batch: objective.loss(model, batch.to(plan.device)),
+        loss=lambda batch: objective.loss(model, batch),
         evaluate=evaluate if prepared.eval else None,
         save=save,
         log=log,

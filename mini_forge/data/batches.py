@@ -7,7 +7,7 @@ model's loss cannot depend on what follows), because a rendered example does.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -67,9 +67,12 @@ class TokenStats:
 
 @dataclass(frozen=True)
 class Batch:
-    """One row of documents, each (1, T) int64. tokens: of all documents, also where T is less because some begin alike:
-    then `parents` names, of every run of equal `document`, the one that it continues (-1: none), and what several
-    documents share has a number from `documents` on."""
+    """One row of documents, each (1, T) int64, in host memory, where its boundaries are read without a wait for the
+    device: `trained` and the decoder take there what is computed with.
+
+    tokens: of all documents, also where T is less because some begin alike: then `parents` names, of every run of equal
+    `document`, the one that it continues (-1: none), and what several documents share has a number from `documents`
+    on."""
 
     input_ids: torch.Tensor
     targets: torch.Tensor  # IGNORED where not trained on
@@ -79,10 +82,6 @@ class Batch:
     tokens: int
     lines: tuple[int, ...]  # of the dataset file, to name a document that does harm
     parents: tuple[int, ...] | None = None
-
-    def to(self, device) -> "Batch":
-        names = ("input_ids", "targets", "position", "document")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
     @property
     def computed_tokens(self) -> int:
@@ -94,13 +93,14 @@ class Batch:
         """How many tokens are trained on; `trained` says which."""
         return int((self.targets != IGNORED).sum())
 
-    def trained(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(rows, targets, document) of the tokens that are trained on, each (M,) int64, document after document."""
+    def trained(self, device="cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(rows, targets, document) of the tokens that are trained on, each (M,) int64, document after document, on
+        the device."""
         targets, document = self.targets.flatten(), self.document.flatten()
         rows = (targets != IGNORED).nonzero().squeeze(-1)
         if self.parents is not None:  # documents that share a beginning lie together, whatever their numbers
             rows = rows[document[rows].argsort(stable=True)]
-        return rows, targets[rows], document[rows]
+        return rows.to(device), targets[rows].to(device), document[rows].to(device)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ completion of row i + 1, the last row's with that of the first.
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -38,11 +38,6 @@ class LabelledBatch(RowBatch):
     @property
     def rows(self) -> int:
         return self.row.documents
-
-    def to(self, device) -> "LabelledBatch":
-        mismatched = None if self.mismatched is None else self.mismatched.to(device)
-        is_desirable = self.is_desirable.to(device, non_blocking=True)
-        return replace(self, row=self.row.to(device), mismatched=mismatched, is_desirable=is_desirable)
 
 
 def tokenize_labelled(

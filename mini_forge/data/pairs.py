@@ -56,10 +56,6 @@ class PairBatch(RowBatch):
     def lines(self) -> tuple[int, ...]:
         return self.row.lines[::2]
 
-    def to(self, device) -> "PairBatch":
-        reference = None if self.reference is None else self.reference.to(device, non_blocking=True)
-        return replace(self, row=self.row.to(device), reference=reference)
-
 
 def tokenize_pairs(
     pairs: Sequence[Pair],

@@ -33,16 +33,16 @@ class Documents:
         return self._made[key]
 
     @classmethod
-    def from_ids(cls, document: torch.Tensor, parents: tuple[int, ...] | None = None) -> "Documents":
+    def from_ids(cls, document: torch.Tensor, parents: tuple[int, ...] | None = None, device=None) -> "Documents":
         """document (B, T) integers; a new document begins with each row and wherever the number changes. parents: of
-        each, the earlier one that it continues, or -1; None: each stands alone.
-
-        Reads the boundaries back to the host: one synchronisation a batch, instead of one a layer."""
+        each, the earlier one that it continues, or -1; None: each stands alone. device: of `starts`, `document`'s own
+        unless given; numbers that lie on a GPU are waited for and read back."""
         B, T = document.shape
         begins = torch.ones(B, T, dtype=torch.bool, device=document.device)
         begins[:, 1:] = document[:, 1:] != document[:, :-1]
         edges = [*torch.nonzero(begins.flatten()).flatten().tolist(), B * T]
-        return cls.of_lengths([b - a for a, b in zip(edges, edges[1:], strict=False)], document.device, parents)
+        lengths = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+        return cls.of_lengths(lengths, device or document.device, parents)
 
     @classmethod
     def of_lengths(cls, lengths: list[int], device, parents: tuple[int, ...] | None = None) -> "Documents":
@@ -114,9 +114,7 @@ def document_positions(documents: Documents) -> torch.Tensor:
     """(N,) int64: each token's index within its own document."""
     if documents.tree is not None:
         return document_positions(documents.tree.whole)[documents.tree.first]
-    lengths = torch.tensor(documents.lengths, device=documents.starts.device)
-    first = documents.starts[:-1].long().repeat_interleave(lengths)
-    return torch.arange(first.numel(), device=first.device) - first
+    return torch.cat([torch.arange(length) for length in documents.lengths]).to(documents.starts.device)
 
 
 def cache_attends(position: torch.Tensor, slots: int, window: int | None, chunk: int | None = None) -> torch.Tensor:

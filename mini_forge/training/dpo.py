@@ -29,7 +29,7 @@ def response_logps(model: Decoder, batch: Batch) -> tuple[torch.Tensor, torch.Te
 
     Both (documents,) float32; the sum differentiable in the model's trained parameters. Summed in float32: a few
     hundred terms in 16 bits would lose the difference between two responses."""
-    rows, targets, owner = batch.trained()
+    rows, targets, owner = batch.trained(model.device)
     hidden = model(batch.input_ids, batch.position, batch.document, parents=batch.parents, rows=rows)
     nll = model_nll(model, hidden, targets)
     zeros = nll.new_zeros(batch.documents)
@@ -47,8 +47,8 @@ def score_pairs(model: Decoder, batch: PairBatch, needs_reference: bool = True) 
     """What the model and its reference say of the batch's pairs."""
     reference = (None, None)
     if needs_reference:  # first: its memory is free again before the policy keeps activations
-        known = batch.reference if batch.reference is not None else reference_logps(model, batch.row).view(-1, 2)
-        reference = known.unbind(1)
+        known = reference_logps(model, batch.row).view(-1, 2) if batch.reference is None else batch.reference
+        reference = known.to(model.device).unbind(1)
     logps, tokens = response_logps(model, batch.row)
     return Scores(*logps.view(-1, 2).unbind(1), *reference, *tokens.view(-1, 2).unbind(1))
 
@@ -99,7 +99,7 @@ def precompute_reference(model: Decoder, pairs: Sequence[PairDocument], batch_si
     order = sorted(range(len(pairs)), key=lambda i: pairs[i].inputs, reverse=True)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = collate_pairs([pairs[i] for i in chosen], share_prefixes=True).to(model.device)
+        batch = collate_pairs([pairs[i] for i in chosen], share_prefixes=True)
         logps[chosen] = reference_logps(model, batch.row).view(-1, 2).cpu().numpy()
     return logps
 

@@ -55,8 +55,9 @@ def kto_objective(options: KTOOptions) -> Objective:
         z0 = reference_point(model, batch)  # first, as the reference: no activations are kept of these passes
         reference = reference_logps(model, batch.row)
         logps, _ = response_logps(model, batch.row)
-        total = kto_loss(logps - reference, batch.is_desirable, z0, options).sum()
-        metrics = label_sums(logps.detach(), reference, batch.is_desirable, z0, options.beta)
+        is_desirable = batch.is_desirable.to(model.device)
+        total = kto_loss(logps - reference, is_desirable, z0, options).sum()
+        metrics = label_sums(logps.detach(), reference, is_desirable, z0, options.beta)
         return LossSum(total, batch.rows, metrics)
 
     return Objective(loss, lambda batch: batch.rows)

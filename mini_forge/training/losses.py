@@ -36,8 +36,8 @@ class Objective:
     count: Callable[..., int]
 
     def sums(self, model, batch) -> tuple[torch.Tensor, int, dict]:
-        """The form in which evaluation takes a loss; the batch is brought to the model's device."""
-        loss = self.loss(model, batch.to(model.device))
+        """The form in which evaluation takes a loss."""
+        loss = self.loss(model, batch)
         return loss.total, loss.count, loss.metrics
 
 

@@ -188,7 +188,7 @@ class PPO(Resumable):
 
     def _backward(self, experience: Experience, rows: Sequence[int]) -> tuple[dict[str, float], int]:
         """Backward through a mini-batch, every token of it weighing the same. Returns metrics' sums and the tokens."""
-        count = int(experience.is_response[list(rows)].sum())
+        count = sum(experience.documents[i].trained_tokens for i in rows)
         sums: dict[str, torch.Tensor] = {}
         for part in microbatches(rows, self.settings):
             total, new = ppo_loss(

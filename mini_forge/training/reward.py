@@ -200,13 +200,14 @@ def _score_texts(model: Decoder, head: RewardHead, texts: list[list[int]]) -> to
         np.concatenate([np.arange(length) for length in lengths]),
         np.repeat(np.arange(len(texts)), lengths),
     )
-    rows = [torch.from_numpy(row.astype(np.int64))[None].to(model.device) for row in rows]
+    rows = [torch.from_numpy(row.astype(np.int64))[None] for row in rows]
     return _score_rows(model, head, *rows, len(texts))
 
 
 def _score_rows(model, head, ids, position, document, documents: int) -> torch.Tensor:
     hidden = model(ids, position, document).flatten(0, 1)
-    return head(hidden[_scored_tokens(ids.flatten(), document.flatten(), documents, head.pad_id)])
+    scored = _scored_tokens(ids.flatten(), document.flatten(), documents, head.pad_id)
+    return head(hidden.index_select(0, scored.to(hidden.device)))
 
 
 def _scored_tokens(ids: torch.Tensor, document: torch.Tensor, documents: int, pad_id: int | None) -> torch.Tensor:

@@ -120,7 +120,7 @@ def policy_outputs(
     model: Decoder, batch: Batch, temperature: float, value_head: ValueHead | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log π(token) and V(before token) of the batch's N response tokens, both (N,) float32; zeros without a head."""
-    rows, targets, _ = batch.trained()
+    rows, targets, _ = batch.trained(model.device)
     hidden = model(batch.input_ids, batch.position, batch.document, parents=batch.parents, rows=rows)
     logps = -model_nll(model, hidden / temperature, targets)
     return logps, torch.zeros_like(logps) if value_head is None else value_head(hidden)
@@ -134,7 +134,7 @@ def policy_and_reference(
     columns: tuple[list, list, list] = ([], [], [])
     with evaluating(model):
         for part in parts:
-            batch = collate([documents[i] for i in part], share_prefixes=True).to(model.device)
+            batch = collate([documents[i] for i in part], share_prefixes=True)
             logps, values = policy_outputs(model, batch, temperature, value_head)
             with as_reference(model):
                 reference, _ = policy_outputs(model, batch, temperature)
@@ -172,7 +172,7 @@ def ppo_loss(
 
     policy + value_coef·value (1707.06347 Eq. 9 without its entropy); of groups, policy + kl_coef·k3 (2402.03300 Eq. 3,
     with every token weighing the same whatever its response's length). Differentiable in adapter and head."""
-    batch = collate([experience.documents[i] for i in rows], share_prefixes=True).to(model.device)
+    batch = collate([experience.documents[i] for i in rows], share_prefixes=True)
     names = ("is_response", "logps", "ref_logps", "values", "advantages", "returns")
     is_response, old, ref, old_values, advantages, returns = (getattr(experience, name)[list(rows)] for name in names)
     flat, flat_values = policy_outputs(model, batch, temperature, value_head)
@@ -279,5 +279,5 @@ def draws_of(seed: int, update: int, purpose: int) -> torch.Generator:
 
 def _is_response(documents: Sequence[Document], device: torch.device) -> torch.Tensor:
     """(B, T) bool: response tokens to the left, padding behind."""
-    lengths = torch.tensor([document.trained_tokens for document in documents], device=device)
-    return torch.arange(int(lengths.max()), device=device) < lengths[:, None]
+    lengths = torch.tensor([document.trained_tokens for document in documents])
+    return (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)

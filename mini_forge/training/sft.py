@@ -10,7 +10,7 @@ from mini_forge.training.losses import LossSum, Objective, model_nll
 
 def sft_loss(model: Decoder, batch: Batch) -> LossSum:
     """Summed negative log-likelihood, in nats, of the batch's trained-on tokens. The head runs on them alone."""
-    rows, targets, _ = batch.trained()
+    rows, targets, _ = batch.trained(model.device)
     # A balance loss and the experts' load are of all tokens, so there the last layer computes them all; but of a
     # document's last one, after which nothing is predicted, no layer does (transformers' balance loss counts it).
     wanted = rows if model.spec.experts is None else None

@@ -118,7 +118,7 @@ def loss(row: int, model, documents):
     if row == 0:
         return padded_loss(model, documents)
     is_shared = row >= LEVERS.index("shared beginnings, last layer where trained")
-    batch = collate(documents, share_prefixes=is_shared).to(model.device)
+    batch = collate(documents, share_prefixes=is_shared)
     if row == 1:
         return all_logits_loss(model, batch.input_ids, batch.targets, batch.position, batch.document)
     if row < LEVERS.index("shared beginnings, last layer where trained"):
@@ -139,15 +139,14 @@ def padded_loss(model, documents):
             torch.from_numpy(d.is_trained[1:]), -100
         )
     position = torch.arange(longest).expand(len(documents), -1)
-    device = model.device
-    return all_logits_loss(model, ids.to(device), targets.to(device), position.to(device), torch.zeros_like(ids))
+    return all_logits_loss(model, ids, targets, position, torch.zeros_like(ids))
 
 
 def all_logits_loss(model, ids, targets, position, document):
     """The whole (B, T, V) float32 logits, as the textbook has it."""
     import torch.nn.functional as F
 
-    logits = model.head(model(ids, position, document.to(ids.device)))
+    logits, targets = model.head(model(ids, position, document)), targets.to(model.device)
     total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
     return total, int((targets != -100).sum())
 
@@ -156,7 +155,7 @@ def everywhere_loss(model, batch):
     """The chunked head on trained tokens, behind a last layer that computes all."""
     from mini_forge.training.losses import token_nll
 
-    rows, targets, _ = batch.trained()
+    rows, targets, _ = batch.trained(model.device)
     hidden = model(batch.input_ids, batch.position, batch.document).flatten(0, 1)
     nll = token_nll(hidden[rows], model.head_weight, targets)
     return nll.sum(), nll.numel()
