@@ -40,12 +40,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 aten = torch.ops.aten
 in_aten = torch.library.Library("aten", "IMPL")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
-# These take tensors of both devices.
-COPIES = (aten.copy_.default, aten._to_copy.default)
+COPIES = (aten.copy_.default, aten._to_copy.default)  # from one device to the other
 INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
-# The host waits for the size of their result, or for a number.
+# The host waits for a number, or for the size of a result.
 WAITS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten._unique2.default,
-         aten.equal.default, aten.repeat_interleave.Tensor, aten.bincount.default)  # fmt: skip
+         aten.unique_consecutive.default, aten.equal.default, aten.repeat_interleave.Tensor,
+         aten.bincount.default)  # fmt: skip
 
 waits, launches = Counter(), Counter()
 _generators: dict[int, torch.device] = {}  # by address: torch wraps its generators anew
@@ -131,8 +131,11 @@ def _compute(function, arguments, options):
     leaves = tree_leaves((arguments, options))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     on_cuda = [tensor for tensor in tensors if isinstance(tensor, OnCuda)]
-    strangers = [t for t in tensors if t.dim() and t.device == CPU] if on_cuda else []
-    if strangers and function not in (*COPIES, *INDEXED):
+    indices = [i for i in arguments[1] if i is not None] if function in INDEXED else []
+    # An index may lie in host memory; but what it picks from may not, where the index is on the device.
+    free = indices if indices and isinstance(arguments[0], OnCuda) else []
+    strangers = [t for t in tensors if t.dim() and t.device == CPU and not any(t is i for i in free)]
+    if on_cuda and strangers and function not in COPIES:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in strangers)
         raise RuntimeError(f"{function}: Expected all tensors to be on the same device; on the CPU: {shapes}")
     device = options.get("device")
@@ -140,8 +143,13 @@ def _compute(function, arguments, options):
     for generator in (leaf for leaf in leaves if isinstance(leaf, torch._C.Generator)):
         if (found := _generators.get(generator._cdata, CPU)) != target:
             raise RuntimeError(f"{function}: Expected a {target.type!r} generator, found {found.type!r}")
-    to_host = function is aten._to_copy.default and target == CPU
-    if on_cuda and (function in WAITS or to_host or strangers and function in INDEXED):
+    if function is aten.copy_.default:
+        crosses, is_waited_for = len(on_cuda) == 1, not (arguments[2:] and arguments[2] or options.get("non_blocking"))
+    else:
+        crosses = function is aten._to_copy.default and (target == CUDA) != bool(on_cuda)
+        is_waited_for = not options.get("non_blocking")
+    by_mask = on_cuda and any(not isinstance(i, OnCuda) or i.dtype in (torch.bool, torch.uint8) for i in indices)
+    if on_cuda and function in WAITS or crosses and is_waited_for or by_mask:
         _waits()
     changes = {"device": CPU} if device is not None and target == CUDA else {}
     changes |= {"pin_memory": False} if options.get("pin_memory") else {}
@@ -187,7 +195,8 @@ def _attention_by_documents(query, key, value, starts, window: int):
 def _flash_forward(query, key, value, starts, starts_k, longest, longest_k, dropout, is_causal, return_debug_mask,
                    *, scale=None, window_size_left=None, window_size_right=None, **others):  # fmt: skip
     """What torch has for CUDA alone: causal attention within documents, (N, H, C)."""
-    assert window_size_right == 0 and int(starts.diff().max()) <= longest
+    assert torch.equal(starts, starts_k) and int(starts.diff().max()) == longest == longest_k
+    assert window_size_right == dropout == 0
     out = torch.empty_like(query)
     scale = scale or query.shape[-1] ** -0.5
     for rows, q, k, v, sees in _attention_by_documents(query, key, value, starts, window_size_left):
@@ -215,8 +224,10 @@ _tensor_in_torch = torch.tensor
 
 def _tensor(data, device=None, **options):
     """`torch.tensor`, which makes its tensor without telling a mode."""
-    is_there = device is not None and _device_of(device) == CUDA
-    return OnCuda(_tensor_in_torch(data, **options)) if is_there else _tensor_in_torch(data, device=device, **options)
+    if device is None or _device_of(device) != CUDA:
+        return _tensor_in_torch(data, device=device, **options)
+    _waits()  # it is made in host memory, and copied
+    return OnCuda(_tensor_in_torch(data, **options))
 
 
 @contextmanager

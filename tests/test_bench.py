@@ -344,7 +344,7 @@ def test_the_process_start_is_known():
     before = time.perf_counter()  # the system's monotonic clock, the same in the child
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     start, since = out.strip().split("|")
-    assert before - 0.1 <= float(start) <= before + 1
+    assert before - 0.1 <= float(start) <= before + 5
     assert since == "the process started"
 
 

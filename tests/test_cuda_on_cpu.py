@@ -2,9 +2,11 @@
 and no tensor where torch does not want it."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,9 @@ pytestmark = [
 ]
 DENSE = {
     "nf4": {"use_4bit": True, "use_nested_quant": True},
-    "dpo": {"strategy": "dpo", "dataset": "pairs.jsonl", "gradient_checkpointing": True, "recompute": "full"},
+    "dpo": {"strategy": "dpo", "dataset": "pairs.jsonl", "gradient_checkpointing": True, "recompute": "full",
+            "precompute_reference": True},
+    "kto": {"strategy": "dpo", "loss_type": "kto", "dataset": "labels.jsonl"},
     "rlhf": {
         "strategy": "rlhf", "dataset": "pairs.jsonl", "gradient_accumulation_steps": 1, "max_new_tokens": 3,
         "rollout_batch_size": 2, "num_mini_batches": 1, "ppo_epochs": 1, "max_steps": 2,
@@ -38,7 +42,7 @@ EXPERTS = {
 LOSSES = ("loss", "eval_loss", "eval_reward_mean")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def library(tmp_path_factory):
     folder = Path(torch.__file__).parent
     made = tmp_path_factory.mktemp("cuda") / "cuda_on_cpu.so"
@@ -49,18 +53,20 @@ def library(tmp_path_factory):
     return made
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Models and rows, and the folder in which commands run. All is short: the interpreter takes its time."""
     folder = tmp_path_factory.mktemp("work")
     tiny.write_checkpoint(folder / "llama")
+    tiny.write_checkpoint(folder / "mistral", model_type="mistral", sliding_window=3)
     for kind in tiny_experts.CONFIGS:
         tiny_experts.write_checkpoint(folder / kind, kind)
-    for model in ("llama", *tiny_experts.CONFIGS):
+    for model in ("llama", "mistral", *tiny_experts.CONFIGS):
         tiny.tokenizer_files(folder / model, "{% for m in messages %}{{ m['content'] }}{% endfor %}<|im_end|>")
     sums = [{"prompt": f"{i}+{i}", "chosen": f"={2 * i}", "rejected": "?" * (1 + i % 3)} for i in range(6)]
     texts = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in sums]
-    for name, rows in (("rows", texts), ("pairs", sums)):
+    labels = [{**row, "label": bool(i % 2)} for i, row in enumerate(texts)]
+    for name, rows in (("rows", texts), ("pairs", sums), ("labels", labels)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -88,43 +94,57 @@ def on_cuda(library, folder, *commands):
     paths = folder / "commands.json", folder / "reports.json"
     paths[0].write_text(json.dumps([list(map(str, command)) for command in commands]))
     done = subprocess.run([sys.executable, str(HERE / "cuda_on_cpu.py"), str(library), *map(str, paths)], cwd=folder,
-                          capture_output=True, text=True)  # fmt: skip
+                          capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, json.loads(paths[1].read_text())
 
 
-@pytest.mark.parametrize("names", [DENSE, EXPERTS], ids=["dense", "experts"])
-def test_float32_trains_as_on_the_cpu(library, folder, names, monkeypatch):
+def on_cpu(config):
+    mini_forge.train(mini_forge.TrainingConfig.from_file(config), report=lambda line: None)
+
+
+@pytest.mark.parametrize("cases", [DENSE, EXPERTS], ids=["dense", "experts"])
+def test_float32_trains_as_on_the_cpu(library, folder, cases, monkeypatch):
     monkeypatch.chdir(folder)
-    for name, changes in names.items():
-        config = write_config(folder, f"{name} cpu", dtype="float32", device="cpu", **changes)
-        mini_forge.train(mini_forge.TrainingConfig.from_file(config), report=lambda line: None)
-    configs = [write_config(folder, f"{name} cuda", dtype="float32", **changes) for name, changes in names.items()]
+    for name, changes in cases.items():
+        on_cpu(write_config(folder, f"{name} cpu", dtype="float32", device="cpu", **changes))
+    configs = [write_config(folder, f"{name} cuda", dtype="float32", **changes) for name, changes in cases.items()]
     _, reports = on_cuda(library, folder, *(("train", config) for config in configs))
-    for name, report in zip(names, reports, strict=True):
+    for name, report in zip(cases, reports, strict=True):
         found = losses(folder, f"{name} cuda")
         assert len(found) >= 3 and found == pytest.approx(losses(folder, f"{name} cpu"), rel=2e-5), name
         assert {f"{file}._forward" for file in ("rms_norm", "swiglu")} <= report["launches"].keys()
 
 
-def test_sixteen_bits_train_and_wait_for_the_device_when_a_step_ends(library, folder):
-    """A step waits twice, for its loss and for the norm of its gradients; within its two microbatches it does not."""
+def test_sixteen_bits_train(library, folder, monkeypatch):
+    """In bfloat16 as on the CPU, but for what drawing or float16 changes. Attention is then one kernel of torch's."""
+    monkeypatch.chdir(folder)
+    same = {"llama": {"gradient_checkpointing": True, "recompute": "offload", "packing": True},
+            "mistral": {"model_name": "mistral", "provider": "huggingface"}}  # fmt: skip
+    for name, changes in same.items():
+        cpu = {**changes, "recompute": "full"} if "recompute" in changes else changes
+        on_cpu(write_config(folder, f"{name} bf16", bf16=True, device="cpu", **cpu))
     cases = {
-        "drop": {"lora_dropout": 0.1, "neftune_noise_alpha": 1.0, "eval_split": 0, "save_strategy": "no"},
+        **same, "drop": {"lora_dropout": 0.1, "neftune_noise_alpha": 1.0},
         "fp16": {"fp16": True, "use_4bit": True, "optim": "paged_adamw_8bit"},
-        "offload": {"gradient_checkpointing": True, "recompute": "offload", "packing": True},
-        "plain": {"gradient_checkpointing": True, "recompute": "selective", "model_name": "llama4_text",
-                  "provider": "huggingface"},
     }  # fmt: skip
-    configs = [write_config(folder, name, max_steps=4, **changes) for name, changes in cases.items()]
-    out, reports = on_cuda(library, folder, *(("train", config) for config in configs))
+    configs = [write_config(folder, f"{name} 16", **changes) for name, changes in cases.items()]
+    out, _ = on_cuda(library, folder, *(("train", config) for config in configs))
     assert out.count("float16 with a gradient scaler") == 1 and out.count("bfloat16, because this GPU") == 3
     for name in cases:
-        found = losses(folder, name)
+        found = losses(folder, f"{name} 16")
         assert found[-1] < found[0] - 0.2, name
-    at_the_end = ("adapters.py", "optim.py")  # the adapter is saved, and the optimizer's state
-    waits = {line: count for line, count in reports[0]["waits"].items() if not line.startswith(at_the_end)}
-    assert list(waits.values()) == [4, 4] and all(line.startswith("loop.py: ") for line in waits)
+        assert name not in same or found == pytest.approx(losses(folder, f"{name} bf16"), rel=2e-3), name
+
+
+def test_a_step_waits_for_the_device_when_it_ends(library, folder):
+    """Twice, for its loss and for the norm of its gradients; within its two microbatches it does not."""
+    settings = {"lora_dropout": 0.1, "neftune_noise_alpha": 1.0, "eval_split": 0, "save_strategy": "no"}
+    configs = [write_config(folder, f"{steps} steps", max_steps=steps, **settings) for steps in (2, 5)]
+    _, (few, more) = on_cuda(library, folder, *(("train", config) for config in configs))
+    waits = Counter(more["waits"]) - Counter(few["waits"])
+    assert list(waits.values()) == [3, 3] and all(line.startswith("loop.py: ") for line in waits), waits
 
 
 def test_a_run_goes_on_and_is_used(library, folder):

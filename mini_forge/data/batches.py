@@ -67,8 +67,8 @@ class TokenStats:
 
 @dataclass(frozen=True)
 class Batch:
-    """One row of documents, each (1, T) int64, in host memory, where its boundaries are read without a wait for the
-    device: `trained` and the decoder take there what is computed with.
+    """One row of documents, each (1, T) int64, in host memory, where its boundaries can be read without a wait for the
+    device; the decoder and the objectives take there what they compute with.
 
     tokens: of all documents, also where T is less because some begin alike: then `parents` names, of every run of equal
     `document`, the one that it continues (-1: none), and what several documents share has a number from `documents`
@@ -93,14 +93,13 @@ class Batch:
         """How many tokens are trained on; `trained` says which."""
         return int((self.targets != IGNORED).sum())
 
-    def trained(self, device="cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(rows, targets, document) of the tokens that are trained on, each (M,) int64, document after document, on
-        the device."""
+    def trained(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(rows, targets, document) of the tokens that are trained on, each (M,) int64, document after document."""
         targets, document = self.targets.flatten(), self.document.flatten()
         rows = (targets != IGNORED).nonzero().squeeze(-1)
         if self.parents is not None:  # documents that share a beginning lie together, whatever their numbers
             rows = rows[document[rows].argsort(stable=True)]
-        return rows.to(device), targets[rows].to(device), document[rows].to(device)
+        return rows, targets[rows], document[rows]
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from mini_forge.model.ops import PLAIN, Differentiable, Ops, gated_unit, vjp
 from mini_forge.model.quant import Linear16bit
 from mini_forge.model.rope import Rope
 from mini_forge.model.spec import DecoderSpec, ExpertsSpec, LayerSpec
+from mini_forge.model.transfer import to_device
 
 __all__ = ["Decoder", "DecoderSpec", "ExpertsSpec", "KVCache", "LayerSpec", "neftune_noise"]
 
@@ -274,12 +275,12 @@ class Decoder(nn.Module):
         default one per row. With a `cache`, new tokens of each row continue what the cache holds and `document` is
         not used. parents: of each document, in their order, the earlier one that it continues, or -1 (`Batch`). rows
         (M,) int64: the tokens of the N = B·T whose states are wanted; behind its attention the last layer computes no
-        others. What is in host memory is taken to the model's device; of `document`, then, nothing is read back."""
+        others. All are taken to the model's device; a `document` that is there already is read back, with a wait."""
         x, stream = self.begin(input_ids, position, document, cache, parents)
         if self.recompute not in RECOMPUTE:
             raise ConfigError(f"recompute: {self.recompute!r} must be one of {', '.join(map(repr, RECOMPUTE))}")
         recompute = self.recompute if self.training and torch.is_grad_enabled() else None
-        rows = None if rows is None else rows.to(x.device)
+        rows = None if rows is None else to_device(rows, x.device)
         for i, block in enumerate(self.model.layers):
             layer_cache = None if cache is None else cache.layers[i]
             wanted = rows if i == len(self.model.layers) - 1 else None
@@ -297,17 +298,19 @@ class Decoder(nn.Module):
     def begin(self, input_ids, position=None, document=None, cache: KVCache | None = None, parents=None):
         """What the first block takes: embeddings (N, D) and the Stream that all blocks share."""
         B, T = input_ids.shape
-        x = self.model.embed_tokens(input_ids.to(self.device)).flatten(0, 1).to(self.dtype)
+        x = self.model.embed_tokens(to_device(input_ids, self.device)).flatten(0, 1).to(self.dtype)
         if self.spec.embed_scale != 1:
-            x = x * torch.tensor(self.spec.embed_scale, dtype=x.dtype, device=x.device)
+            x = x * torch.tensor(self.spec.embed_scale, dtype=x.dtype)
         documents = None
         if cache is None:
-            document = torch.zeros_like(input_ids) if document is None else document
-            documents = Documents.from_ids(document, parents, self.device)
+            if document is None:
+                documents = Documents.of_lengths([T] * B, self.device, parents)
+            else:
+                documents = Documents.from_ids(document, parents, self.device)
             position = document_positions(documents).view(B, T) if position is None else position
         if self.training and self.neftune_alpha:
             x = x + neftune_noise(x, documents, self.neftune_alpha)
-        return x, self._stream(position.to(self.device), x.dtype, documents, cache is not None)
+        return x, self._stream(to_device(position, self.device), x.dtype, documents, cache is not None)
 
     def finish(self, x: torch.Tensor) -> torch.Tensor:
         """What the last block gives → final-norm hidden states, both (N, D)."""
@@ -353,7 +356,7 @@ def neftune_noise(x: torch.Tensor, documents: Documents, alpha: float) -> torch.
     """Uniform noise in ±alpha/√(L·D), L the length of the token's document. NEFTune (2310.05914) Algorithm 1.
 
     x (N, D); returns (N, D) in x's dtype, without gradient."""
-    lengths = torch.tensor(documents.lengths)  # in host memory: a device would be waited for
+    lengths = torch.tensor(documents.lengths)
     scale = alpha / (lengths * x.shape[-1]).float().sqrt()
-    per_token = scale.repeat_interleave(lengths)[:, None].to(x.device)
+    per_token = to_device(scale.repeat_interleave(lengths), x.device)[:, None]
     return (torch.empty_like(x, dtype=torch.float32).uniform_(-1, 1) * per_token).to(x.dtype)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from mini_forge.model.stacks import expert_product, expert_weight
+from mini_forge.model.transfer import to_device
 
 
 def grouped_products(x: torch.Tensor, stack, bias: torch.Tensor | None, counts: list[int]) -> torch.Tensor:
@@ -60,5 +61,5 @@ def is_groupable(x: torch.Tensor, stack) -> bool:
 
 def grouped(x: torch.Tensor, stack: torch.Tensor, counts: list[int]) -> torch.Tensor:
     """x_e W_e for all experts in one kernel: x (M, in), stack (E, in, out) → (M, out), differentiable in both."""
-    ends = torch.tensor(counts, device=x.device).cumsum(0).to(torch.int32)
+    ends = to_device(torch.tensor(counts).cumsum(0).to(torch.int32), x.device)
     return F.grouped_mm(x, stack, offs=ends)

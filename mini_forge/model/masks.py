@@ -10,6 +10,8 @@ from itertools import accumulate
 
 import torch
 
+from mini_forge.model.transfer import to_device
+
 
 @dataclass(frozen=True)
 class Documents:
@@ -46,7 +48,7 @@ class Documents:
 
     @classmethod
     def of_lengths(cls, lengths: list[int], device, parents: tuple[int, ...] | None = None) -> "Documents":
-        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        starts = to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
         return cls(lengths, starts, None if parents is None else Tree.of(lengths, parents, device))
 
     def use_varlen(self, query: torch.Tensor) -> bool:
@@ -107,14 +109,15 @@ class Tree:
             whole.append(sum(lengths[segment] for segment in chain))
         rows = torch.tensor(rows)
         first = torch.full((ends[-1],), len(rows)).scatter_reduce(0, rows, torch.arange(len(rows)), "amin")
-        return cls(tuple(parents), rows.to(device), first.to(device), Documents.of_lengths(whole, device))
+        rows, first = to_device(rows, device), to_device(first, device)
+        return cls(tuple(parents), rows, first, Documents.of_lengths(whole, device))
 
 
 def document_positions(documents: Documents) -> torch.Tensor:
     """(N,) int64: each token's index within its own document."""
     if documents.tree is not None:
         return document_positions(documents.tree.whole)[documents.tree.first]
-    return torch.cat([torch.arange(length) for length in documents.lengths]).to(documents.starts.device)
+    return to_device(torch.cat([torch.arange(length) for length in documents.lengths]), documents.starts.device)
 
 
 def cache_attends(position: torch.Tensor, slots: int, window: int | None, chunk: int | None = None) -> torch.Tensor:

@@ -19,6 +19,7 @@ from mini_forge.data.batches import Batch
 from mini_forge.data.pairs import PairBatch, PairDocument, collate_pairs
 from mini_forge.durable import write_atomic
 from mini_forge.model.decoder import Decoder
+from mini_forge.model.transfer import to_device
 from mini_forge.training.adapters_swap import as_reference
 from mini_forge.training.losses import LossSum, Objective, model_nll
 from mini_forge.training.preferences import LOSSES, REFERENCE_FREE, LossOptions, Scores, implicit_rewards
@@ -29,10 +30,10 @@ def response_logps(model: Decoder, batch: Batch) -> tuple[torch.Tensor, torch.Te
 
     Both (documents,) float32; the sum differentiable in the model's trained parameters. Summed in float32: a few
     hundred terms in 16 bits would lose the difference between two responses."""
-    rows, targets, owner = batch.trained(model.device)
+    rows, targets, owner = batch.trained()
     hidden = model(batch.input_ids, batch.position, batch.document, parents=batch.parents, rows=rows)
     nll = model_nll(model, hidden, targets)
-    zeros = nll.new_zeros(batch.documents)
+    zeros, owner = nll.new_zeros(batch.documents), to_device(owner, model.device)
     return zeros.index_add(0, owner, -nll), zeros.index_add(0, owner, torch.ones_like(nll))
 
 
@@ -48,7 +49,7 @@ def score_pairs(model: Decoder, batch: PairBatch, needs_reference: bool = True) 
     reference = (None, None)
     if needs_reference:  # first: its memory is free again before the policy keeps activations
         known = reference_logps(model, batch.row).view(-1, 2) if batch.reference is None else batch.reference
-        reference = known.to(model.device).unbind(1)
+        reference = to_device(known, model.device).unbind(1)
     logps, tokens = response_logps(model, batch.row)
     return Scores(*logps.view(-1, 2).unbind(1), *reference, *tokens.view(-1, 2).unbind(1))
 

@@ -15,6 +15,7 @@ import torch
 
 from mini_forge.data.labelled import LabelledBatch
 from mini_forge.model.decoder import Decoder
+from mini_forge.model.transfer import to_device
 from mini_forge.training.dpo import reference_logps, response_logps
 from mini_forge.training.losses import LossSum, Objective
 
@@ -55,7 +56,7 @@ def kto_objective(options: KTOOptions) -> Objective:
         z0 = reference_point(model, batch)  # first, as the reference: no activations are kept of these passes
         reference = reference_logps(model, batch.row)
         logps, _ = response_logps(model, batch.row)
-        is_desirable = batch.is_desirable.to(model.device)
+        is_desirable = to_device(batch.is_desirable, model.device)
         total = kto_loss(logps - reference, is_desirable, z0, options).sum()
         metrics = label_sums(logps.detach(), reference, is_desirable, z0, options.beta)
         return LossSum(total, batch.rows, metrics)

@@ -11,6 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from mini_forge.model.frozen import IN_TORCH, FrozenProducts
+from mini_forge.model.transfer import to_device
 
 CHUNK_TOKENS = 256  # under a trained head: float32 logits of a 128k vocabulary are 131 MB
 # Under a frozen one a tile of logits is all there is: on the CPU small enough to stay in the cache between the product
@@ -43,7 +44,7 @@ class Objective:
 
 def model_nll(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """`token_nll` of a decoder's own head, by its ops: the same numbers as by `Decoder.head`, without its logits."""
-    return (model.ops.token_nll or token_nll)(hidden, model.head_weight, targets)
+    return (model.ops.token_nll or token_nll)(hidden, model.head_weight, to_device(targets, hidden.device))
 
 
 def token_nll(

@@ -100,13 +100,13 @@ def policy_loss(
     advantages: torch.Tensor,
     is_response: torch.Tensor,
     clip_range: float,
-) -> tuple[torch.Tensor, int]:
-    """(sum, count) over response tokens of max(-ρA, -clip(ρ, 1 ± clip_range)A), ρ = π/π_old. PPO (1707.06347) Eq. 7.
+) -> torch.Tensor:
+    """The sum over response tokens of max(-ρA, -clip(ρ, 1 ± clip_range)A), ρ = π/π_old. PPO (1707.06347) Eq. 7.
 
     All (B, T) float32; the sum is differentiable in `logps`."""
     ratio = policy_ratio(logps, old_logps, is_response)
     plain, clipped = -ratio * advantages, -ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
-    return masked_sum(torch.maximum(plain, clipped), is_response), int(is_response.sum())
+    return masked_sum(torch.maximum(plain, clipped), is_response)
 
 
 def value_loss(
@@ -115,15 +115,15 @@ def value_loss(
     returns: torch.Tensor,
     is_response: torch.Tensor,
     clip_range: float,
-) -> tuple[torch.Tensor, int]:
-    """(sum, count) over response tokens of ½ max((V - R)², (clip(V, V_old ± clip_range) - R)²): a value may move only
+) -> torch.Tensor:
+    """The sum over response tokens of ½ max((V - R)², (clip(V, V_old ± clip_range) - R)²): a value may move only
     so far on one batch. The value loss of OpenAI's PPO, described in 2005.12729, section 3.
 
     All (B, T) float32; the sum is differentiable in `values`."""
     values, old_values, returns = (torch.where(is_response, x, 0.0) for x in (values, old_values, returns))
     held = old_values + (values - old_values).clamp(-clip_range, clip_range)
     worse = torch.maximum((values - returns).square(), (held - returns).square())
-    return 0.5 * worse.sum(), int(is_response.sum())
+    return 0.5 * worse.sum()
 
 
 def policy_ratio(logps: torch.Tensor, old_logps: torch.Tensor, is_response: torch.Tensor) -> torch.Tensor:

@@ -102,7 +102,7 @@ def exo_pair(s: Scores, options: LossOptions) -> torch.Tensor:
     """σ(βΔ)[log σ(βΔ) - log(1-ε)] + σ(-βΔ)[log σ(-βΔ) - log ε], the reverse KL between the model's preference and the
     label's (1-ε, ε); needs ε > 0. EXO (2402.00856) Eq. 16."""
     margin = options.beta * (s.chosen_logratio - s.rejected_logratio)
-    label = torch.tensor([1 - options.label_smoothing, options.label_smoothing], device=margin.device).log()
+    label = torch.tensor([1 - options.label_smoothing, options.label_smoothing]).log()
     return margin.sigmoid() * (F.logsigmoid(margin) - label[0]) + (-margin).sigmoid() * (
         F.logsigmoid(-margin) - label[1]
     )

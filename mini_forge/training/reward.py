@@ -22,6 +22,7 @@ from mini_forge.data.batches import Batch
 from mini_forge.data.pairs import PairBatch
 from mini_forge.errors import SignalExit, TrainingError
 from mini_forge.model.decoder import Decoder, evaluating
+from mini_forge.model.transfer import to_device
 from mini_forge.training.adapters_swap import Factors, swapped
 from mini_forge.training.losses import LossSum, Objective
 
@@ -107,16 +108,16 @@ def whole_documents(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     document ends with a token of its response."""
     assert batch.parents is None, "a batch whose documents share their beginnings has no whole ones"
     document = batch.document.flatten()
-    T, device = len(document), document.device
+    T = len(document)
     lengths = torch.bincount(document, minlength=batch.documents)
     ends = lengths.cumsum(0) - 1  # of inputs
-    number = torch.arange(batch.documents, device=device)
-    ids = torch.empty(T + batch.documents, dtype=torch.int64, device=device)
-    ids[torch.arange(T, device=device) + document] = batch.input_ids.flatten()  # one place on for each document before
+    number = torch.arange(batch.documents)
+    ids = torch.empty(T + batch.documents, dtype=torch.int64)
+    ids[torch.arange(T) + document] = batch.input_ids.flatten()  # one place on for each document before
     ids[ends + number + 1] = batch.targets.flatten()[ends]
     whole = number.repeat_interleave(lengths + 1)
     starts = ends + 1 - lengths + number
-    position = torch.arange(len(ids), device=device) - starts[whole]
+    position = torch.arange(len(ids)) - starts[whole]
     return ids[None], position[None], whole[None]
 
 
@@ -207,7 +208,7 @@ def _score_texts(model: Decoder, head: RewardHead, texts: list[list[int]]) -> to
 def _score_rows(model, head, ids, position, document, documents: int) -> torch.Tensor:
     hidden = model(ids, position, document).flatten(0, 1)
     scored = _scored_tokens(ids.flatten(), document.flatten(), documents, head.pad_id)
-    return head(hidden.index_select(0, scored.to(hidden.device)))
+    return head(hidden.index_select(0, to_device(scored, hidden.device)))
 
 
 def _scored_tokens(ids: torch.Tensor, document: torch.Tensor, documents: int, pad_id: int | None) -> torch.Tensor:
@@ -217,5 +218,5 @@ def _scored_tokens(ids: torch.Tensor, document: torch.Tensor, documents: int, pa
     if pad_id is None:
         return last
     first = last + 1 - lengths  # the choice of Hugging Face's classifiers where all is padding
-    index = torch.arange(len(ids), device=ids.device)
+    index = torch.arange(len(ids))
     return first.scatter_reduce(0, document, torch.where(ids == pad_id, first[document], index), "amax")

@@ -21,6 +21,7 @@ from torch import nn
 from mini_forge.data.batches import Batch, Document, collate
 from mini_forge.data.tokenizer import Tokenizer
 from mini_forge.model.decoder import Decoder, evaluating
+from mini_forge.model.transfer import to_device
 from mini_forge.training.adapters_swap import as_reference
 from mini_forge.training.losses import model_nll
 from mini_forge.training.ppo_math import (
@@ -120,7 +121,7 @@ def policy_outputs(
     model: Decoder, batch: Batch, temperature: float, value_head: ValueHead | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log π(token) and V(before token) of the batch's N response tokens, both (N,) float32; zeros without a head."""
-    rows, targets, _ = batch.trained(model.device)
+    rows, targets, _ = batch.trained()
     hidden = model(batch.input_ids, batch.position, batch.document, parents=batch.parents, rows=rows)
     logps = -model_nll(model, hidden / temperature, targets)
     return logps, torch.zeros_like(logps) if value_head is None else value_head(hidden)
@@ -174,16 +175,17 @@ def ppo_loss(
     with every token weighing the same whatever its response's length). Differentiable in adapter and head."""
     batch = collate([experience.documents[i] for i in rows], share_prefixes=True)
     names = ("is_response", "logps", "ref_logps", "values", "advantages", "returns")
-    is_response, old, ref, old_values, advantages, returns = (getattr(experience, name)[list(rows)] for name in names)
+    chosen = to_device(torch.tensor(rows), model.device)
+    is_response, old, ref, old_values, advantages, returns = (getattr(experience, name)[chosen] for name in names)
     flat, flat_values = policy_outputs(model, batch, temperature, value_head)
     logps = padded(flat, is_response)
-    total, _ = policy_loss(logps, old, advantages, is_response, settings.clip_range)
+    total = policy_loss(logps, old, advantages, is_response, settings.clip_range)
     sums = {"policy_loss": total}
     if settings.is_grouped:
         total = total + kl_coef * masked_sum(kl_k3(logps, ref), is_response)
     else:
         values = padded(flat_values, is_response)
-        sums["value_loss"], _ = value_loss(values, old_values, returns, is_response, settings.value_clip_range)
+        sums["value_loss"] = value_loss(values, old_values, returns, is_response, settings.value_clip_range)
         total = total + settings.value_coef * sums["value_loss"]
     with torch.no_grad():
         ratio = policy_ratio(logps, old, is_response)
@@ -280,4 +282,4 @@ def draws_of(seed: int, update: int, purpose: int) -> torch.Generator:
 def _is_response(documents: Sequence[Document], device: torch.device) -> torch.Tensor:
     """(B, T) bool: response tokens to the left, padding behind."""
     lengths = torch.tensor([document.trained_tokens for document in documents])
-    return (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
+    return to_device(torch.arange(int(lengths.max())) < lengths[:, None], device)

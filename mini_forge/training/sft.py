@@ -5,17 +5,18 @@ import torch
 from mini_forge.data.batches import Batch
 from mini_forge.model.decoder import Decoder
 from mini_forge.model.experts import balance_loss, load_metrics
+from mini_forge.model.transfer import to_device
 from mini_forge.training.losses import LossSum, Objective, model_nll
 
 
 def sft_loss(model: Decoder, batch: Batch) -> LossSum:
     """Summed negative log-likelihood, in nats, of the batch's trained-on tokens. The head runs on them alone."""
-    rows, targets, _ = batch.trained(model.device)
+    rows, targets, _ = batch.trained()
     # A balance loss and the experts' load are of all tokens, so there the last layer computes them all; but of a
     # document's last one, after which nothing is predicted, no layer does (transformers' balance loss counts it).
     wanted = rows if model.spec.experts is None else None
     hidden = model(batch.input_ids, batch.position, batch.document, parents=batch.parents, rows=wanted)
-    hidden = hidden if wanted is not None else hidden.flatten(0, 1)[rows]
+    hidden = hidden if wanted is not None else hidden.flatten(0, 1).index_select(0, to_device(rows, model.device))
     nll = model_nll(model, hidden, targets)
     if not model.routings:
         return LossSum(nll.sum(), nll.numel())

@@ -155,7 +155,7 @@ def everywhere_loss(model, batch):
     """The chunked head on trained tokens, behind a last layer that computes all."""
     from mini_forge.training.losses import token_nll
 
-    rows, targets, _ = batch.trained(model.device)
+    rows, targets, _ = (x.to(model.device) for x in batch.trained())
     hidden = model(batch.input_ids, batch.position, batch.document).flatten(0, 1)
     nll = token_nll(hidden[rows], model.head_weight, targets)
     return nll.sum(), nll.numel()
