@@ -84,7 +84,7 @@ class OnCuda(torch.Tensor):
         super().__setitem__(torch.tensor(index) if isinstance(index, list) else index, value)
 
     def tolist(self):
-        _waits()
+        _count_wait()
         return self.real_tensor.tolist()
 
     def data_ptr(self):
@@ -122,35 +122,25 @@ def _device_of(device) -> torch.device:
     return CUDA if torch.device(device).type == "cuda" else torch.device(device)
 
 
-def _real(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.real_tensor if isinstance(tensor, OnCuda) else tensor
+def _real(value):
+    return value.real_tensor if isinstance(value, OnCuda) else value
 
 
 def _compute(function, arguments, options):
     """function, on the CPU; its results count as being where torch would put them. Raises where torch would."""
     leaves = tree_leaves((arguments, options))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    on_cuda = [tensor for tensor in tensors if isinstance(tensor, OnCuda)]
-    indices = [i for i in arguments[1] if i is not None] if function in INDEXED else []
-    # An index may lie in host memory; but what it picks from may not, where the index is on the device.
-    free = indices if indices and isinstance(arguments[0], OnCuda) else []
-    strangers = [t for t in tensors if t.dim() and t.device == CPU and not any(t is i for i in free)]
-    if on_cuda and strangers and function not in COPIES:
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in strangers)
-        raise RuntimeError(f"{function}: Expected all tensors to be on the same device; on the CPU: {shapes}")
+    on_cuda = [leaf for leaf in leaves if isinstance(leaf, OnCuda)]
     device = options.get("device")
     target = _device_of(device) if device is not None else CUDA if on_cuda else CPU
+    indices = [i for i in arguments[1] if i is not None] if function in INDEXED else []
+    if on_cuda and function not in COPIES:
+        # An index may lie in host memory; but what it picks from may not, where the index is on the device.
+        _refuse_strangers(function, leaves, indices if isinstance(arguments[0], OnCuda) else [])
     for generator in (leaf for leaf in leaves if isinstance(leaf, torch._C.Generator)):
         if (found := _generators.get(generator._cdata, CPU)) != target:
             raise RuntimeError(f"{function}: Expected a {target.type!r} generator, found {found.type!r}")
-    if function is aten.copy_.default:
-        crosses, is_waited_for = len(on_cuda) == 1, not (arguments[2:] and arguments[2] or options.get("non_blocking"))
-    else:
-        crosses = function is aten._to_copy.default and (target == CUDA) != bool(on_cuda)
-        is_waited_for = not options.get("non_blocking")
-    by_mask = on_cuda and any(not isinstance(i, OnCuda) or i.dtype in (torch.bool, torch.uint8) for i in indices)
-    if on_cuda and function in WAITS or crosses and is_waited_for or by_mask:
-        _waits()
+    if _is_waited_for(function, arguments, options, target, on_cuda, indices):
+        _count_wait()
     changes = {"device": CPU} if device is not None and target == CUDA else {}
     changes |= {"pin_memory": False} if options.get("pin_memory") else {}
     arguments, options = tree_map_only(torch.Tensor, _real, (arguments, {**options, **changes}))
@@ -161,7 +151,26 @@ def _compute(function, arguments, options):
     return tree_map_only(torch.Tensor, lambda t: known[id(t)] if id(t) in known else OnCuda(t), result)
 
 
-def _waits():
+def _refuse_strangers(function, leaves, free):
+    """Raise where tensors of the CPU, but for those of no dimension and those that are `free`, meet the device's."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.device == CPU]
+    strangers = [str(tuple(tensor.shape)) for tensor in tensors if not any(tensor is each for each in free)]
+    if strangers:
+        raise RuntimeError(
+            f"{function}: Expected all tensors to be on the same device; on the CPU: {', '.join(strangers)}"
+        )
+
+
+def _is_waited_for(function, arguments, options, target, on_cuda, indices) -> bool:
+    if function is aten.copy_.default:
+        return len(on_cuda) == 1 and not (options.get("non_blocking") or any(arguments[2:]))
+    if function is aten._to_copy.default:
+        return (target == CUDA) != bool(on_cuda) and not options.get("non_blocking")
+    by_size = any(not isinstance(i, OnCuda) or i.dtype in (torch.bool, torch.uint8) for i in indices)
+    return bool(on_cuda) and (function in WAITS or by_size)
+
+
+def _count_wait():
     """Count one more wait at the line of ours that makes it."""
     ours = str(ROOT / "mini_forge"), str(ROOT / "kernels")
     frame = next((each for each in reversed(traceback.extract_stack()) if each.filename.startswith(ours)), None)
@@ -175,12 +184,12 @@ def _launch(kernel, programs: int, tensor: torch.Tensor, *arguments, **options):
     if programs:
         launches[f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"] += 1
         with _disable_current_modes():
-            kernel[(programs,)](*(_real(each) if isinstance(each, OnCuda) else each for each in passed), **options)
+            kernel[(programs,)](*map(_real, passed), **options)
 
 
-def _attention_by_documents(query, key, value, starts, window: int):
+def _attention_by_documents(query, key, value, starts, window: int, scale: float):
     """Of each document in the stream its slice, queries and, once per query's head, keys and values (heads, L, C) in
-    float32, and who sees whom (L, L)."""
+    float32, and the weights (heads, L, L)."""
     assert query.dtype in (torch.bfloat16, torch.float16) and starts.dtype == torch.int32
     assert query.shape[-1] % 8 == 0 and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
     edges = starts.tolist()
@@ -188,8 +197,8 @@ def _attention_by_documents(query, key, value, starts, window: int):
         distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
         sees = (distance >= 0) & (distance <= window if window >= 0 else True)
         heads = (x[start:end].float().transpose(0, 1) for x in (query, key, value))
-        query_, key_, value_ = (x.repeat_interleave(query.shape[1] // len(x), 0) for x in heads)
-        yield slice(start, end), query_, key_, value_, sees
+        q, k, v = (x.repeat_interleave(query.shape[1] // len(x), 0) for x in heads)
+        yield slice(start, end), q, k, v, (q @ k.mT * scale).masked_fill(~sees, -torch.inf).softmax(-1)
 
 
 def _flash_forward(query, key, value, starts, starts_k, longest, longest_k, dropout, is_causal, return_debug_mask,
@@ -197,20 +206,17 @@ def _flash_forward(query, key, value, starts, starts_k, longest, longest_k, drop
     """What torch has for CUDA alone: causal attention within documents, (N, H, C)."""
     assert torch.equal(starts, starts_k) and int(starts.diff().max()) == longest == longest_k
     assert window_size_right == dropout == 0
-    out = torch.empty_like(query)
-    scale = scale or query.shape[-1] ** -0.5
-    for rows, q, k, v, sees in _attention_by_documents(query, key, value, starts, window_size_left):
-        out[rows] = ((q @ k.mT * scale).masked_fill(~sees, -torch.inf).softmax(-1) @ v).transpose(0, 1).to(out.dtype)
+    out, scale = torch.empty_like(query), scale or query.shape[-1] ** -0.5
+    for rows, _, _, v, weights in _attention_by_documents(query, key, value, starts, window_size_left, scale):
+        out[rows] = (weights @ v).transpose(0, 1).to(out.dtype)
     log_sums, state = torch.zeros(query.shape[1], len(query)), torch.zeros(2, dtype=torch.uint64)
     return out, log_sums, state, torch.zeros((), dtype=torch.uint64), torch.zeros(())
 
 
 def _flash_backward(grad, query, key, value, out, log_sums, starts, starts_k, longest, longest_k, dropout, is_causal,
                     state, unused, *, scale=None, window_size_left=None, window_size_right=None):  # fmt: skip
-    grads = [torch.empty_like(x) for x in (query, key, value)]
-    scale = scale or query.shape[-1] ** -0.5
-    for rows, q, k, v, sees in _attention_by_documents(query, key, value, starts, window_size_left):
-        weights = (q @ k.mT * scale).masked_fill(~sees, -torch.inf).softmax(-1)
+    grads, scale = [torch.empty_like(x) for x in (query, key, value)], scale or query.shape[-1] ** -0.5
+    for rows, q, k, v, weights in _attention_by_documents(query, key, value, starts, window_size_left, scale):
         grad_out = grad[rows].float().transpose(0, 1)
         pulled = grad_out @ v.mT
         scores = weights * (pulled - (weights * pulled).sum(-1, keepdim=True)) * scale
@@ -226,7 +232,7 @@ def _tensor(data, device=None, **options):
     """`torch.tensor`, which makes its tensor without telling a mode."""
     if device is None or _device_of(device) != CUDA:
         return _tensor_in_torch(data, device=device, **options)
-    _waits()  # it is made in host memory, and copied
+    _count_wait()  # it is made in host memory, and copied
     return OnCuda(_tensor_in_torch(data, **options))
 
 
